@@ -1,0 +1,204 @@
+"""What a run is made of: frozen dataclasses, one per section of the YAML.
+
+Standard library only, so that a configuration can be checked on a login node without torch.
+Every field says its unit and the rule it obeys; `validate.py` enforces the rules, all at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComponentConfig:
+    """A class chosen by its import path (`_target_` in YAML) and its keyword options (all other keys)."""
+
+    target: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """How expert load is kept even. Each rule is off at 0 and the rules add up."""
+
+    aux_loss_coef: float = 0.0
+    """Weight of E * sum_i f_i P_i (Switch, GShard); per layer, then summed over layers."""
+    aux_loss_level: Literal["micro", "sequence", "global"] = "global"
+    """Where f_i is counted: one rank's micro-batch, each sequence, or all ranks and micro-steps of a step."""
+    z_loss_coef: float = 0.0
+    """Weight of mean(logsumexp(logits)^2) (ST-MoE)."""
+    bias_update_rate: float = 0.0
+    """Step of the aux-loss-free selection bias (DeepSeek-V3), once per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The MoE layer: route, dispatch, experts, combine."""
+
+    num_experts: int
+    """Routed experts per layer; a multiple of parallel.ep."""
+    top_k: int
+    """Experts per token, 1..num_experts."""
+    d_expert: int
+    """Hidden width of one routed expert."""
+    num_shared_experts: int = 0
+    """Always-on experts of width d_expert, computed as one SwiGLU of num_shared_experts * d_expert."""
+    router: ComponentConfig
+    """The router class, e.g. moesys.moe.routers.TopKRouter, and its options."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    capacity_factor: float | None = None
+    """null = dropless. Otherwise each rank sends at most ceil(factor * T * K / E) rows to an expert."""
+    capacity_policy: Literal["drop", "pad"] = "drop"
+    """With a capacity: drop = only rows that exist travel; pad = every expert gets exactly capacity rows,
+    so sizes are known without a device-to-host sync. Both drop what is over capacity."""
+    expert_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
+    """auto = both are timed on this run's shapes at start-up and the faster one is kept for the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; dense first layers, then MoE layers."""
+
+    vocab_size: int
+    """At least the tokenizer's size."""
+    num_layers: int
+    num_dense_layers: int = 0
+    """The first layers keep a dense SwiGLU of width d_ffn; the rest are MoE. 0..num_layers."""
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    """Divides num_heads."""
+    head_dim: int | None = None
+    """Even. null = d_model / num_heads, which must then divide."""
+    d_ffn: int
+    """Hidden width of the dense layers."""
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qk_norm: bool = False
+    """RMSNorm over head_dim of q and k before RoPE (Qwen3)."""
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    """Normal(0, init_std); projections back into the residual stream are divided by sqrt(2 num_layers)."""
+    moe: MoEConfig
+
+    @property
+    def resolved_head_dim(self) -> int:
+        return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A folder that `moesys prep` made: manifest.json, tokenizer.json, {train,val}.bin and .idx."""
+
+    path: str
+    seq_len: int
+    """Tokens per training sample (inputs; targets are the same shifted by one)."""
+    shuffle: bool = True
+    """A new order each epoch, fixed by run.seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Not applied to norms, biases and routers' selection bias."""
+    clip_grad_norm: float = 1.0
+    """One norm over dense and expert parameters; 0 = no clipping (the norm is still measured)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over optimizer steps, as a multiple of optim.lr. Phases must fit in train.steps."""
+
+    kind: Literal["cosine", "wsd", "constant", "power", "infinite"] = "cosine"
+    warmup_steps: int = 0
+    """Linear from 0 to the peak."""
+    min_lr_ratio: float = 0.1
+    """cosine: the floor at the last step; wsd and infinite: the end of the decay."""
+    decay_steps: int = 0
+    """wsd, power, infinite: length of the final decay (infinite: the exponential anneal)."""
+    power_a: float = 4.0
+    """power: lr = min(optim.lr, batch * a * n^b), n = tokens seen, batch = sequences per step (2408.13359)."""
+    power_b: float = -0.51
+    cooldown_steps: int = 0
+    """infinite: cosine from the peak to constant_lr_ratio (2503.02844)."""
+    constant_lr_ratio: float = 0.5
+    """infinite: the plateau between cool-down and anneal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Degrees over the world. dp * cp * tp == edp * ep * etp within a pipeline stage."""
+
+    ep: int = 1
+    """Expert-parallel degree; divides the world size and moe.num_experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop. Batch sizes are in tokens."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch_tokens: int
+    """Tokens per optimizer step over all ranks; a multiple of micro_batch_tokens * world size."""
+    micro_batch_tokens: int
+    """Tokens per forward on one rank; a multiple of data.seq_len."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Compute type. Parameters, gradients, optimizer state, routing and loss stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    eval_every_steps: int = 0
+    """0 = only after the last step."""
+    eval_tokens: int = 0
+    """Held-out tokens per evaluation; 0 = all of the validation split."""
+    log_every_steps: int = 1
+    timeout_s: float = 600.0
+    """How long a collective may wait before the run fails."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 0
+    """0 = only at the end and on SIGTERM."""
+    keep_last: int = 2
+    resume: bool = True
+    """Continue from the newest good checkpoint in the run folder, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """metrics.jsonl is always written; these are further sinks of the same records."""
+
+    tensorboard: bool = False
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "moesys"
+    peak_tflops: float | None = None
+    """Per-rank peak that MFU is a share of. null = the rate of a large matrix product, measured at start-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    name: str
+    dir: str
+    """The run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    schedule: ScheduleConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    metrics: MetricsConfig
