@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train: one torchrun per machine. The rest of the line are keys of the configuration.
+#
+#   launch/run.sh [--nproc RANKS_PER_MACHINE] experiment=quickstart train.steps=50
+#   srun --ntasks-per-node=1 launch/run.sh experiment=...      # the same on every node of a Slurm job
+#
+# RANKS_PER_MACHINE defaults to the machine's GPUs, or 2 without any. PYTHON names the interpreter.
+set -euo pipefail
+
+nproc_per_node=
+if [[ ${1:-} == --nproc ]]; then
+  nproc_per_node=${2:-}
+  [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
+  shift 2
+fi
+if [[ -z $nproc_per_node ]]; then
+  gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
+  nproc_per_node=$((gpus > 0 ? gpus : 2))
+fi
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$here/.venv/bin/python}
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+
+# Ranks of one machine share its cores; torch would give all of them to each.
+cores=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
+
+# Only srun sets SLURM_STEP_*: a script under sbatch that calls this without srun trains on its one machine.
+nodes=${SLURM_STEP_NUM_NODES:-1}
+if ((${SLURM_STEP_NUM_TASKS:-1} != nodes)); then
+  echo "run.sh: srun started $SLURM_STEP_NUM_TASKS tasks on $nodes nodes; torchrun starts the ranks itself: use --ntasks-per-node=1" >&2
+  exit 2
+fi
+if ((nodes > 1)); then
+  # Every node works out the same meeting point: the step's first host, a port from the job's id.
+  host=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+  meeting=(--nnodes "$nodes" --node-rank "$SLURM_NODEID"
+    --master-addr "$host" --master-port $((20000 + SLURM_JOB_ID % 20000)))
+else
+  meeting=(--standalone)
+fi
+
+# exec: a signal from the scheduler or the keyboard reaches torchrun, which passes it to the ranks.
+exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"
