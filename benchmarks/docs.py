@@ -1,0 +1,99 @@
+"""Write docs/benchmarks.md from benchmarks/results/*.json; with --check, fail if it is not up to date."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import RESULTS, ROOT, cell_text, tables
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `make docs` from `benchmarks/results/*.json`; change neither by hand. Repeat a figure with its
+command, all of them with `make bench`, those of a GPU with `make gpu`. Machines are shared and noisy:
+compare figures of one result with each other, not across results from different machines.
+"""
+
+
+def page(records: Sequence[Mapping[str, Any]]) -> str:
+    """The whole page, in Markdown. Pure: the same results give the same text."""
+    parts = [INTRODUCTION]
+    if records:
+        overview = [
+            {"benchmark": f"[{record['name']}](#{record['name']})", "figure": key, "value": value}
+            for record in records
+            for key, value in record["headline"].items()
+        ]
+        parts.append(_table(overview))
+    else:
+        parts.append("No results yet.\n")
+    parts.extend(_section(record) for record in records)
+    return "\n".join(parts)
+
+
+def _section(record: Mapping[str, Any]) -> str:
+    env = record["env"]
+    packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
+    gpus = (
+        f"{len(env['gpus'])} x {env['gpus'][0]} (driver {env['driver']})"
+        if env["gpus"]
+        else "no GPU"
+    )
+    commit = env["commit"][:12] if env["commit"] else "no commit recorded"
+    parts = [
+        f"## {record['name']}\n",
+        f"    {record['command']}\n",
+        f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB, {gpus}; {env['os']}, Python {env['python']}; "
+        f"moesys {env['moesys']}, {packages}; {env['date'][:10]}, "
+        f"{commit}{' with local changes' if env['dirty'] else ''}.\n",
+    ]
+    parts.extend(_table(rows) for rows in tables(record["rows"]))
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns), *([_cell(row[c]) for c in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return cell_text(value).replace("|", "\\|").replace("\n", " ")
+
+
+def read_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """Every result in `folder`, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 if the page is stale"
+    )
+    check = parser.parse_args().check
+    text = page(read_results())
+    if PAGE.exists() and PAGE.read_text() == text:
+        return 0
+    if check:
+        print(
+            f"{PAGE.relative_to(ROOT)} is not what benchmarks/results says: run `make docs`",
+            file=sys.stderr,
+        )
+        return 1
+    PAGE.parent.mkdir(exist_ok=True)
+    beside = PAGE.with_suffix(".md.tmp")
+    beside.write_text(text)
+    os.replace(beside, PAGE)
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

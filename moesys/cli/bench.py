@@ -1,0 +1,105 @@
+"""`moesys bench`: run benchmarks of the source tree and keep what they find.
+
+Benchmarks live in benchmarks/ beside the package and are no part of an installed wheel;
+benchmarks/results.py says what a benchmark is and what its result looks like.
+"""
+
+import argparse
+import ast
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "bench",
+        help="run benchmarks and write their results",
+        description="Run benchmarks. Results go to benchmarks/results, with --quick to build/bench-quick.",
+    )
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help="which ones; 'all' = every one there is"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a smoke run of a few seconds each; figures mean little",
+    )
+    parser.add_argument("--json", action="store_true", help="print each result as one line of JSON")
+    parser.add_argument("--list", action="store_true", help="print the names and what they measure")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = benchmarks_folder()
+    known = descriptions(folder)
+    if args.list or not args.names:
+        for name, description in known.items():
+            print(f"{name:16}{description}")
+        return 0
+    names = list(known) if args.names == ["all"] else args.names
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(
+            f"no benchmark {', '.join(unknown)}; there are: {', '.join(known) or 'none'}"
+        )
+    if str(folder.parent) not in sys.path:
+        sys.path.insert(0, str(folder.parent))
+    from benchmarks.results import write_result
+
+    for name in names:
+        result = importlib.import_module(f"benchmarks.{name}").run(args.quick, _say)
+        command = f"moesys bench {name}{' --quick' if args.quick else ''}"
+        path = write_result(name, result.headline, result.rows, command, quick=args.quick)
+        if args.json:
+            print(json.dumps(json.loads(path.read_text())), flush=True)
+        else:
+            _show(name, result, path)
+    return 0
+
+
+def benchmarks_folder() -> Path:
+    """The benchmarks/ beside the package. ValueError where moesys was installed without its sources."""
+    import moesys
+
+    folder = Path(moesys.__file__).resolve().parent.parent / "benchmarks"
+    if not (folder / "results.py").is_file():
+        raise ValueError(
+            f"benchmarks are part of the source tree, and there is no {folder}: run from a clone"
+        )
+    return folder
+
+
+def descriptions(folder: Path) -> dict[str, str]:
+    """Name and DESCRIPTION of each benchmark in `folder`, read without importing any."""
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            match node:
+                case ast.Assign(
+                    targets=[ast.Name(id="DESCRIPTION")], value=ast.Constant(value=str(text))
+                ):
+                    found[path.stem] = text
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(name: str, result: Any, path: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from benchmarks.results import cell_text, tables
+
+    console = Console()
+    figures = [{"figure": key, "value": value} for key, value in result.headline.items()]
+    for rows in [*tables(result.rows), figures]:
+        columns = list(rows[0])
+        table = Table(*columns, title=name)
+        for row in rows:
+            table.add_row(*(cell_text(row[c]) for c in columns))
+        console.print(table)
+    console.print(f"{path}", soft_wrap=True)
