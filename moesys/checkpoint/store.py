@@ -1,0 +1,309 @@
+"""Save and load named tensors in a form that knows no parallelism.
+
+A plain tensor is one that every rank holds alike; a DTensor is held in shards. On disk there is only the
+whole tensor, cut into chunks: any number of ranks in any layout reads what it needs of it.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.checkpoint import folder as folders
+from moesys.checkpoint.errors import CheckpointError, CheckpointMismatch, itemize
+from moesys.checkpoint.folder import latest
+from moesys.checkpoint.manifest import (
+    RANK_PREFIX,
+    Chunk,
+    Manifest,
+    TensorRecord,
+    json_problems,
+    read_manifest,
+    write_manifest,
+)
+from moesys.checkpoint.plan import Piece, SavePlan, plan_save
+from moesys.checkpoint.ranks import Ranks
+from moesys.checkpoint.region import Region
+from moesys.checkpoint.shards import ShardReader, local_piece, local_tensor, write_shards
+
+__all__ = ["LoadedState", "SaveResult", "Skipped", "latest", "load", "load_latest_good", "save"]
+
+_OVERHEAD_BYTES_PER_CHUNK = 1024
+"""More than a chunk takes beside its data: its entries in a shard's header and in the manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveResult:
+    path: Path
+    bytes: int
+    """On disk, all ranks together."""
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A checkpoint that was found bad."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedState:
+    path: Path
+    step: int
+    state: dict[str, Any]
+    rank_tensors: dict[str, Tensor] | None
+    """This rank's, on the CPU; None if another number of ranks saved them."""
+    bytes_read: int
+    """Chunk bytes that this rank needed to fill its tensors."""
+    skipped: tuple[Skipped, ...] = ()
+    """Newer checkpoints that could not be loaded, newest first."""
+
+
+def save(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: dict[str, Any],
+    *,
+    rank_tensors: Mapping[str, Tensor] | None = None,
+    keep_last: int,
+    group: dist.ProcessGroup | None = None,
+) -> SaveResult:
+    """Write `directory/step_NNNNNNNN`, then remove all but the newest `keep_last` steps. Collective.
+
+    Args:
+        tensors: by name. Ranks may hold different names (pipeline stages). A plain tensor must be equal on
+            all ranks that hold it: one of them writes it.
+        state: JSON; rank 0's is kept. Tuples come back as lists.
+        rank_tensors: this rank's alone (RNG states); `load` returns them if as many ranks load.
+
+    The folder takes its name once all of it is on the disk: a crash before that leaves the earlier ones as
+    they were. All ranks must see the same file system.
+
+    Raises:
+        CheckpointError: the same on all ranks if any of them could not write; earlier checkpoints are
+            untouched and nothing of this one is left.
+    """
+    start_s = time.perf_counter()
+    ranks = Ranks(group)
+    mine = dict(tensors) | {
+        f"{RANK_PREFIX}{ranks.rank}/{name}": tensor for name, tensor in (rank_tensors or {}).items()
+    }
+    pieces = ranks.each(lambda: _describe(tensors, mine, state, keep_last))
+    plan = plan_save(ranks.gather(pieces))
+    needed_bytes = sum(plan.bytes_of_rank)
+    needed_bytes += _OVERHEAD_BYTES_PER_CHUNK * sum(len(writes) for writes in plan.writes)
+
+    unfinished: Path | None = None
+    try:
+        unfinished = ranks.first(lambda: folders.start(directory, step, needed_bytes))
+        written = ranks.each(lambda: _write(unfinished, plan.writes[ranks.rank], mine, pieces))
+        manifest = _manifest(step, state, plan, ranks.gather(written))
+        manifest_bytes = ranks.first(lambda: write_manifest(unfinished, manifest))
+        path = ranks.first(lambda: folders.commit(unfinished))
+    except CheckpointError as error:
+        free_bytes = ranks.first(lambda: _abandon(directory, unfinished))
+        raise CheckpointError(
+            f"cannot save step {step} in {directory}: {error}\n"
+            f"It needs {needed_bytes:,} bytes, {free_bytes:,} are free. Earlier checkpoints are untouched: "
+            "free space there or choose another run.dir"
+        ) from error
+    ranks.first(lambda: folders.prune(directory, step, keep_last))
+    return SaveResult(
+        path=path,
+        bytes=sum(manifest.file_bytes.values()) + manifest_bytes,
+        seconds=time.perf_counter() - start_s,
+    )
+
+
+def load(
+    path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None
+) -> LoadedState:
+    """Fill `tensors` in place from the folder `path`, whatever layout saved it. Collective.
+
+    All that a rank needs is read and verified before its first tensor changes, and then read again: a bad
+    checkpoint changes nothing on any rank. The names of all ranks together must be those of the checkpoint.
+
+    Raises:
+        CheckpointMismatch: every name, shape and dtype that differs from the checkpoint's.
+        CheckpointError: every missing, cut or changed file, with the tensors in it. Same on all ranks.
+    """
+    ranks = Ranks(group)
+    pieces = ranks.each(lambda: {name: local_piece(name, t) for name, t in tensors.items()})
+    manifest = ranks.each(lambda: read_manifest(path))
+    requested = {name for names in ranks.gather(list(pieces)) for name in names}
+    ranks.each(lambda: _check_request(path, manifest, pieces, requested))
+
+    outs = {name: (pieces[name].region, local_tensor(tensor)) for name, tensor in tensors.items()}
+    own = _empty_rank_tensors(manifest, ranks)
+    for name, tensor in (own or {}).items():
+        outs[f"{RANK_PREFIX}{ranks.rank}/{name}"] = (Region.whole(tuple(tensor.shape)), tensor)
+    with ShardReader(path, manifest) as reader:
+        ranks.each(lambda: _verify(reader, {name: region for name, (region, _) in outs.items()}))
+        ranks.each(lambda: [reader.fill(name, *out) for name, out in outs.items()])
+        return LoadedState(
+            path=path,
+            step=manifest.step,
+            state=manifest.state,
+            rank_tensors=own,
+            bytes_read=reader.bytes_read // 2,
+        )
+
+
+def load_latest_good(
+    directory: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None
+) -> LoadedState | None:
+    """Load the newest checkpoint that is good on every rank; None if `directory` has none at all. Collective.
+
+    Raises:
+        CheckpointMismatch: at the first that is of something else, as `load`.
+        CheckpointError: there are checkpoints and all are bad.
+    """
+    skipped: list[Skipped] = []
+    for path in Ranks(group).first(lambda: folders.step_folders(directory)):
+        try:
+            return replace(load(path, tensors, group=group), skipped=tuple(skipped))
+        except CheckpointMismatch:
+            raise
+        except CheckpointError as error:
+            skipped.append(Skipped(path=path, reason=str(error)))
+    if skipped:
+        raise CheckpointError(
+            itemize(f"no good checkpoint in {directory}", [bad.reason for bad in skipped])
+            + "\nRestore one of them, or start afresh in another run.dir"
+        )
+    return None
+
+
+def _describe(
+    tensors: Mapping[str, Tensor],
+    mine: Mapping[str, Tensor],
+    state: dict[str, Any],
+    keep_last: int,
+) -> dict[str, Piece]:
+    """This rank's pieces, or all that keeps them from being saved."""
+    problems = json_problems(state, "state")
+    if keep_last < 1:
+        problems.append(f"keep_last={keep_last} must be at least 1")
+    pieces: dict[str, Piece] = {}
+    for name, tensor in mine.items():
+        if name in tensors and name.startswith(RANK_PREFIX):
+            problems.append(f"{name}: names must not begin with {RANK_PREFIX}: rename it")
+        try:
+            pieces[name] = local_piece(name, tensor)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(itemize("cannot save", problems))
+    return pieces
+
+
+def _write(
+    folder: Path | None, writes: Any, mine: Mapping[str, Tensor], pieces: Mapping[str, Piece]
+) -> tuple[list[str], dict[str, int]]:
+    assert folder is not None
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} was made by rank 0 and is not here: use a shared file system"
+        )
+    return write_shards(folder, writes, mine, pieces)
+
+
+def _manifest(
+    step: int,
+    state: dict[str, Any],
+    plan: SavePlan,
+    written: list[tuple[list[str], dict[str, int]]],
+) -> Manifest:
+    chunks: dict[str, list[Chunk]] = {name: [] for name in plan.tensors}
+    for writes, (hashes, _) in zip(plan.writes, written, strict=True):
+        for write, digest in zip(writes, hashes, strict=True):
+            chunks[write.name].append(
+                Chunk(file=write.file, key=write.key, region=write.region, xxh3_128=digest)
+            )
+    return Manifest(
+        step=step,
+        world_size=len(plan.writes),
+        state=state,
+        tensors={
+            name: TensorRecord(
+                dtype=layout.dtype,
+                shape=layout.shape,
+                grid=layout.grid,
+                chunks=tuple(sorted(chunks[name], key=lambda chunk: chunk.region.offsets)),
+            )
+            for name, layout in sorted(plan.tensors.items())
+        },
+        file_bytes={file: size for _, sizes in written for file, size in sizes.items()},
+    )
+
+
+def _abandon(directory: Path, unfinished: Path | None) -> int:
+    """Remove what was written; return the bytes then free on the file system."""
+    if unfinished is not None:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _check_request(
+    path: Path, manifest: Manifest, pieces: Mapping[str, Piece], requested: set[str]
+) -> None:
+    saved = {n: r for n, r in manifest.tensors.items() if not n.startswith(RANK_PREFIX)}
+    problems = [f"{name} is not in the checkpoint" for name in sorted(requested - saved.keys())]
+    problems += [f"{name} is only in the checkpoint" for name in sorted(saved.keys() - requested)]
+    for name in sorted(pieces.keys() & saved.keys()):
+        here, there = pieces[name], saved[name]
+        if (here.dtype, here.shape) != (there.dtype, there.shape):
+            problems.append(
+                f"{name} is {here.dtype} {list(here.shape)} here, "
+                f"{there.dtype} {list(there.shape)} in the checkpoint"
+            )
+    if problems:
+        raise CheckpointMismatch(
+            itemize(f"{path} is of another model", problems)
+            + "\nUse the model and optimizer settings that it was saved with, or another run.dir"
+        )
+
+
+def _empty_rank_tensors(manifest: Manifest, ranks: Ranks) -> dict[str, Tensor] | None:
+    if manifest.world_size != ranks.size:
+        return None
+    prefix = f"{RANK_PREFIX}{ranks.rank}/"
+    return {
+        name.removeprefix(prefix): torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+        for name, record in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _verify(reader: ShardReader, regions: Mapping[str, Region]) -> None:
+    """Read every chunk that fills `regions`; raise with all that is wrong."""
+    needed = [
+        (n, chunk) for n, region in regions.items() for chunk in reader.overlapping(n, region)
+    ]
+    tensors_in: dict[str, list[str]] = {}
+    for name, chunk in needed:
+        tensors_in.setdefault(chunk.file, []).append(name)
+    problems: list[str] = []
+    for file, names in tensors_in.items():
+        problem = reader.size_problem(file)
+        if problem:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{problem} (it holds {', '.join(names[:3])}{more})")
+    if not problems:
+        for name, chunk in needed:
+            try:
+                reader.chunk(name, chunk)
+            except CheckpointError as error:
+                problems.append(str(error))
+    if problems:
+        raise CheckpointError(itemize(f"{reader.folder} is damaged", problems))
