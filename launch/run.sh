@@ -36,7 +36,7 @@ if ((nodes > 1)); then
   # Every node works out the same meeting point: the step's first host, a port from the job's id.
   host=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
   meeting=(--nnodes "$nodes" --node-rank "$SLURM_NODEID"
-    --master-addr "$host" --master-port $((20000 + SLURM_JOB_ID % 20000)))
+    --master-addr "$host" --master-port $((20000 + SLURM_JOB_ID % 10000)))
 else
   meeting=(--standalone)
 fi
