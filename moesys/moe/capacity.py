@@ -1,0 +1,43 @@
+"""Expert capacity: how many slots an expert may take from one rank's tokens.
+
+Shapes: T tokens, E experts, K experts per token, N = T * K slots.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from moesys.moe.routing import RoutingResult
+
+
+def capacity_rows(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
+    """ceil(factor * T * K / E), at least 1 (GShard sec. 3.2)."""
+    return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
+
+
+def within_capacity(routing: RoutingResult, num_experts: int, capacity: int) -> RoutingResult:
+    """Drop what is over capacity: each expert keeps its `capacity` slots of largest weight (ties: first token).
+
+    A dropped slot has id -1 and weight 0; the other weights of its token stay as they are.
+    """
+    keep_TK = _rank_in_expert(routing.topk_ids_TK, routing.topk_weights_TK, num_experts) < capacity
+    return replace(
+        routing,
+        topk_ids_TK=routing.topk_ids_TK.masked_fill(~keep_TK, -1),
+        topk_weights_TK=routing.topk_weights_TK.masked_fill(~keep_TK, 0.0),
+    )
+
+
+@torch.no_grad()
+def _rank_in_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
+    """Position of each slot among its expert's slots, by falling weight. int64 [T, K]."""
+    ids_N = ids_TK.flatten()
+    by_weight_N = weights_TK.flatten().argsort(descending=True, stable=True)
+    order_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
+    counts_X = torch.bincount(ids_N + 1, minlength=num_experts + 1)  # X: no expert, then E
+    first_X = counts_X.cumsum(0) - counts_X
+    rank_N = torch.empty_like(ids_N)
+    rank_N[order_N] = torch.arange(ids_N.numel(), device=ids_N.device)
+    return (rank_N - first_X[ids_N + 1]).view_as(ids_TK)

@@ -1,0 +1,172 @@
+"""Dispatch brings each token's rows to its experts; combine brings the results back and sums them.
+
+Shapes: T tokens on this rank, D model, E experts, L local experts, K experts per token, N rows in expert order,
+R rows received, P ranks of the expert group. Slot t*K + k is token t's k-th expert.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moesys.moe.routing import RoutingResult
+from moesys.ops import expert_order, permute, unpermute
+from moesys.parallel.exchange import FlatExchange
+
+
+class Dispatcher(Protocol):
+    """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
+
+    def dispatch(
+        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return rows_RD in order of local expert, tokens_per_expert_L (int64), and what `combine` needs.
+
+        With `padded_rows` every expert gets exactly that many rows from each rank, zeros where it has no token.
+        """
+        ...
+
+    def combine(self, rows_RD: Tensor, state: Any) -> Tensor:
+        """Return x_TD: for each token the weighted sum of its slots' rows, 0 where it has none."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOrder:
+    """Where each slot's row lies when rows are grouped by expert."""
+
+    row_of_slot_TK: Tensor
+    """int64, -1 = no row."""
+    slot_of_row_N: Tensor
+    """int64, -1 = a zero row."""
+    counts_E: Tensor
+    """int64 rows per expert, zero rows included."""
+    weights_TK: Tensor
+    """fp32."""
+
+    @classmethod
+    def of(cls, routing: RoutingResult, num_experts: int, padded_rows: int | None) -> "ExpertOrder":
+        """Stable order by expert, or with `padded_rows` a fixed number of rows per expert. No host sync."""
+        row_of_slot_TK, slot_of_row_N, counts_E = expert_order(routing.topk_ids_TK, num_experts)
+        order = cls(
+            row_of_slot_TK=row_of_slot_TK,
+            slot_of_row_N=slot_of_row_N,
+            counts_E=counts_E,
+            weights_TK=routing.topk_weights_TK,
+        )
+        return order if padded_rows is None else order._padded(routing.topk_ids_TK, padded_rows)
+
+    def _padded(self, topk_ids_TK: Tensor, padded_rows: int) -> "ExpertOrder":
+        first_E = self.counts_E.cumsum(0) - self.counts_E
+        ids_TK = topk_ids_TK.clamp(min=0)
+        row_TK = ids_TK * padded_rows + self.row_of_slot_TK - first_E[ids_TK]
+        row_TK = torch.where(topk_ids_TK >= 0, row_TK, -1)
+        # One spare row takes the writes of slots without an expert.
+        num_rows = self.counts_E.numel() * padded_rows
+        slot_of_row_N = row_TK.new_full((num_rows + 1,), -1)
+        slots_TK = torch.arange(row_TK.numel(), device=row_TK.device).view_as(row_TK)
+        slot_of_row_N[torch.where(row_TK >= 0, row_TK, num_rows)] = slots_TK
+        return replace(
+            self,
+            row_of_slot_TK=row_TK,
+            slot_of_row_N=slot_of_row_N[:num_rows],
+            counts_E=torch.full_like(self.counts_E, padded_rows),
+        )
+
+
+class LocalDispatcher:
+    """All experts on this rank: rows only change their order. No host sync."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def dispatch(
+        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
+    ) -> tuple[Tensor, Tensor, ExpertOrder]:
+        order = ExpertOrder.of(routing, self.num_experts, padded_rows)
+        rows_ND = permute(x_TD, order.slot_of_row_N, order.row_of_slot_TK)
+        return rows_ND, order.counts_E, order
+
+    def combine(self, rows_RD: Tensor, state: ExpertOrder) -> Tensor:
+        return unpermute(rows_RD, state.weights_TK, state.row_of_slot_TK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeState:
+    """What the way back needs."""
+
+    order: ExpertOrder
+    send_splits_list: list[int]
+    recv_splits_list: list[int]
+    arrival_of_row_R: Tensor | None
+    """Which arrived row became row r in expert order; None when arrival order is expert order."""
+    row_of_arrival_R: Tensor | None
+
+
+class ExpertParallelDispatcher:
+    """Experts spread over the ranks of a group, rank p owning experts p*L .. p*L + L-1; dropless.
+
+    dispatch: order by expert, tell counts, one device-to-host sync (2P ints; none with padded rows), exchange
+    rows, order the arrivals (grouped by source rank) by local expert. combine is the mirror.
+    """
+
+    def __init__(self, num_experts: int, exchange: FlatExchange) -> None:
+        if num_experts % exchange.size:
+            raise ValueError(
+                f"moe.num_experts={num_experts} must be a multiple of parallel.ep={exchange.size}"
+            )
+        self.num_experts = num_experts
+        self.num_local_experts = num_experts // exchange.size
+        self.exchange = exchange
+
+    def dispatch(
+        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
+    ) -> tuple[Tensor, Tensor, ExchangeState]:
+        order = ExpertOrder.of(routing, self.num_experts, padded_rows)
+        send_counts_PL = order.counts_E.view(self.exchange.size, self.num_local_experts)
+        if padded_rows is None:
+            recv_counts_PL = self.exchange.counts(send_counts_PL)
+            splits_2P = torch.stack([send_counts_PL.sum(1), recv_counts_PL.sum(1)])
+            send_splits_list, recv_splits_list = splits_2P.tolist()
+        else:
+            recv_counts_PL = send_counts_PL
+            send_splits_list = [padded_rows * self.num_local_experts] * self.exchange.size
+            recv_splits_list = send_splits_list
+
+        slot_of_row_N = order.slot_of_row_N[: sum(send_splits_list)]
+        rows_ND = permute(x_TD, slot_of_row_N, order.row_of_slot_TK)
+        rows_RD = self.exchange.rows(rows_ND, send_splits_list, recv_splits_list)
+
+        arrival_of_row_R, row_of_arrival_R = self._expert_major(recv_counts_PL, rows_RD.shape[0])
+        if arrival_of_row_R is not None and row_of_arrival_R is not None:
+            rows_RD = permute(rows_RD, arrival_of_row_R, row_of_arrival_R[:, None])
+        state = ExchangeState(
+            order=order,
+            send_splits_list=send_splits_list,
+            recv_splits_list=recv_splits_list,
+            arrival_of_row_R=arrival_of_row_R,
+            row_of_arrival_R=row_of_arrival_R,
+        )
+        return rows_RD, recv_counts_PL.sum(0), state
+
+    def combine(self, rows_RD: Tensor, state: ExchangeState) -> Tensor:
+        if state.arrival_of_row_R is not None and state.row_of_arrival_R is not None:
+            rows_RD = permute(rows_RD, state.row_of_arrival_R, state.arrival_of_row_R[:, None])
+        rows_ND = self.exchange.rows(rows_RD, state.recv_splits_list, state.send_splits_list)
+        return unpermute(rows_ND, state.order.weights_TK, state.order.row_of_slot_TK)
+
+    def _expert_major(
+        self, recv_counts_PL: Tensor, num_rows: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Arrivals are grouped by (source rank, expert); the experts want (expert, source rank)."""
+        if self.num_local_experts == 1 or self.exchange.size == 1:
+            return None, None
+        experts_PL = torch.arange(self.num_local_experts, device=recv_counts_PL.device)
+        expert_of_arrival_R = torch.repeat_interleave(
+            experts_PL.repeat(self.exchange.size), recv_counts_PL.flatten(), output_size=num_rows
+        )
+        row_of_arrival_R1, arrival_of_row_R, _ = expert_order(
+            expert_of_arrival_R[:, None], self.num_local_experts
+        )
+        return arrival_of_row_R, row_of_arrival_R1[:, 0]

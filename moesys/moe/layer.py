@@ -1,0 +1,76 @@
+"""The MoE layer: route, dispatch, experts, combine.
+
+Shapes: B sequences, S tokens each, T = B * S, D model, K experts per token, R rows received, L local experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from moesys.config.schema import MoEConfig
+from moesys.moe.balance import Balance, RoutingLosses
+from moesys.moe.capacity import capacity_rows, within_capacity
+from moesys.moe.component import build_component
+from moesys.moe.dispatch import Dispatcher, LocalDispatcher
+from moesys.moe.experts import Experts, SwiGLU
+from moesys.moe.load import ExpertLoad
+from moesys.moe.routing import RoutingResult
+
+
+class MoELayer(nn.Module):
+    """Replaces a feed-forward by num_experts of them, top_k per token, plus shared experts that all tokens see.
+
+    Built for one rank; `parallelize` swaps the dispatcher and shards the experts.
+    """
+
+    def __init__(self, config: MoEConfig, d_model: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = build_component(
+            config.router, d_model=d_model, num_experts=config.num_experts, top_k=config.top_k
+        )
+        self.experts = Experts(config.num_experts, d_model, config.d_expert)
+        self.shared = (
+            SwiGLU(d_model, config.num_shared_experts * config.d_expert)
+            if config.num_shared_experts
+            else None
+        )
+        self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
+        self.balance = Balance(config.balance)
+        self.load = ExpertLoad(config.num_experts)
+
+    def forward(
+        self, x_BSD: Tensor, state: Tensor | None = None
+    ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
+        """Return y_BSD, the routing losses (means over this rank's tokens), and the router's state."""
+        x_TD = x_BSD.flatten(0, 1)
+        routed = self.router(x_TD, state)
+        losses = self.balance.losses(routed, x_BSD.shape[0], self.training)
+        kept, padded_rows = self._limit(routed)
+        if self.training:
+            self.load.add(routed, kept)
+
+        x_TD = _compute_type(x_TD)
+        rows_RD, tokens_per_expert_L, dispatched = self.dispatcher.dispatch(x_TD, kept, padded_rows)
+        rows_RD = self.experts(rows_RD, tokens_per_expert_L)
+        y_TD = self.dispatcher.combine(rows_RD, dispatched)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD)
+        return y_TD.view_as(x_BSD), losses, routed.state
+
+    def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
+        """Apply the expert capacity, if any; return the routing and the rows per expert if padded."""
+        factor = self.config.capacity_factor
+        if factor is None:
+            return routed, None
+        num_tokens, top_k = routed.topk_ids_TK.shape
+        capacity = capacity_rows(num_tokens, top_k, self.config.num_experts, factor)
+        kept = within_capacity(routed, self.config.num_experts, capacity)
+        return kept, capacity if self.config.capacity_policy == "pad" else None
+
+
+def _compute_type(x: Tensor) -> Tensor:
+    """Under autocast, rows travel and experts compute in its type."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        return x.to(torch.get_autocast_dtype(device_type))
+    return x

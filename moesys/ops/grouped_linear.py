@@ -1,0 +1,68 @@
+"""One linear map per expert over rows grouped by expert.
+
+Shapes: R rows in expert order, L experts, I inputs, O outputs.
+
+    out[r] = weight[expert of r] @ rows[r]
+
+Two backends with the same result: torch's grouped_mm, and a loop over experts that writes each product and each
+weight gradient straight into its slice. Which is faster depends on shapes and device; measure.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GroupedBackend = Literal["grouped_mm", "loop"]
+
+
+def grouped_linear(
+    rows_RI: Tensor, weight_LOI: Tensor, tokens_per_expert_L: Tensor, backend: GroupedBackend
+) -> Tensor:
+    """Return [R, O] in rows' dtype. `tokens_per_expert_L` int64 sums to at most R; rows past the sum are undefined.
+
+    `loop` reads the counts on the host (one sync, L ints); `grouped_mm` does not.
+    """
+    weight_LOI = weight_LOI.to(rows_RI.dtype)
+    if rows_RI.shape[0] == 0:
+        # Still part of the graph, with zero gradients: every rank must reach its backward exchange.
+        return rows_RI @ weight_LOI[0].t()
+    if backend == "grouped_mm":
+        ends_L = tokens_per_expert_L.cumsum(0).to(torch.int32)
+        return F.grouped_mm(rows_RI, weight_LOI.transpose(-2, -1), offs=ends_L)
+    return _LoopLinear.apply(rows_RI, weight_LOI, tokens_per_expert_L.tolist())
+
+
+class _LoopLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RI: Tensor, weight_LOI: Tensor, counts_list: list[int]) -> Tensor:
+        out_RO = rows_RI.new_empty(rows_RI.shape[0], weight_LOI.shape[1])
+        for expert, rows in _slices(counts_list):
+            torch.mm(rows_RI[rows], weight_LOI[expert].t(), out=out_RO[rows])
+        ctx.save_for_backward(rows_RI, weight_LOI)
+        ctx.counts_list = counts_list
+        return out_RO
+
+    @staticmethod
+    def backward(ctx, grad_RO: Tensor):  # type: ignore[override]
+        rows_RI, weight_LOI = ctx.saved_tensors
+        grad_rows_RI = torch.empty_like(rows_RI) if ctx.needs_input_grad[0] else None
+        grad_weight_LOI = torch.empty_like(weight_LOI) if ctx.needs_input_grad[1] else None
+        grad_RO = grad_RO.contiguous()
+        for expert, rows in _slices(ctx.counts_list):
+            if grad_rows_RI is not None:
+                torch.mm(grad_RO[rows], weight_LOI[expert], out=grad_rows_RI[rows])
+            if grad_weight_LOI is not None:
+                # An expert without rows gets the empty product: zeros.
+                torch.mm(grad_RO[rows].t(), rows_RI[rows], out=grad_weight_LOI[expert])
+        return grad_rows_RI, grad_weight_LOI, None
+
+
+def _slices(counts_list: list[int]) -> list[tuple[int, slice]]:
+    start = 0
+    slices = []
+    for expert, count in enumerate(counts_list):
+        slices.append((expert, slice(start, start + count)))
+        start += count
+    return slices

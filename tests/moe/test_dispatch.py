@@ -1,0 +1,144 @@
+"""Dispatch then combine is the identity, on one rank and over ranks.
+
+Shapes: T tokens, D model, E experts, K experts per token.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesys.moe.dispatch import ExpertParallelDispatcher, LocalDispatcher
+from moesys.moe.routing import RoutingResult
+from moesys.parallel.exchange import FlatExchange
+from moesys.testing.ranks import run_ranks
+
+D = 5
+
+# name -> (tokens per rank as a function of rank, E, K, which experts)
+CASES = {
+    "random": (lambda rank: 9, 8, 2, "random"),
+    "tokens differ per rank": (lambda rank: 4 + 3 * rank, 8, 3, "random"),
+    "no token on rank 0": (lambda rank: 6 * rank, 4, 2, "random"),
+    "no token anywhere": (lambda rank: 0, 4, 2, "random"),
+    "one token": (lambda rank: 1, 4, 1, "random"),
+    "all tokens to one expert": (lambda rank: 7, 8, 1, "first"),
+    "every expert": (lambda rank: 5, 4, 4, "random"),
+    "experts without rows": (lambda rank: 6, 8, 2, "last two"),
+    "slots without an expert": (lambda rank: 9, 8, 3, "dropped"),
+    "only slots without an expert": (lambda rank: 3, 4, 2, "none"),
+}
+
+
+def make_routing(rank: int, case: str) -> tuple[torch.Tensor, RoutingResult, int]:
+    """x_TD (fp64) and a routing whose weights sum to one per token (over slots with an expert)."""
+    tokens_of, num_experts, top_k, kind = CASES[case]
+    tokens = tokens_of(rank)
+    generator = torch.Generator().manual_seed(17 + rank)
+    order = torch.rand(tokens, num_experts, generator=generator)
+    ids = order.argsort(dim=1)[:, :top_k]
+    if kind == "first":
+        ids = torch.zeros_like(ids)
+    if kind == "last two":
+        ids = torch.tensor([num_experts - 2, num_experts - 1]).expand(tokens, 2).clone()
+    weights = torch.rand(tokens, top_k, generator=generator) + 0.1
+    if kind in ("dropped", "none"):
+        dropped = torch.rand(tokens, top_k, generator=generator) < 0.4
+        dropped[:, 1:] |= kind == "none"
+        dropped[:, 0] = kind == "none"
+        ids, weights = ids.masked_fill(dropped, -1), weights.masked_fill(dropped, 0.0)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-9)
+    x_TD = torch.randn(tokens, D, generator=generator)
+    zeros = torch.zeros(tokens, num_experts)
+    routing = RoutingResult(
+        topk_ids_TK=ids, topk_weights_TK=weights, logits_TE=zeros, probs_TE=zeros
+    )
+    return x_TD, routing, num_experts
+
+
+def _there_and_back(rank: int, size: int, case: str, local: bool, padded_rows: int | None):
+    x_TD, routing, num_experts = make_routing(rank, case)
+    x_TD.requires_grad_()
+    if local:
+        dispatcher = LocalDispatcher(num_experts)
+    else:
+        dispatcher = ExpertParallelDispatcher(num_experts, FlatExchange(dist.group.WORLD))
+    rows_RD, counts_L, state = dispatcher.dispatch(x_TD, routing, padded_rows)
+    y_TD = dispatcher.combine(rows_RD, state)
+    gradient_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
+    y_TD.backward(gradient_TD)
+    return {
+        "x": x_TD.detach(),
+        "y": y_TD.detach(),
+        "dx": x_TD.grad,
+        "dy": gradient_TD,
+        "rows": rows_RD.detach(),
+        "counts": counts_L,
+        "ids": routing.topk_ids_TK,
+        "served": (routing.topk_ids_TK >= 0).any(1),
+    }
+
+
+def assert_identity(result) -> None:
+    served = result["served"][:, None]
+    torch.testing.assert_close(result["y"], result["x"] * served)
+    torch.testing.assert_close(result["dx"], result["dy"] * served)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_dispatch_then_combine_is_the_identity_over_ranks(case, size):
+    results = run_ranks(_there_and_back, size, case, False, None)
+    num_local = CASES[case][1] // size
+    for rank, result in enumerate(results):
+        assert_identity(result)
+        # Every row reached the rank and the expert it was meant for, in order of source rank.
+        expected = [
+            result_of_source["x"][t]
+            for expert in range(rank * num_local, (rank + 1) * num_local)
+            for result_of_source in results
+            for t, ids in enumerate(result_of_source["ids"].tolist())
+            for i in ids
+            if i == expert
+        ]
+        assert int(result["counts"].sum()) == len(expected)
+        if expected:
+            assert torch.equal(result["rows"], torch.stack(expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_dispatch_then_combine_is_the_identity_on_one_rank(case):
+    result = _there_and_back(1, 1, case, True, None)
+    assert_identity(result)
+    rows = [
+        result["x"][t]
+        for expert in range(CASES[case][1])
+        for t, ids in enumerate(result["ids"].tolist())
+        for i in ids
+        if i == expert
+    ]
+    assert int(result["counts"].sum()) == len(rows)
+    if rows:
+        assert torch.equal(result["rows"][: len(rows)], torch.stack(rows))
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_padded_rows_are_fixed_in_number_and_zero_where_empty(local):
+    for result in run_ranks(_there_and_back, 2, "random", local, 9):
+        assert_identity(result)
+        assert result["counts"].tolist() == ([9] * 8 if local else [18] * 4)
+        assert result["rows"].shape[0] == 72
+        real = (result["rows"] != 0).any(1).sum()
+        assert real < 72
+    counts = [r["counts"] for r in run_ranks(_there_and_back, 2, "random", local, 9)]
+    assert len(counts) == 2
+
+
+def test_experts_that_do_not_divide_the_group_are_refused():
+    message = run_ranks(_indivisible, 2)[0]
+    assert "moe.num_experts=7 must be a multiple of parallel.ep=2" in message
+
+
+def _indivisible(rank: int, size: int) -> str:
+    with pytest.raises(ValueError) as error:
+        ExpertParallelDispatcher(7, FlatExchange(dist.group.WORLD))
+    return str(error.value)

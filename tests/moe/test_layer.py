@@ -1,0 +1,177 @@
+"""The MoE layer against two nested Python sums; its options; its backends.
+
+Shapes: B sequences, S tokens, D model, E experts, K experts per token.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moesys.config.schema import BalanceConfig, ComponentConfig, MoEConfig
+from moesys.moe.capacity import capacity_rows
+from moesys.moe.layer import MoELayer
+
+B, S, D, F_HIDDEN = 2, 12, 16, 24
+
+CONFIG = MoEConfig(
+    num_experts=8,
+    top_k=2,
+    d_expert=F_HIDDEN,
+    num_shared_experts=1,
+    router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+    balance=BalanceConfig(aux_loss_coef=0.01, aux_loss_level="micro", z_loss_coef=0.001),
+)
+
+
+def make_layer(config: MoEConfig = CONFIG, backend: str = "loop") -> MoELayer:
+    layer = MoELayer(config, D)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_(0, 0.3, generator=generator)
+    layer.experts.backend = backend
+    return layer
+
+
+def make_input() -> torch.Tensor:
+    return torch.randn(B, S, D, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def swiglu_of(x, gate_up, down):
+    return F.linear(F.silu(F.linear(x, gate_up[0])) * F.linear(x, gate_up[1]), down)
+
+
+def dumb_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
+    """For each token, for each of its experts."""
+    out = []
+    for x in x_BSD.flatten(0, 1):
+        probs = (layer.router.weight @ x).softmax(-1)
+        weights, experts = probs.topk(layer.config.top_k)
+        weights = weights / weights.sum()
+        y = sum(
+            w * swiglu_of(x, layer.experts.gate_up[e], layer.experts.down[e])
+            for w, e in zip(weights, experts.tolist(), strict=True)
+        )
+        if layer.shared is not None:
+            y = y + swiglu_of(x, layer.shared.gate_up, layer.shared.down)
+        out.append(y)
+    return torch.stack(out).view_as(x_BSD)
+
+
+def gradients(layer: MoELayer, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    named = dict(layer.named_parameters()) | {"x": x}
+    grads = torch.autograd.grad((y * weight).sum(), list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped_mm"])
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_values_and_all_gradients_equal_the_nested_sums(backend, top_k, shared):
+    layer = make_layer(replace(CONFIG, top_k=top_k, num_shared_experts=shared), backend)
+    x = make_input()
+    y, _, _ = layer(x)
+    expected = dumb_forward(layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_losses_have_gradients_into_the_router_only():
+    layer = make_layer()
+    _, losses, _ = layer(make_input())
+    losses.total.backward()
+    assert layer.router.weight.grad.abs().sum() > 0
+    assert layer.experts.gate_up.grad is None
+    expected = 0.01 * losses.balance + 0.001 * losses.z
+    torch.testing.assert_close(losses.total.detach(), expected)
+
+
+def test_capacity_drops_and_counts_what_is_over_it_and_both_policies_agree():
+    outputs = {}
+    x = make_input()
+    for policy in ("drop", "pad"):
+        layer = make_layer(replace(CONFIG, capacity_factor=0.75, capacity_policy=policy))
+        y, _, _ = layer(x)
+        outputs[policy] = (y, gradients(layer, x, y))
+        taken = layer.load.take(torch.device("cpu"))
+        capacity = capacity_rows(B * S, 2, 8, 0.75)
+        assert taken[:-1].sum() == B * S * 2
+        assert taken[-1] == (taken[:-1] - capacity).clamp(min=0).sum() > 0
+    torch.testing.assert_close(outputs["drop"][0], outputs["pad"][0])
+    for name, gradient in outputs["drop"][1].items():
+        torch.testing.assert_close(gradient, outputs["pad"][1][name], msg=name)
+
+
+def test_a_capacity_that_suffices_changes_nothing():
+    x = make_input()
+    dropless, _, _ = make_layer()(x)
+    for policy in ("drop", "pad"):
+        layer = make_layer(replace(CONFIG, capacity_factor=8.0, capacity_policy=policy))
+        torch.testing.assert_close(layer(x)[0], dropless)
+
+
+def test_load_is_counted_in_training_only_and_once():
+    layer = make_layer()
+    layer.eval()
+    layer(make_input())
+    assert layer.load.take(torch.device("cpu")).sum() == 0
+    layer.train()
+    layer(make_input())
+    layer(make_input())
+    assert layer.load.take(torch.device("cpu"))[:-1].sum() == 2 * B * S * 2
+    assert layer.load.take(torch.device("cpu")).sum() == 0
+
+
+def test_selection_bias_moves_the_choice_but_not_the_weights():
+    layer = make_layer(
+        replace(
+            CONFIG,
+            router=ComponentConfig(
+                target="moesys.moe.routers.TopKRouter",
+                options={"score_function": "sigmoid", "scaling_factor": 2.5},
+            ),
+        )
+    )
+    x_TD = make_input().flatten(0, 1)
+    plain = layer.router(x_TD)
+    layer.router.selection_bias_E[3] = 10.0
+    biased = layer.router(x_TD)
+    assert (biased.topk_ids_TK == 3).any(1).all()
+    assert not (plain.topk_ids_TK == 3).any(1).all()
+    scores = (x_TD @ layer.router.weight.t()).sigmoid().gather(1, biased.topk_ids_TK)
+    torch.testing.assert_close(biased.topk_weights_TK, 2.5 * scores / scores.sum(1, keepdim=True))
+    torch.testing.assert_close(biased.probs_TE, plain.probs_TE)
+
+
+def test_bf16_rows_under_autocast_fp32_routing():
+    layer = make_layer()
+    seen = []
+    layer.experts.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    x = make_input()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, losses, _ = layer(x)
+    assert seen[0][0].dtype == seen[0][1].dtype == torch.bfloat16
+    assert losses.total.dtype == torch.float32
+    routed = layer.router(x.flatten(0, 1))
+    assert routed.topk_weights_TK.dtype == routed.logits_TE.dtype == torch.float32
+    torch.testing.assert_close(y.float(), dumb_forward(layer, x), rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("moesys.moe.routers.NoSuch", "cannot be imported"),
+        ("no_such_package.Router", "cannot be imported"),
+        ("os.path.join", "must be a subclass of torch.nn.Module"),
+    ],
+)
+def test_a_wrong_router_class_is_named(target, message):
+    with pytest.raises(ValueError, match=message) as error:
+        MoELayer(replace(CONFIG, router=ComponentConfig(target=target)), D)
+    assert target in str(error.value)
