@@ -1,0 +1,43 @@
+"""The experts' backend: chosen by the configuration, or by timing both on this run's shapes."""
+
+import torch
+import torch.distributed as dist
+
+from moesys.config.schema import ModelConfig
+from moesys.models.transformer import Transformer
+from moesys.ops.grouped_linear import GroupedBackend
+from moesys.parallel.mesh import Meshes
+from moesys.profile.experts import BACKENDS, time_expert_backends
+
+
+def choose_expert_backend(
+    config: ModelConfig, meshes: Meshes, *, micro_batch_tokens: int, dtype: torch.dtype
+) -> tuple[GroupedBackend, str]:
+    """Collective. Return the backend and the reason, the same on every rank (the slowest rank's times decide)."""
+    moe = config.moe
+    if moe.expert_backend != "auto":
+        return moe.expert_backend, "set by model.moe.expert_backend"
+    device = torch.device(meshes.expert.device_type)
+    times = time_expert_backends(
+        num_rows=micro_batch_tokens * moe.top_k,
+        num_experts=moe.num_experts // meshes.dims.ep,
+        d_model=config.d_model,
+        d_expert=moe.d_expert,
+        dtype=dtype,
+        device=device,
+    )
+    slowest_ms = torch.tensor(
+        [times.median_ms[name] or float("inf") for name in BACKENDS],
+        dtype=torch.float64,
+        device=device,
+    )
+    dist.all_reduce(slowest_ms, op=dist.ReduceOp.MAX, group=meshes.dp_group)
+    measured = dict(zip(BACKENDS, slowest_ms.tolist(), strict=True))
+    backend = min(measured, key=lambda name: measured[name])
+    figures = ", ".join(f"{name} {ms:.1f} ms" for name, ms in measured.items())
+    return backend, f"measured forward + backward: {figures}"
+
+
+def set_expert_backend(model: Transformer, backend: GroupedBackend) -> None:
+    for layer in model.moe_layers():
+        layer.experts.backend = backend

@@ -1,0 +1,85 @@
+"""What a model costs, by formula: parameters and FLOPs. Pure integers.
+
+A product of [m, k] by [k, n] counts 2 m k n. Attention counts the full S x S score matrix as
+torch's FlopCounterMode does (causal masking is not subtracted). Backward is twice the forward.
+"""
+
+from moesys.config.schema import ModelConfig
+
+
+def attention_parameters(config: ModelConfig) -> int:
+    """wq, wk, wv, wo of one layer (norms not included)."""
+    head_dim = config.resolved_head_dim
+    return 2 * config.d_model * head_dim * (config.num_heads + config.num_kv_heads)
+
+
+def expert_parameters(config: ModelConfig) -> int:
+    """One routed expert."""
+    return 3 * config.d_model * config.moe.d_expert
+
+
+def shared_parameters(config: ModelConfig) -> int:
+    """The shared experts of one layer."""
+    return config.moe.num_shared_experts * expert_parameters(config)
+
+
+def norm_parameters(config: ModelConfig) -> int:
+    """All norms of the model."""
+    per_layer = 2 * config.d_model + (2 * config.resolved_head_dim if config.qk_norm else 0)
+    return config.num_layers * per_layer + config.d_model
+
+
+def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: int) -> int:
+    num_moe = config.num_layers - config.num_dense_layers
+    embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    dense = config.num_dense_layers * 3 * config.d_model * config.d_ffn
+    moe = num_moe * (
+        experts_per_layer * expert_parameters(config)
+        + shared_parameters(config)
+        + router_parameters
+    )
+    return (
+        embeddings
+        + config.num_layers * attention_parameters(config)
+        + dense
+        + moe
+        + norm_parameters(config)
+    )
+
+
+def total_parameters(config: ModelConfig, router_parameters: int | None = None) -> int:
+    """All trained parameters. `router_parameters` per layer; default E * D (a linear router)."""
+    if router_parameters is None:
+        router_parameters = config.moe.num_experts * config.d_model
+    return _parameters(config, config.moe.num_experts, router_parameters)
+
+
+def active_parameters(config: ModelConfig, router_parameters: int | None = None) -> int:
+    """Parameters that take part for one token: top_k of the experts, everything else."""
+    if router_parameters is None:
+        router_parameters = config.moe.num_experts * config.d_model
+    return _parameters(config, config.moe.top_k, router_parameters)
+
+
+def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Exact FLOPs of one token's forward in a sequence of `seq_len`: products of active weights, scores, head."""
+    num_moe = config.num_layers - config.num_dense_layers
+    head_dim = config.resolved_head_dim
+    products = (
+        config.num_layers * attention_parameters(config)
+        + config.num_dense_layers * 3 * config.d_model * config.d_ffn
+        + num_moe
+        * (
+            config.moe.top_k * expert_parameters(config)
+            + shared_parameters(config)
+            + config.moe.num_experts * config.d_model
+        )
+        + config.vocab_size * config.d_model
+    )
+    scores = config.num_layers * 2 * config.num_heads * head_dim * seq_len
+    return 2 * (products + scores)
+
+
+def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+    """Forward and backward."""
+    return 3 * forward_flops_per_token(config, seq_len)

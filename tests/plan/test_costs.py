@@ -1,0 +1,76 @@
+"""The formulas against the real model: parameters counted, FLOPs counted by torch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig
+from moesys.models.transformer import Transformer
+from moesys.plan.costs import (
+    active_parameters,
+    expert_parameters,
+    forward_flops_per_token,
+    total_parameters,
+    training_flops_per_token,
+)
+
+MODEL = ModelConfig(
+    vocab_size=96,
+    num_layers=3,
+    num_dense_layers=1,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    d_ffn=48,
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=2,
+        d_expert=16,
+        num_shared_experts=1,
+        router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+    ),
+)
+VARIANTS = {
+    "base": MODEL,
+    "tied": replace(MODEL, tie_embeddings=True),
+    "qk norm, own head dim": replace(MODEL, qk_norm=True, head_dim=16),
+    "all dense": replace(MODEL, num_dense_layers=3),
+    "all MoE, no shared": replace(
+        MODEL, num_dense_layers=0, moe=replace(MODEL.moe, num_shared_experts=0)
+    ),
+    "same head count": replace(MODEL, num_kv_heads=4),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_those_of_the_model(variant):
+    config = VARIANTS[variant]
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert total_parameters(config) == sum(p.numel() for p in model.parameters())
+    idle = (config.moe.num_experts - config.moe.top_k) * expert_parameters(config)
+    num_moe = config.num_layers - config.num_dense_layers
+    assert active_parameters(config) == total_parameters(config) - num_moe * idle
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_are_those_that_torch_counts(variant):
+    config = VARIANTS[variant]
+    batch, seq_len = 2, 24
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    for layer in model.moe_layers():
+        layer.experts.backend = "loop"
+    ids = torch.randint(0, config.vocab_size, (batch, seq_len))
+    # The counter knows the CPU's flash attention not at all, but its spelled-out form.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.logits(ids)
+    assert counter.get_total_flops() == batch * seq_len * forward_flops_per_token(config, seq_len)
+
+
+def test_backward_is_twice_the_forward():
+    assert training_flops_per_token(MODEL, 64) == 3 * forward_flops_per_token(MODEL, 64)
