@@ -1,0 +1,50 @@
+"""A training job from its overrides to its exit code: compose, check, join, agree, train."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from moesys.config.compose import compose, config_hash, to_yaml
+from moesys.config.schema import RunConfig
+from moesys.config.validate import check
+from moesys.parallel.bootstrap import process_group, world_size_from_env
+from moesys.train.setup import build_run
+from moesys.train.trainer import Trainer
+
+STOPPED_EXIT_CODE = 143
+"""128 + SIGTERM: the job saved and stopped before its last step; start it again to go on."""
+
+
+def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
+    """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration."""
+    config = compose(overrides, config_dir)
+    warnings = check(config, world_size=world_size_from_env())
+    with process_group(config.train.device, config.train.timeout_s) as process:
+        agree_on(config)
+        if process.rank == 0:
+            for warning in warnings:
+                print(f"warning: {warning}", flush=True)
+        status = Trainer(build_run(config, process)).train()
+    return 0 if status == "done" else STOPPED_EXIT_CODE
+
+
+def agree_on(config: RunConfig) -> None:
+    """Collective: every rank's resolved configuration must be rank 0's, else ValueError naming the lines."""
+    store = dist.distributed_c10d._get_default_store()
+    rank = dist.get_rank()
+    if rank == 0:
+        store.set("moesys/config", to_yaml(config))
+        store.set("moesys/config_hash", config_hash(config))
+    if store.get("moesys/config_hash").decode() == config_hash(config):
+        return
+    theirs = store.get("moesys/config").decode().splitlines()
+    ours = to_yaml(config).splitlines()
+    lines = "\n".join(
+        [f"  rank 0: {line}" for line in theirs if line not in ours]
+        + [f"  rank {rank}: {line}" for line in ours if line not in theirs]
+    )
+    raise ValueError(
+        f"rank {rank} composed another configuration than rank 0: start every rank with the same "
+        f"overrides, files and environment\n{lines}"
+    )

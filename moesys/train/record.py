@@ -1,0 +1,77 @@
+"""The records of metrics.jsonl and summary.json, from what a run and its steps are. Pure.
+
+Shapes: M MoE layers, E experts.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moesys.config.schema import RunConfig
+from moesys.plan.costs import training_flops_per_token
+from moesys.train.evaluate import EvalResult
+from moesys.train.step import StepResult
+
+
+def train_record(
+    config: RunConfig,
+    result: StepResult,
+    *,
+    step: int,
+    lr: float,
+    step_s: float,
+    sections_ms: Mapping[str, float],
+    bytes_per_token: float,
+    world_size: int,
+    peak_tflops: float,
+) -> dict[str, Any]:
+    """One optimizer step. `sections_ms` of rank 0: data, forward, backward, optimizer, checkpoint."""
+    tokens_per_s = config.train.global_batch_tokens / step_s
+    flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
+    tflops_per_rank = tokens_per_s * flops_per_token / world_size / 1e12
+    imbalances = [imbalance(load_E) for load_E in result.expert_load_ME]
+    return {
+        "kind": "train",
+        "step": step,
+        "tokens": step * config.train.global_batch_tokens,
+        "loss": result.loss,
+        "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
+        "aux_loss": result.balance_loss,
+        "z_loss": result.z_loss,
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "tokens_per_s": tokens_per_s,
+        "tflops_per_rank": tflops_per_rank,
+        "mfu": tflops_per_rank / peak_tflops,
+        "load_imbalance": sum(imbalances) / len(imbalances) if imbalances else 1.0,
+        "max_load_imbalance": max(imbalances, default=1.0),
+        "dead_experts": sum(load_E.count(0) for load_E in result.expert_load_ME),
+        "dropped_slots": result.dropped_slots,
+        "sent_bytes": result.sent_bytes,
+        "step_ms": step_s * 1e3,
+        **{
+            f"{name}_ms": sections_ms.get(name, 0.0)
+            for name in ("data", "forward", "backward", "optimizer", "checkpoint")
+        },
+        "exchange_ms": result.exchange_ms,
+        "time_unix_s": time.time(),
+        "expert_load": result.expert_load_ME,
+    }
+
+
+def imbalance(load_E: Sequence[int]) -> float:
+    """Load of the busiest expert over the mean; 1 = even, E = all on one."""
+    total = sum(load_E)
+    return max(load_E) * len(load_E) / total if total else 1.0
+
+
+def eval_record(result: EvalResult, *, step: int, eval_ms: float) -> dict[str, Any]:
+    return {
+        "kind": "eval",
+        "step": step,
+        "val_loss": result.loss,
+        "val_bits_per_byte": result.bits_per_byte,
+        "val_tokens": result.tokens,
+        "eval_ms": eval_ms,
+    }

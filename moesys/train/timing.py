@@ -1,0 +1,40 @@
+"""Where a step's time goes: named sections, by wall clock on CPUs and by events on GPUs."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class SectionTimer:
+    """Adds up milliseconds per section until `read`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._wall_ms: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def section(self, name: str, on_host: bool = False) -> Iterator[None]:
+        """Time the block. On a GPU only events are recorded, no sync, unless the work is `on_host`."""
+        if self.device.type == "cuda" and not on_host:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._wall_ms[name] += (time.perf_counter() - began) * 1e3
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds per section since the last read. Waits for the device."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._wall_ms[name] += start.elapsed_time(end)
+        self._events = []
+        sections, self._wall_ms = dict(self._wall_ms), defaultdict(float)
+        return sections

@@ -1,0 +1,296 @@
+"""The training loop: steps, evaluations, checkpoints, records, and a summary at the end."""
+
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moesys.checkpoint.store import load_latest_good, save
+from moesys.config.compose import to_dict, to_yaml
+from moesys.optim.schedule import learning_rate
+from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
+from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
+from moesys.profile.matmul import matmul_tflops
+from moesys.train.evaluate import evaluate
+from moesys.train.metrics import MetricsLog, Sink
+from moesys.train.progress import console_view
+from moesys.train.record import eval_record, train_record
+from moesys.train.setup import Run
+from moesys.train.signals import StopRequest
+from moesys.train.sinks import TensorboardSink, WandbSink
+from moesys.train.state import random_state, restore_random_state, run_tensors
+from moesys.train.step import StepResult, TrainStep
+from moesys.train.timing import SectionTimer
+
+Record = dict[str, Any]
+
+
+class Trainer:
+    """Drives a Run. Every rank makes one and calls `train`; rank 0 alone writes records."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config
+        self.timer = SectionTimer(run.process.device)
+        self.train_step = TrainStep(run.model, run.optimizer, run.meshes, run.config, self.timer)
+        self.step = 0
+        self.wall_s = 0.0
+        """Time spent in steps, evaluations and checkpoints, earlier starts included."""
+        self.last_eval: Record = {}
+        self.step_seconds: list[float] = []
+
+    def train(self) -> str:
+        """Train to the last step or until asked to stop; return "done" or "stopped"."""
+        is_writer = self.run.process.rank == 0
+        if is_writer:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+        state, notes = self._resume()
+        self._choose_backend(state)
+        self.peak_tflops, self.peak_source = self._peak()
+        self.log = self._open_log() if is_writer else None
+        try:
+            self._write(self._start_record(notes))
+            with StopRequest() as stop:
+                status = self._loop(stop)
+            self._write({"kind": "stop", "step": self.step, "reason": status})
+            if is_writer:
+                self._write_summary(status)
+        finally:
+            if self.log is not None:
+                self.log.close()
+        return status
+
+    def _loop(self, stop: StopRequest) -> str:
+        steps, every = self.config.train.steps, self.config.checkpoint.every_steps
+        checkpoint_ms = 0.0
+        while self.step < steps:
+            stopping = self._one_step(stop.requested, checkpoint_ms)
+            checkpoint_ms = 0.0
+            last = self.step == steps
+            if last or _due(self.step, self.config.train.eval_every_steps):
+                self._evaluate()
+            if last or stopping or _due(self.step, every):
+                checkpoint_ms = self._save()
+            if stopping and not last:
+                return "stopped"
+        return "done"
+
+    def _one_step(self, stop_requested: bool, checkpoint_ms: float) -> bool:
+        """Train one step and record it; return whether some rank was asked to stop."""
+        began = time.perf_counter()
+        with self.timer.section("data", on_host=True):
+            batches = self.run.loader.next_step()
+        self.step += 1
+        lr = self._learning_rate()
+        result = self.train_step(batches, lr, stop_requested)
+        if not np.isfinite([result.loss, result.grad_norm]).all():
+            raise FloatingPointError(
+                f"step {self.step}: loss={result.loss}, grad_norm={result.grad_norm}: not finite. The last "
+                "checkpoint is untouched; lower optim.lr or set optim.clip_grad_norm"
+            )
+        step_s = time.perf_counter() - began
+        self.wall_s += step_s
+        self.step_seconds.append(step_s)
+        self._record_step(result, lr, step_s, checkpoint_ms)
+        return result.stop_requested
+
+    def _learning_rate(self) -> float:
+        return learning_rate(
+            self.config.schedule,
+            peak_lr=self.config.optim.lr,
+            step=self.step,
+            total_steps=self.config.train.steps,
+            tokens=self.step * self.config.train.global_batch_tokens,
+            batch=self.config.train.global_batch_tokens // self.config.data.seq_len,
+        )
+
+    def _record_step(
+        self, result: StepResult, lr: float, step_s: float, checkpoint_ms: float
+    ) -> None:
+        sections_ms = self.timer.read() | {"checkpoint": checkpoint_ms}
+        if not (_due(self.step, self.config.train.log_every_steps) or result.stop_requested):
+            return
+        self._write(
+            train_record(
+                self.config,
+                result,
+                step=self.step,
+                lr=lr,
+                step_s=step_s,
+                sections_ms=sections_ms,
+                bytes_per_token=self.run.bytes_per_token,
+                world_size=self.run.process.world_size,
+                peak_tflops=self.peak_tflops,
+            )
+        )
+
+    def _evaluate(self) -> None:
+        began = time.perf_counter()
+        result = evaluate(
+            self.run.model,
+            self.run.eval_batches,
+            self.run.token_bytes_V,
+            self.config.train.dtype,
+            self.run.meshes.dp_group,
+        )
+        eval_s = time.perf_counter() - began
+        self.wall_s += eval_s
+        self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
+        self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
+        self._write(self.last_eval)
+
+    def _save(self) -> float:
+        """Write a checkpoint; return the milliseconds that the run waited for it."""
+        result = save(
+            self.run.folder / "checkpoints",
+            self.step,
+            run_tensors(self.run.model, self.run.optimizer),
+            {
+                "step": self.step,
+                "wall_s": self.wall_s,
+                "loader": self.run.loader.state_dict(),
+                "expert_backend": self.backend,
+                "last_eval": self.last_eval,
+            },
+            rank_tensors=random_state(self.run.process.device),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        self.wall_s += result.seconds
+        self._write(
+            {
+                "kind": "checkpoint",
+                "step": self.step,
+                "checkpoint_ms": result.seconds * 1e3,
+                "bytes": result.bytes,
+            }
+        )
+        return result.seconds * 1e3
+
+    def _resume(self) -> tuple[Mapping[str, Any], list[str]]:
+        """Continue from the newest good checkpoint, if wanted and there; return its state, and notes."""
+        if not self.config.checkpoint.resume:
+            return {}, []
+        found = load_latest_good(
+            self.run.folder / "checkpoints", run_tensors(self.run.model, self.run.optimizer)
+        )
+        if found is None:
+            return {}, []
+        state = found.state
+        self.run.loader.load_state_dict(state["loader"])
+        self.step, self.wall_s = state["step"], state["wall_s"]
+        self.last_eval = state["last_eval"]
+        if found.rank_tensors is not None:
+            restore_random_state(found.rank_tensors, self.run.process.device)
+        return state, [f"skipped {bad.path.name}: {bad.reason}" for bad in found.skipped]
+
+    def _choose_backend(self, state: Mapping[str, Any]) -> None:
+        """A run keeps its backend over restarts: another one may round differently."""
+        if "expert_backend" in state:
+            self.backend, self.backend_reason = state["expert_backend"], "kept from the checkpoint"
+        elif not self.run.model.moe_layers():
+            self.backend, self.backend_reason = "grouped_mm", "no MoE layers"
+        else:
+            self.backend, self.backend_reason = choose_expert_backend(
+                self.config.model,
+                self.run.meshes,
+                micro_batch_tokens=self.config.train.micro_batch_tokens,
+                dtype=self._dtype(),
+            )
+        set_expert_backend(self.run.model, self.backend)
+
+    def _peak(self) -> tuple[float, str]:
+        if self.config.metrics.peak_tflops is not None:
+            return self.config.metrics.peak_tflops, "set by metrics.peak_tflops"
+        measured = matmul_tflops(self.run.process.device, self._dtype())
+        return measured, f"measured, a large {self.config.train.dtype} matrix product on rank 0"
+
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
+
+    def _open_log(self) -> MetricsLog:
+        folder, metrics = self.run.folder, self.config.metrics
+        _write_text(folder / "config.yaml", to_yaml(self.config))
+        shutil.copyfile(
+            Path(self.config.data.path) / "manifest.json", folder / "data_manifest.json"
+        )
+        sinks: list[Sink] = [
+            console_view(self.config.run.name, log_every_steps=self.config.train.log_every_steps)
+        ]
+        if metrics.tensorboard:
+            sinks.append(TensorboardSink(folder, resume_step=self.step))
+        if metrics.wandb != "off":
+            sinks.append(
+                WandbSink(
+                    folder,
+                    project=metrics.wandb_project,
+                    name=self.config.run.name,
+                    config=to_dict(self.config),
+                    mode=metrics.wandb,
+                )
+            )
+        return MetricsLog(folder, resume_step=self.step, sinks=sinks)
+
+    def _start_record(self, notes: list[str]) -> Record:
+        dims, process = self.run.meshes.dims, self.run.process
+        return {
+            "kind": "start",
+            "time_unix_s": time.time(),
+            "world_size": process.world_size,
+            "dp": dims.dp,
+            "ep": dims.ep,
+            "device": str(process.device),
+            "dtype": self.config.train.dtype,
+            "backend": process.backend,
+            "expert_backend": self.backend,
+            "expert_backend_reason": self.backend_reason,
+            "peak_tflops": self.peak_tflops,
+            "peak_source": self.peak_source,
+            "parameters": total_parameters(self.config.model),
+            "active_parameters": active_parameters(self.config.model),
+            "flops_per_token": training_flops_per_token(
+                self.config.model, self.config.data.seq_len
+            ),
+            "steps": self.config.train.steps,
+            "resumed_from_step": self.step,
+            "notes": notes,
+        }
+
+    def _write_summary(self, status: str) -> None:
+        manifest = self.run.manifest
+        median_s = statistics.median(self.step_seconds) if self.step_seconds else None
+        summary = {
+            "status": status,
+            "steps": self.step,
+            "val_loss": self.last_eval.get("val_loss"),
+            "val_bits_per_byte": self.last_eval.get("val_bits_per_byte"),
+            "unigram_bits_per_byte": manifest.unigram_bits_per_byte,
+            "byte_entropy_bits": manifest.byte_entropy_bits,
+            "tokens_per_s": self.config.train.global_batch_tokens / median_s if median_s else None,
+            "wall_s": self.wall_s,
+            "world_size": self.run.process.world_size,
+            "parameters": total_parameters(self.config.model),
+            "active_parameters": active_parameters(self.config.model),
+            "tokens": self.step * self.config.train.global_batch_tokens,
+        }
+        _write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def _write(self, record: Record) -> None:
+        if self.log is not None:
+            self.log.write(record)
+
+
+def _due(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_suffix(path.suffix + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)

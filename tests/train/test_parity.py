@@ -1,0 +1,168 @@
+"""Every layout trains with one process's numbers: losses and gradients over 20 steps.
+
+Shapes: B sequences of S tokens, E experts.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from moesys.config.schema import (
+    BalanceConfig,
+    CheckpointConfig,
+    ComponentConfig,
+    DataConfig,
+    MetricsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSection,
+    ScheduleConfig,
+    TrainConfig,
+)
+from moesys.data.loader import MicroBatch
+from moesys.optim.build import build_optimizer
+from moesys.parallel.dims import ParallelDims
+from moesys.parallel.mesh import build_meshes
+from moesys.parallelize.build import build_model
+from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.testing.ranks import run_ranks
+from moesys.train.step import TrainStep
+from moesys.train.timing import SectionTimer
+
+STEPS, SEQ_LEN, SEQUENCES = 20, 16, 8
+CPU = torch.device("cpu")
+
+CONFIG = RunConfig(
+    run=RunSection(name="parity", dir="unused", seed=5),
+    model=ModelConfig(
+        vocab_size=64,
+        num_layers=3,
+        num_dense_layers=1,
+        d_model=32,
+        num_heads=4,
+        num_kv_heads=2,
+        d_ffn=48,
+        init_std=0.1,
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=2,
+            d_expert=24,
+            num_shared_experts=1,
+            router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+            balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
+        ),
+    ),
+    data=DataConfig(path="unused", seq_len=SEQ_LEN),
+    optim=OptimConfig(lr=3e-3),
+    schedule=ScheduleConfig(),
+    parallel=ParallelConfig(),
+    train=TrainConfig(
+        steps=STEPS,
+        global_batch_tokens=SEQUENCES * SEQ_LEN,
+        micro_batch_tokens=SEQUENCES * SEQ_LEN,
+    ),
+    checkpoint=CheckpointConfig(),
+    metrics=MetricsConfig(),
+)
+
+
+def micro_batches(step: int, rank: int, size: int, micro_steps: int) -> list[MicroBatch]:
+    """The same SEQUENCES sequences of a step, whatever the layout; text with something to learn."""
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, 64, (SEQUENCES, 1), generator=generator)
+    stream = (start + 7 * torch.arange(SEQ_LEN + 1)) % 64
+    batches = []
+    for ids in stream.chunk(micro_steps * size)[rank::size]:
+        batches.append(MicroBatch(input_ids_BS=ids[:, :-1], target_ids_BS=ids[:, 1:]))
+    return batches
+
+
+def train(rank: int, size: int, config: RunConfig, micro_steps: int = 1):
+    """Losses, gradient norms, loads per step; and every whole gradient and weight at the end."""
+    meshes = build_meshes(ParallelDims(world_size=size, ep=config.parallel.ep), "cpu")
+    model = build_model(config.model, meshes, CPU, config.run.seed)
+    set_expert_backend(model, "loop")
+    optimizer = build_optimizer(model, config.optim)
+    step = TrainStep(model, optimizer, meshes, config, SectionTimer(CPU))
+    kept = {}
+
+    def keep_gradients(*_) -> None:
+        kept.update({n: _whole(p.grad) for n, p in model.named_parameters()})
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    results = [step(micro_batches(s, rank, size, micro_steps), 3e-3) for s in range(STEPS)]
+    weights = {n: _whole(p.detach()) for n, p in model.named_parameters()}
+    biases = [layer.router.selection_bias_E for layer in model.moe_layers()]
+    return results, dict(kept), weights, biases
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return run_ranks(train, 1, CONFIG)[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "ep", "micro_steps"),
+    [(2, 1, 1), (2, 2, 1), (4, 2, 1), (4, 4, 1), (1, 1, 4), (2, 2, 2)],
+)
+def test_losses_and_gradients_are_those_of_one_process(one_process, size, ep, micro_steps):
+    config = replace(
+        CONFIG,
+        parallel=ParallelConfig(ep=ep),
+        # The global level does not know the counts of micro-steps to come, so it depends on their number.
+        model=CONFIG.model if micro_steps == 1 else without_aux_loss(CONFIG.model),
+    )
+    reference = (
+        one_process
+        if micro_steps == 1
+        else run_ranks(train, 1, replace(config, parallel=ParallelConfig()))[0]
+    )
+    ref_results, ref_grads, ref_weights, ref_biases = reference
+    for results, grads, weights, biases in run_ranks(train, size, config, micro_steps):
+        for ours, theirs in zip(results, ref_results, strict=True):
+            assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5)
+            assert math.isclose(ours.grad_norm, theirs.grad_norm, rel_tol=1e-5)
+            if config.model.moe.balance.aux_loss_coef:
+                assert math.isclose(ours.balance_loss, theirs.balance_loss, rel_tol=1e-5)
+            assert math.isclose(ours.z_loss, theirs.z_loss, rel_tol=1e-5)
+            assert ours.expert_load_ME == theirs.expert_load_ME
+        for name, gradient in ref_grads.items():
+            assert relative_error(grads[name], gradient) < 1e-5, name
+            assert relative_error(weights[name], ref_weights[name]) < 1e-4, name
+        assert all(torch.equal(a, b) for a, b in zip(biases, ref_biases, strict=True))
+
+
+def without_aux_loss(model: ModelConfig) -> ModelConfig:
+    balance = replace(model.moe.balance, aux_loss_coef=0.0)
+    return replace(model, moe=replace(model.moe, balance=balance))
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """|ours - theirs| / |theirs| over the whole tensor."""
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def test_training_learns_and_the_bias_moves(one_process):
+    results, _, _, biases = one_process
+    assert results[-1].loss < 0.8 * results[0].loss
+    assert all(bias.abs().max() > 0.01 for bias in biases)
+
+
+def test_bytes_sent_are_the_rows_that_leave_each_rank_four_times():
+    """With K = E each token's row goes to all experts: 3 of 4 ranks are others. Dispatch and combine,
+    forward and backward, each carry D fp32 numbers per row."""
+    moe = replace(CONFIG.model.moe, top_k=8)
+    config = replace(CONFIG, parallel=ParallelConfig(ep=4), model=replace(CONFIG.model, moe=moe))
+    rows = 2 * SEQUENCES * SEQ_LEN * 8 * 3 // 4
+    for result in run_ranks(train, 4, config)[0][0]:
+        assert result.sent_bytes == 4 * rows * 32 * 4
