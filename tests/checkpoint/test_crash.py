@@ -1,0 +1,69 @@
+"""kill -9 at any moment of a save: what counts as a checkpoint is whole, and the next save clears the rest."""
+
+import multiprocessing
+import random
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from moesys.checkpoint.store import load, load_latest_good, save
+from moesys.checkpoint.verify import verify
+
+KILLS = 15
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
+
+
+def tensors(value: int) -> dict[str, torch.Tensor]:
+    return {f"t{i}": torch.full((4096,), float(value)) for i in range(20)}
+
+
+def save_forever(directory: Path, mode: str, value: int, done: Connection) -> None:
+    """Save and report value, value + 1, ...; as step 1 each time if mode is "again"."""
+    torch.set_num_threads(1)
+    while True:
+        step = 1 if mode == "again" else value
+        save(directory, step, tensors(value), {"value": value}, keep_last=2)
+        done.send(value)
+        value += 1
+
+
+@pytest.mark.parametrize("mode", ["next", "again"])
+def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
+    rng = random.Random(mode)
+    value, kills_in_the_middle = 0, 0
+    for _ in range(KILLS):
+        receive, send = context.Pipe(duplex=False)
+        saver = context.Process(target=save_forever, args=(tmp_path, mode, value + 1, send))
+        saver.start()
+        send.close()
+        assert receive.recv() == value + 1
+        time.sleep(rng.uniform(0, 0.04))
+        saver.kill()
+        saver.join()
+        reported = value + 1
+        while receive.poll():
+            try:
+                reported = receive.recv()
+            except EOFError:
+                break
+
+        request = tensors(0)
+        loaded = load_latest_good(tmp_path, request)
+        assert loaded is not None
+        assert loaded.skipped == ()
+        value = loaded.state["value"]
+        # What was reported as saved is there; the one under way may be.
+        assert value in (reported, reported + 1)
+        assert all((tensor == value).all() for tensor in request.values())
+        for path in tmp_path.glob("step_????????"):
+            assert verify(path) == []
+        kills_in_the_middle += any(".tmp-" in path.name for path in tmp_path.iterdir())
+    assert kills_in_the_middle > 0
+    result = save(tmp_path, 10**6, {"x": torch.ones(1)}, {}, keep_last=1)
+    assert list(tmp_path.iterdir()) == [result.path]
+    load(result.path, {"x": torch.zeros(1)})
