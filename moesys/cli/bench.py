@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "bench",
         help="run benchmarks and write their results",
@@ -29,7 +29,6 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print each result as one line of JSON")
     parser.add_argument("--list", action="store_true", help="print the names and what they measure")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list or not args.names:
         for name, description in known.items():
             print(f"{name:16}{description}")
+        if not known:
+            print(f"no benchmarks in {folder}")
         return 0
     names = list(known) if args.names == ["all"] else args.names
     if unknown := [name for name in names if name not in known]:
