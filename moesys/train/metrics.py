@@ -1,0 +1,136 @@
+"""metrics.jsonl: the one true record of a run. Everything else (console, TensorBoard, W&B, report)
+is a view of the same records.
+
+One JSON object per line, written by rank 0, in order of step, every step at most once:
+`start` (one per (re)start), `train`, `eval`, `checkpoint`, `stop`. Times are *_ms or *_s, sizes *_bytes.
+A number that is not finite is written as null, so that every line is strict JSON.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from moesys.report.records import LOAD_KEY, parse_line, read_records, without_load
+
+FILE_NAME = "metrics.jsonl"
+
+# A start or a stop happened, whatever is resumed from; these are about steps that will be made again.
+_UNDONE_BY_RESUME = frozenset({"train", "eval", "checkpoint"})
+
+
+class Sink(Protocol):
+    """Another view of the records, in the order in which they are written."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """The open metrics.jsonl of a run folder; made by rank 0 only.
+
+    Opening drops what a resume undoes: `train`, `eval` and `checkpoint` records of steps after
+    `resume_step` (0 = from the beginning), and a last line torn by a kill. A record is on its way to the
+    disk when `write` returns, so a later kill of this process cannot lose it.
+
+    A sink that raises is reported once as a warning and left out from then on: no view of a run may end it.
+
+    Raises:
+        ValueError: the file that is already there has a line that is not a record (names the line).
+    """
+
+    def __init__(
+        self, run_dir: str | Path, *, resume_step: int = 0, sinks: Iterable[Sink] = ()
+    ) -> None:
+        self.path = Path(run_dir) / FILE_NAME
+        self._sinks = list(sinks)
+        self._last_step = resume_step
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            _rewind(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record and hand it to the sinks. `kind` is required, `expert_load` is moved last."""
+        complete = {key: value for key, value in record.items() if key != LOAD_KEY}
+        if LOAD_KEY in record:
+            complete[LOAD_KEY] = record[LOAD_KEY]
+        if complete["kind"] == "train":
+            assert complete["step"] > self._last_step, (
+                f"step {complete['step']} after {self._last_step}"
+            )
+            self._last_step = complete["step"]
+        self._file.write(_dump(complete) + "\n")
+        self._file.flush()
+        for sink in tuple(self._sinks):
+            self._guard(sink, lambda sink=sink: sink.write(complete))
+
+    def close(self) -> None:
+        """Close the file and every sink. May be called twice."""
+        self._file.close()
+        for sink in tuple(self._sinks):
+            self._guard(sink, sink.close)
+        self._sinks.clear()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _guard(self, sink: Sink, call: Any) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._sinks.remove(sink)
+            warnings.warn(
+                f"{type(sink).__name__} failed and is off for the rest of this run ({error!r}); "
+                f"{self.path} goes on",
+                stacklevel=3,
+            )
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Every record of a metrics.jsonl, in order; a torn last line is left out.
+
+    Raises:
+        ValueError: another line is not a record; names the file and the line number.
+    """
+    return list(read_records(Path(path)))
+
+
+def _rewind(path: Path, resume_step: int) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    with path.open("rb") as old, beside.open("wb") as new:
+        for number, line in enumerate(old, start=1):
+            # A torn line must be judged whole, and without_load leaves it so.
+            record = parse_line(without_load(line), path=path, number=number)
+            if record is None or (
+                record["kind"] in _UNDONE_BY_RESUME and record.get("step", 0) > resume_step
+            ):
+                continue
+            new.write(line if line.endswith(b"\n") else line + b"\n")
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(beside, path)
+
+
+def _dump(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,109 @@
+"""The same records in TensorBoard and Weights & Biases: scalars only, under the same names.
+
+A record of kind `train` with a `loss` becomes the scalar `train/loss`, in both. `start` and `stop`
+records carry no curves and are left out.
+"""
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+_CURVES = ("train", "eval", "checkpoint")
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """`kind/name` -> value for each number of a record that belongs to a step (`step` itself left out)."""
+    kind = record["kind"]
+    if kind not in _CURVES:
+        return {}
+    return {
+        f"{kind}/{name}": value
+        for name, value in record.items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+class TensorboardSink:
+    """Event files under RUN/tensorboard.
+
+    After a resume from `resume_step` TensorBoard hides what earlier event files hold of later steps.
+    """
+
+    def __init__(self, run_dir: str | Path, *, resume_step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError:
+            raise ValueError(
+                "metrics.tensorboard=true needs the package tensorboard: pip install tensorboard, "
+                "or set metrics.tensorboard=false"
+            ) from None
+        self._writer = SummaryWriter(
+            log_dir=str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
+        )
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, global_step=record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """A Weights & Biases run, with its files under RUN/wandb.
+
+    The run's id is kept in RUN/wandb_id, so a restart continues the same run. Curves are drawn over
+    the logged `step`, not over W&B's own counter, which cannot go back when a resume does.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        mode: Literal["offline", "online"] = "offline",
+    ) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                f"metrics.wandb={mode} needs the package wandb: pip install wandb, or set metrics.wandb=off"
+            ) from None
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            id=_kept_id(Path(run_dir) / "wandb_id"),
+            # Offline there is no server to ask, and the same id joins the pieces at `wandb sync`.
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            dir=str(run_dir),
+            config=dict(config),
+            # The console belongs to the run's own view, and the machine's figures to no record.
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+        self._run.define_metric("step", hidden=True)
+        for kind in _CURVES:
+            self._run.define_metric(f"{kind}/*", step_metric="step")
+
+    def write(self, record: dict[str, Any]) -> None:
+        values = scalars(record)
+        if values:
+            self._run.log({**values, "step": record["step"]})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _kept_id(path: Path) -> str:
+    if path.exists():
+        return path.read_text(encoding="utf-8").strip()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    run_id = secrets.token_hex(4)
+    beside.write_text(run_id + "\n", encoding="utf-8")
+    os.replace(beside, path)
+    return run_id
