@@ -1,0 +1,146 @@
+"""Whether the classes that a configuration names exist and take the options given.
+
+Importing a component imports what it imports (torch, mostly), so this is a file of its own.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from moesys.config.build import check_value
+from moesys.config.errors import Problem, did_you_mean
+from moesys.config.schema import ComponentConfig, RunConfig
+
+# What the model passes to a component beside its options.
+_FIXED = ("d_model", "num_experts", "top_k")
+
+
+def find_component_problems(config: RunConfig) -> Iterator[Problem]:
+    yield from _check_component("model.moe.router", config.model.moe.router)
+    for package, key, wanted in (
+        ("wandb", "metrics.wandb", config.metrics.wandb != "off"),
+        ("tensorboard", "metrics.tensorboard", config.metrics.tensorboard),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            yield Problem(
+                key=key,
+                given=getattr(config.metrics, package),
+                rule=f"needs the package {package}, which is not installed",
+                fix=f"pip install {package}, or leave {key} off",
+            )
+
+
+def _check_component(key: str, component: ComponentConfig) -> Iterator[Problem]:
+    target = f"{key}._target_"
+    module_name, _, class_name = component.target.rpartition(".")
+    if not module_name:
+        yield Problem(
+            key=target,
+            given=component.target,
+            rule="must be the import path of a class, with its module",
+            fix="write package.module.ClassName",
+        )
+        return
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            fix = "check the spelling; the folder to start from must be the working folder or installed"
+        else:
+            fix = f"install {error.name}, which it imports"
+        yield Problem(
+            key=target,
+            given=component.target,
+            rule=f"must be importable ({error})",
+            fix=fix,
+        )
+        return
+    except Exception as error:  # a user's module may raise anything at import
+        yield Problem(
+            key=target,
+            given=component.target,
+            rule=f"must be importable (importing {module_name} raised {type(error).__name__}: {error})",
+            fix=f"correct {module_name}",
+        )
+        return
+    found = getattr(module, class_name, None)
+    classes = [name for name, value in vars(module).items() if _is_module_class(value)]
+    if found is None:
+        yield Problem(
+            key=target,
+            given=component.target,
+            rule=f"must name a class of {module_name}",
+            fix=did_you_mean(class_name, classes),
+        )
+    elif not _is_module_class(found):
+        yield Problem(
+            key=target,
+            given=component.target,
+            rule="must be a subclass of torch.nn.Module",
+            fix=did_you_mean(class_name, classes),
+        )
+    else:
+        yield from _check_options(key, found, component)
+
+
+def _is_module_class(value: Any) -> bool:
+    """By name, because this file does not import torch."""
+    return isinstance(value, type) and any(
+        base.__module__ == "torch.nn.modules.module" and base.__name__ == "Module"
+        for base in value.__mro__[1:]
+    )
+
+
+def _check_options(key: str, component: type, config: ComponentConfig) -> Iterator[Problem]:
+    signature = inspect.signature(component)
+    named = {
+        name: parameter
+        for name, parameter in signature.parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    options = [name for name in named if name not in _FIXED]
+    for name in _FIXED:
+        if name not in named and not takes_any:
+            yield Problem(
+                key=f"{key}._target_",
+                given=config.target,
+                rule=f"must take {name} in its constructor (as {', '.join(_FIXED)} are always passed)",
+                fix=f"add the keyword argument {name}: int",
+            )
+    for name, parameter in named.items():
+        required = parameter.default is parameter.empty
+        if required and name not in _FIXED and name not in config.options:
+            yield Problem(
+                key=f"{key}.{name}",
+                rule=f"is required by {config.target}",
+                fix=f"set it: {key}.{name}=...",
+            )
+    hints = _hints(component)
+    for name, value in config.options.items():
+        if name in _FIXED:
+            yield Problem(
+                key=f"{key}.{name}",
+                given=value,
+                rule="is passed by the model",
+                fix=f"remove it and set model.{'' if name == 'd_model' else 'moe.'}{name}",
+            )
+        elif name in named:
+            yield from check_value(hints.get(name), value, f"{key}.{name}")
+        elif not takes_any:
+            yield Problem(
+                key=f"{key}.{name}",
+                given=value,
+                rule=f"is not an option of {config.target}",
+                fix=did_you_mean(name, options),
+            )
+
+
+def _hints(component: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(component.__init__)
+    except NameError:  # a forward reference of the user's: its options go unchecked
+        return {}

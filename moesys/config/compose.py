@@ -1,0 +1,278 @@
+"""Hydra files and overrides to a RunConfig: the only file that knows Hydra.
+
+    compose(["experiment=quickstart", "optim.lr=1e-3"])
+
+Keys and group options are checked against the schema before Hydra sees them, so that a misspelt one
+gets a suggestion and all of them are reported at once. Any key of the schema can be set, whether or
+not a YAML file names it, and options of a component (model.moe.router.*) are free.
+
+A configuration must be the same on every rank, so the only interpolations are references to other
+keys, `${run.name}`, and `${oc.env:NAME}`; the hash of the result is what ranks compare.
+"""
+
+import difflib
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moesys.config.build import build, config_hash, to_dict, unknown_key
+from moesys.config.errors import ConfigError, Problem, did_you_mean
+from moesys.config.schema import RunConfig
+
+__all__ = ["compose", "config_hash", "group_options", "load_resolved", "to_dict", "to_yaml"]
+
+_ROOT = "train"
+_RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
+_RESOLVERS = ("oc.env",)
+_MISSING = "???"
+
+
+def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunConfig:
+    """The configuration of configs/train.yaml with `overrides` applied in Hydra's grammar.
+
+    Args:
+        config_dir: a folder of the user's with groups of the same names (experiment/mine.yaml).
+
+    Raises:
+        ConfigError: every misspelt key, unknown option, wrong type and forbidden interpolation.
+    """
+    folders = _search_path(config_dir)
+    known, problems = _check_overrides(overrides, folders)
+    composed = _compose(known, folders)
+    if isinstance(composed, RunConfig):
+        if not problems:
+            return composed
+    else:
+        problems += composed
+    raise ConfigError(problems)
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Read what `to_yaml` wrote, e.g. the config.yaml of a run folder. The round trip is exact."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give the config.yaml of a run folder")
+    try:
+        data = OmegaConf.to_container(OmegaConf.create(path.read_text()), resolve=False)
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {_one_line(error)}") from error
+    try:
+        return build(RunConfig, data)  # pyright: ignore[reportArgumentType]  (build refuses lists)
+    except ConfigError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Every key with its resolved value, in schema order."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def group_options(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:
+    """Config groups and their options, e.g. {"router": ["topk_sigmoid", "topk_softmax"]}."""
+    groups: dict[str, set[str]] = {}
+    for folder in folders if folders is not None else _search_path(None):
+        for file in folder.rglob("*.yaml"):
+            group = file.parent.relative_to(folder).as_posix()
+            if group != ".":
+                groups.setdefault(group, set()).add(file.stem)
+    return {group: sorted(options) for group, options in sorted(groups.items())}
+
+
+def _search_path(config_dir: Path | None) -> list[Path]:
+    """The folder of moesys, then the user's."""
+    candidates = [
+        Path(__file__).resolve().parents[2] / "configs",
+        Path(sysconfig.get_path("data")) / "share" / "moesys" / "configs",
+    ]
+    own = [folder for folder in candidates if (folder / f"{_ROOT}.yaml").is_file()]
+    if not own:
+        looked = " and ".join(map(str, candidates))
+        raise ValueError(f"configs/{_ROOT}.yaml is neither in {looked}: reinstall moesys")
+    if config_dir is None:
+        return own[:1]
+    if not config_dir.is_dir():
+        raise ValueError(
+            f"--config-dir {config_dir} is not a folder: give one that holds YAML groups"
+        )
+    ours, theirs = group_options(own[:1]), group_options([config_dir])
+    clashes = [
+        f"{group}/{option}.yaml"
+        for group, options in theirs.items()
+        for option in options
+        if option in ours.get(group, [])
+    ]
+    if clashes:
+        raise ValueError(
+            f"--config-dir {config_dir} holds {', '.join(clashes)}, which moesys has too: rename yours"
+        )
+    return [own[0], config_dir.resolve()]
+
+
+def _check_overrides(
+    overrides: Sequence[str], folders: Sequence[Path]
+) -> tuple[list[str], list[Problem]]:
+    """The overrides that Hydra may see, and what is wrong with the others."""
+    parser = OverridesParser.create()
+    groups = group_options(folders)
+    in_defaults = group_options(folders[:1])
+    known: list[str] = []
+    problems: list[Problem] = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            problems.append(
+                Problem(
+                    key=text,
+                    rule="is not a key=value override",
+                    fix=f"write section.key=value, unusual values in quotes ({_one_line(error)})",
+                )
+            )
+            continue
+        found = list(_check_override(override, groups))
+        problems += found
+        if found:
+            continue
+        if override.is_delete():
+            known.append(text)
+            continue
+        # Plus signs are decided here: + for a group that the defaults list lacks, ++ for keys,
+        # because struct mode would refuse those that no YAML file names.
+        sign = "++"
+        if override.key_or_group in groups:
+            sign = "" if override.key_or_group in in_defaults else "+"
+        known.append(sign + text.lstrip("+"))
+    return known, problems
+
+
+def _check_override(override: Override, groups: dict[str, list[str]]) -> Iterator[Problem]:
+    key = override.key_or_group
+    if override.is_sweep_override():
+        yield Problem(
+            key=key,
+            rule="must be one value: a run is one point of a sweep",
+            fix="start one run for each value, or write a list as [a,b]",
+        )
+    elif key in groups:
+        value = None if override.is_delete() else override.value()
+        for option in value if isinstance(value, list) else [value]:
+            if not override.is_delete() and option not in groups[key]:
+                yield Problem(
+                    key=key,
+                    given=option,
+                    rule=f"must be one of {', '.join(groups[key])}",
+                    fix=did_you_mean(str(option), groups[key]),
+                )
+    elif key.partition(".")[0] == "hydra":
+        yield Problem(
+            key=key,
+            rule="has no effect: Hydra only reads files here",
+            fix="set run.dir for the run folder, and --config-dir for a folder of your own",
+        )
+    else:
+        problem = unknown_key(key, given=None if override.is_delete() else override.value())
+        near = difflib.get_close_matches(key, groups, n=1)
+        if problem is not None and near:
+            options = ", ".join(groups[near[0]])
+            fix = f"did you mean {near[0]}=..., one of {options}?"
+            yield Problem(key=key, given=problem.given, rule=problem.rule, fix=fix)
+        elif problem is not None:
+            yield problem
+
+
+def _compose(overrides: list[str], folders: list[Path]) -> RunConfig | list[Problem]:
+    first, *others = folders
+    # The one hydra key that reaches Hydra.
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder}' for folder in others)}]"]
+    try:
+        with initialize_config_dir(str(first), version_base="1.3", job_name="moesys"):
+            composed = hydra_compose(_ROOT, overrides=search + overrides)
+        raw = OmegaConf.to_container(composed, resolve=False)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        return [
+            Problem(
+                key="configs",
+                rule=f"could not be composed ({_one_line(error)})",
+                fix=f"correct the file or the override; files are read from {_join(folders)}",
+            )
+        ]
+    problems = [problem for key, text in _strings(raw, "") for problem in _check_text(key, text)]
+    if problems:
+        return problems
+    try:
+        return build(RunConfig, _resolve(composed))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "configs"
+        return [
+            Problem(
+                key=str(key),
+                rule=f"could not be resolved ({_one_line(error)})",
+                fix="refer to an existing key, as in ${run.name}",
+            )
+        ]
+    except ConfigError as error:
+        return [_explain_group(problem, folders) for problem in error.problems]
+
+
+def _resolve(composed: DictConfig) -> Any:
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def _check_text(key: str, text: str) -> Iterator[Problem]:
+    if text == _MISSING:
+        yield Problem(key=key, rule="is required", fix=f"set it: {key}=...")
+    for resolver in _RESOLVER.findall(text):
+        if resolver not in _RESOLVERS:
+            yield Problem(
+                key=key,
+                given=text,
+                rule=f"must be the same on every rank, so ${{{resolver}:}} is refused",
+                fix="write the value itself, a reference such as ${run.name}, or ${oc.env:NAME}",
+            )
+
+
+def _explain_group(problem: Problem, folders: list[Path]) -> Problem:
+    """A group file without its `# @package` line lands beside the schema instead of inside it."""
+    groups = group_options(folders)
+    if problem.key not in groups:
+        return problem
+    for folder in folders:
+        for file in sorted((folder / problem.key).glob("*.yaml")):
+            match = re.search(r"^# @package (\S+)$", file.read_text(), flags=re.MULTILINE)
+            if match:
+                return Problem(
+                    key=problem.key,
+                    rule="is a config group that belongs elsewhere in the configuration",
+                    fix=f"begin its file with '# @package {match[1]}'",
+                )
+    return problem
+
+
+def _strings(node: Any, key: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, dict):
+        for name, child in node.items():
+            yield from _strings(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, list):
+        for child in node:
+            yield from _strings(child, key)
+
+
+def _one_line(error: BaseException) -> str:
+    cause = f" {error.__cause__}" if error.__cause__ else ""
+    return " ".join(f"{error}{cause}".split())
+
+
+def _join(folders: list[Path]) -> str:
+    return " and ".join(map(str, folders))
