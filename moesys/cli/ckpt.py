@@ -1,0 +1,224 @@
+"""moesys ckpt: look at checkpoints, check every byte of them, compare two."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesys.checkpoint.manifest import Manifest
+
+_PLAIN_INTERVAL_S = 5.0
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "ckpt",
+        help="list, show, verify and compare checkpoints",
+        description="Checkpoints are folders step_NNNNNNNN, in RUN/checkpoints of a run. Where one is "
+        "asked for, a run or checkpoint folder stands for its newest.",
+    )
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    listing = actions.add_parser("list", help="the checkpoints of a run, newest first")
+    listing.add_argument("path", metavar="RUN|DIR", type=Path)
+    listing.add_argument("--json", action="store_true", help="print one JSON list")
+
+    show = actions.add_parser(
+        "show", help="tensors, shapes, types, bytes and the layout that saved them"
+    )
+    show.add_argument("path", metavar="PATH", type=Path)
+    show.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verify = actions.add_parser(
+        "verify", help="read and hash every byte; exit 1 and say what is bad, if anything is"
+    )
+    verify.add_argument("path", metavar="PATH|RUN", type=Path, help="of a run: all its checkpoints")
+
+    diff = actions.add_parser(
+        "diff", help="differences per tensor, whatever layouts saved them; exit 1 if there are any"
+    )
+    diff.add_argument("a", metavar="A", type=Path)
+    diff.add_argument("b", metavar="B", type=Path)
+    diff.add_argument("--json", action="store_true", help="print one JSON list")
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"list": _list, "show": _show, "verify": _verify, "diff": _diff}[args.action](args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from moesys.checkpoint.errors import CheckpointError
+    from moesys.checkpoint.manifest import read_manifest
+
+    rows: list[dict[str, Any]] = []
+    for path in _checkpoints(args.path):
+        row: dict[str, Any] = {"path": str(path)}
+        try:
+            row |= _summary(read_manifest(path))
+        except CheckpointError as error:
+            row["problem"] = str(error)
+        rows.append(row)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        told = row.get("problem") or (
+            f"step {row['step']:>10,}  {_size(row['bytes']):>10}  {row['num_tensors']:>6} tensors  "
+            f"saved by {_ranks(row['world_size'])}"
+        )
+        print(f"{row['path']}  {told}")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from moesys.checkpoint.manifest import read_manifest
+
+    path = _newest(args.path)
+    manifest = read_manifest(path)
+    summary = _summary(manifest)
+    if args.json:
+        tensors = {
+            name: {
+                "dtype": record.dtype,
+                "shape": record.shape,
+                "bytes": record.num_bytes,
+                "shards": record.grid,
+                "num_chunks": len(record.chunks),
+            }
+            for name, record in manifest.tensors.items()
+        }
+        print(
+            json.dumps(
+                {"path": str(path), **summary, "state": manifest.state, "tensors": tensors},
+                indent=2,
+            )
+        )
+        return 0
+    print(f"{path}")
+    print(
+        f"step {manifest.step:,}, saved by {_ranks(manifest.world_size)}, {_size(summary['bytes'])}"
+    )
+    print(f"state: {', '.join(manifest.state) or 'empty'}")
+    rows = [("tensor", "shape", "dtype", "bytes", "saved as")]
+    for name, record in manifest.tensors.items():
+        shards = (
+            "x".join(map(str, record.grid)) + " shards"
+            if max(record.grid, default=1) > 1
+            else "whole"
+        )
+        rows.append((name, str(list(record.shape)), record.dtype, f"{record.num_bytes:,}", shards))
+    _table(rows)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from moesys.checkpoint.verify import verify
+
+    num_bad = 0
+    for path in _checkpoints(args.path):
+        progress = _Progress(path.name)
+        problems = verify(path, progress)
+        progress.finish()
+        num_bad += bool(problems)
+        print(f"{path}: {'good' if not problems else 'BAD'}")
+        for problem in problems:
+            print(f"  - {problem}")
+    return 1 if num_bad else 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from moesys.checkpoint.diff import diff
+
+    a, b = _newest(args.a), _newest(args.b)
+    results = list(diff(a, b))
+    different = [result for result in results if not result.is_equal]
+    if args.json:
+        fields = ("name", "mismatch", "num_different", "max_abs", "max_rel")
+        print(json.dumps([{f: getattr(r, f) for f in fields} for r in results], indent=2))
+        return 1 if different else 0
+    print(f"A {a}\nB {b}")
+    if different:
+        rows = [("tensor", "different", "max |a-b|", "max relative")]
+        for r in different:
+            if r.mismatch:
+                rows.append((r.name, r.mismatch, "", ""))
+            else:
+                rows.append(
+                    (r.name, f"{r.num_different:,}", f"{r.max_abs:.3e}", f"{r.max_rel:.3e}")
+                )
+        _table(rows)
+    print(f"{len(results) - len(different)} of {len(results)} tensors are equal")
+    return 1 if different else 0
+
+
+def _checkpoints(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or those in the run or folder `path`, newest first."""
+    from moesys.checkpoint.folder import step_folders
+
+    if (path / "manifest.json").is_file() or path.name.startswith("step_"):
+        return [path]
+    found = step_folders(path / "checkpoints") or step_folders(path)
+    if not found:
+        raise ValueError(
+            f"{path} has no checkpoints: name a run folder, its checkpoints/ or a step_NNNNNNNN folder"
+        )
+    return found
+
+
+def _newest(path: Path) -> Path:
+    return _checkpoints(path)[0]
+
+
+def _summary(manifest: "Manifest") -> dict[str, Any]:
+    return {
+        "step": manifest.step,
+        "bytes": sum(manifest.file_bytes.values()),
+        "num_tensors": len(manifest.tensors),
+        "world_size": manifest.world_size,
+    }
+
+
+class _Progress:
+    """Percent and time left on stderr: one line rewritten on a terminal, else a line every few seconds."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.start_s = self.last_s = time.monotonic()
+        self.shown = False
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        now_s, is_terminal = time.monotonic(), sys.stderr.isatty()
+        if now_s - self.last_s < (0.1 if is_terminal else _PLAIN_INTERVAL_S) or not done_bytes:
+            return
+        self.last_s, self.shown = now_s, True
+        left_s = (now_s - self.start_s) * (total_bytes - done_bytes) / done_bytes
+        text = f"{self.label}: {_size(done_bytes)} of {_size(total_bytes)}, {left_s:.0f} s left"
+        line = f"\r{text}\x1b[K" if is_terminal else f"{text}\n"
+        print(line, file=sys.stderr, flush=True, end="")
+
+    def finish(self) -> None:
+        if self.shown and sys.stderr.isatty():
+            print("\r\x1b[K", file=sys.stderr, end="", flush=True)
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.2f} TiB"
