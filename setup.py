@@ -17,8 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -154,11 +156,11 @@ def run_into(command: list[str], output: Path) -> None:
 
 
 class BuildOps(build_ext):
-    user_options = [
+    user_options: ClassVar = [
         *build_ext.user_options,
         ("compile-only", None, "compile every source, link nothing"),
     ]
-    boolean_options = [*build_ext.boolean_options, "compile-only"]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "compile-only"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
@@ -230,7 +232,7 @@ def install(library: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def config_files() -> list[tuple[str, list[str]]]:
+def config_files() -> list[tuple[str, Sequence[str]]]:
     """configs/ as data_files: one entry per folder, under share/moesys/."""
     folders: dict[str, list[str]] = {}
     for path in sorted((ROOT / "configs").rglob("*")):
@@ -239,7 +241,7 @@ def config_files() -> list[tuple[str, list[str]]]:
             folders.setdefault(f"share/moesys/{relative.parent.as_posix()}", []).append(
                 str(relative)
             )
-    return sorted(folders.items())
+    return [(folder, folders[folder]) for folder in sorted(folders)]
 
 
 setup(

@@ -20,9 +20,9 @@ template <typename T>
 using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T>
-inline constexpr ScalarType scalar_type_of = std::is_same_v<T, double> ? ScalarType::Double
-    : std::is_same_v<T, int64_t>                                      ? ScalarType::Long
-                                                                      : ScalarType::Float;
+inline constexpr ScalarType scalar_type_of = std::is_same_v<T, double>    ? ScalarType::Double
+                                             : std::is_same_v<T, int64_t> ? ScalarType::Long
+                                                                          : ScalarType::Float;
 
 // Calls kernel.template operator()<T>() with the element type of `tensor`.
 template <typename Kernel>

@@ -23,8 +23,8 @@ MOESYS_INLINE float exp_polynomial(float x) {
   const float shifted = x * 1.44269504f + magic;
   const float n = shifted - magic;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  const float q =
-      0.5f + r * (0.1666657695f + r * (4.166655457e-2f + r * (8.363185032e-3f + r * 1.392619106e-3f)));
+  const float q = 0.5f + r * (0.1666657695f +
+                              r * (4.166655457e-2f + r * (8.363185032e-3f + r * 1.392619106e-3f)));
   const float exp_r = 1.0f + (r + r * r * q);
   // 2^n in two factors, so that neither leaves the range of normal numbers.
   const int32_t bits = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(magic);
@@ -42,9 +42,7 @@ MOESYS_INLINE float exponential(float x) {
 #endif
 }
 
-MOESYS_INLINE double exponential(double x) {
-  return exp(x);
-}
+MOESYS_INLINE double exponential(double x) { return exp(x); }
 
 template <typename A>
 MOESYS_INLINE A sigmoid(A x) {

@@ -18,8 +18,8 @@ void count(const char* op, const Id* ids, int64_t num_slots, int64_t E, int64_t*
   for (int64_t s = 0; s < num_slots; ++s) {
     const int64_t id = ids[s];
     if (id == -1) continue;
-    STD_TORCH_CHECK(
-        id >= 0 && id < E, op, ": expert id ", id, " of slot ", s, " is not -1 and not in 0..", E - 1);
+    STD_TORCH_CHECK(id >= 0 && id < E, op, ": expert id ", id, " of slot ", s,
+                    " is not -1 and not in 0..", E - 1);
     ++counts[id];
   }
 }
@@ -29,7 +29,8 @@ Tensor tokens_per_expert(const Tensor& topk_ids_any, int64_t E) {
   const Tensor topk_ids = torch::stable::contiguous(topk_ids_any);
   Tensor counts = torch::stable::new_empty(topk_ids, {E}, ScalarType::Long);
   for_id_type("tokens_per_expert", topk_ids, [&]<typename Id>() {
-    count("tokens_per_expert", topk_ids.const_data_ptr<Id>(), topk_ids.numel(), E, counts.mutable_data_ptr<int64_t>());
+    count("tokens_per_expert", topk_ids.const_data_ptr<Id>(), topk_ids.numel(), E,
+          counts.mutable_data_ptr<int64_t>());
   });
   return counts;
 }

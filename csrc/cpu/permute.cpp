@@ -1,4 +1,5 @@
-// moesys::permute, unpermute and their backwards. T tokens, K slots each (slot t*K+k), N rows, D model.
+// moesys::permute, unpermute and their backwards. T tokens, K slots each (slot t*K+k), N rows, D
+// model.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -17,14 +18,13 @@ namespace {
 constexpr int64_t GRAIN_BYTES = 65536;
 constexpr int64_t TILE = 256;  // accumulators that stay in the first-level cache
 
-int64_t grain(int64_t bytes_per_item) {
-  return GRAIN_BYTES / (bytes_per_item + 1) + 1;
-}
+int64_t grain(int64_t bytes_per_item) { return GRAIN_BYTES / (bytes_per_item + 1) + 1; }
 
 // out[d] = sum_k weights[k] * rows[k][d], in the accumulator type.
 template <typename T>
-inline __attribute__((always_inline)) void weighted_sum(
-    T* __restrict out, const T* const* rows, const accumulator_t<T>* weights, int64_t num_rows, int64_t D) {
+inline __attribute__((always_inline)) void weighted_sum(T* __restrict out, const T* const* rows,
+                                                        const accumulator_t<T>* weights,
+                                                        int64_t num_rows, int64_t D) {
   using A = accumulator_t<T>;
   alignas(64) A sums[TILE];
   for (int64_t start = 0; start < D; start += TILE) {
@@ -43,8 +43,11 @@ inline __attribute__((always_inline)) void weighted_sum(
 
 // grad_row[d] = weight * grad_x[d]; returns <grad_x, row>: one pass over the three.
 template <typename T>
-inline __attribute__((always_inline)) accumulator_t<T> scale_and_dot(
-    T* __restrict grad_row, const T* __restrict grad_x, const T* __restrict row, accumulator_t<T> weight, int64_t D) {
+inline __attribute__((always_inline)) accumulator_t<T> scale_and_dot(T* __restrict grad_row,
+                                                                     const T* __restrict grad_x,
+                                                                     const T* __restrict row,
+                                                                     accumulator_t<T> weight,
+                                                                     int64_t D) {
   accumulator_t<T> dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (int64_t d = 0; d < D; ++d) {
@@ -55,14 +58,14 @@ inline __attribute__((always_inline)) accumulator_t<T> scale_and_dot(
   return dot;
 }
 
-#define MOESYS_ROWS(T)                                                                               \
-  MOESYS_SIMD void sum_rows(                                                                         \
-      T* out, const T* const* rows, const accumulator_t<T>* weights, int64_t num_rows, int64_t D) {  \
-    weighted_sum<T>(out, rows, weights, num_rows, D);                                                \
-  }                                                                                                  \
-  MOESYS_SIMD accumulator_t<T> gradient_row(                                                         \
-      T* grad_row, const T* grad_x, const T* row, accumulator_t<T> weight, int64_t D) {              \
-    return scale_and_dot<T>(grad_row, grad_x, row, weight, D);                                       \
+#define MOESYS_ROWS(T)                                                                     \
+  MOESYS_SIMD void sum_rows(T* out, const T* const* rows, const accumulator_t<T>* weights, \
+                            int64_t num_rows, int64_t D) {                                 \
+    weighted_sum<T>(out, rows, weights, num_rows, D);                                      \
+  }                                                                                        \
+  MOESYS_SIMD accumulator_t<T> gradient_row(T* grad_row, const T* grad_x, const T* row,    \
+                                            accumulator_t<T> weight, int64_t D) {          \
+    return scale_and_dot<T>(grad_row, grad_x, row, weight, D);                             \
   }
 MOESYS_ROWS(float)
 MOESYS_ROWS(double)
@@ -71,7 +74,8 @@ MOESYS_ROWS(c10::Half)
 #undef MOESYS_ROWS
 
 void check_index(const char* op, const char* name, const std::atomic<bool>& is_bad) {
-  STD_TORCH_CHECK(!is_bad.load(), op, ": ", name, " has an entry that is neither -1 nor a valid index");
+  STD_TORCH_CHECK(!is_bad.load(), op, ": ", name,
+                  " has an entry that is neither -1 nor a valid index");
 }
 
 // Byte copies, so any element type travels.
@@ -103,30 +107,32 @@ Tensor permute(const Tensor& x_any, const Tensor& slot_of_row_any, const Tensor&
 
 // x[t] = sum_k weights[t, k] * rows[row_of_slot[t, k]]; weights of 1 where `weights` is null.
 template <typename T>
-void combine(const char* op, const Tensor& rows, const accumulator_t<T>* weights, const Tensor& row_of_slot, Tensor& x) {
+void combine(const char* op, const Tensor& rows, const accumulator_t<T>* weights,
+             const Tensor& row_of_slot, Tensor& x) {
   using A = accumulator_t<T>;
   const int64_t K = row_of_slot.size(1), N = rows.size(0), D = rows.size(1);
   const T* from = rows.const_data_ptr<T>();
   T* to = x.mutable_data_ptr<T>();
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
   std::atomic<bool> is_bad{false};
-  torch::stable::parallel_for(0, x.size(0), grain(K * D * sizeof(T)), [&](int64_t begin, int64_t end) {
-    std::vector<const T*> row_K(K);
-    std::vector<A> weight_K(K);
-    for (int64_t t = begin; t < end; ++t) {
-      int64_t num_rows = 0;
-      for (int64_t s = t * K; s < (t + 1) * K; ++s) {
-        const int64_t n = row_of[s];
-        if (n >= 0 && n < N) {
-          row_K[num_rows] = from + n * D;
-          weight_K[num_rows++] = weights ? weights[s] : A(1);
-        } else if (n != -1) {
-          is_bad = true;
-        }
-      }
-      sum_rows(to + t * D, row_K.data(), weight_K.data(), num_rows, D);
-    }
-  });
+  torch::stable::parallel_for(0, x.size(0), grain(K * D * sizeof(T)),
+                              [&](int64_t begin, int64_t end) {
+                                std::vector<const T*> row_K(K);
+                                std::vector<A> weight_K(K);
+                                for (int64_t t = begin; t < end; ++t) {
+                                  int64_t num_rows = 0;
+                                  for (int64_t s = t * K; s < (t + 1) * K; ++s) {
+                                    const int64_t n = row_of[s];
+                                    if (n >= 0 && n < N) {
+                                      row_K[num_rows] = from + n * D;
+                                      weight_K[num_rows++] = weights ? weights[s] : A(1);
+                                    } else if (n != -1) {
+                                      is_bad = true;
+                                    }
+                                  }
+                                  sum_rows(to + t * D, row_K.data(), weight_K.data(), num_rows, D);
+                                }
+                              });
   check_index(op, "row_of_slot", is_bad);
 }
 
@@ -149,13 +155,15 @@ Tensor unpermute(const Tensor& rows_any, const Tensor& weights_any, const Tensor
   const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
   Tensor x = torch::stable::new_empty(rows, {T, rows.size(1)});
   for_float_type("unpermute", rows, [&]<typename Element>() {
-    combine<Element>("unpermute", rows, weights.const_data_ptr<accumulator_t<Element>>(), row_of_slot, x);
+    combine<Element>("unpermute", rows, weights.const_data_ptr<accumulator_t<Element>>(),
+                     row_of_slot, x);
   });
   return x;
 }
 
-std::tuple<Tensor, Tensor> unpermute_backward(
-    const Tensor& grad_x_any, const Tensor& rows_any, const Tensor& weights_any, const Tensor& row_of_slot_any) {
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_x_any, const Tensor& rows_any,
+                                              const Tensor& weights_any,
+                                              const Tensor& row_of_slot_any) {
   const char* op = "unpermute_backward";
   const auto [T, K] = check_unpermute(op, rows_any, weights_any, row_of_slot_any);
   const int64_t N = rows_any.size(0), D = rows_any.size(1), slots_per_token = K;
@@ -168,7 +176,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(
 
   // Rows that serve no slot get no gradient below: they must start from zero.
   const int64_t num_used = T * K - std::count(row_of, row_of + T * K, int64_t{-1});
-  Tensor grad_rows = num_used == N ? torch::stable::new_empty(rows, {N, D}) : torch::stable::new_zeros(rows, {N, D});
+  Tensor grad_rows = num_used == N ? torch::stable::new_empty(rows, {N, D})
+                                   : torch::stable::new_zeros(rows, {N, D});
   Tensor grad_weights = torch::stable::new_empty(weights, {T, K});
   for_float_type(op, rows, [&]<typename Element>() {
     using A = accumulator_t<Element>;
@@ -178,16 +187,17 @@ std::tuple<Tensor, Tensor> unpermute_backward(
     Element* drows = grad_rows.mutable_data_ptr<Element>();
     A* dweights = grad_weights.mutable_data_ptr<A>();
     std::atomic<bool> is_bad{false};
-    torch::stable::parallel_for(0, T * K, grain(D * sizeof(Element)), [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t n = row_of[s];
-        const bool has_row = n >= 0 && n < N;
-        if (!has_row && n != -1) is_bad = true;
-        dweights[s] = has_row
-            ? gradient_row(drows + n * D, dx + s / slots_per_token * D, from + n * D, weight[s], D)
-            : A(0);
-      }
-    });
+    torch::stable::parallel_for(
+        0, T * K, grain(D * sizeof(Element)), [&](int64_t begin, int64_t end) {
+          for (int64_t s = begin; s < end; ++s) {
+            const int64_t n = row_of[s];
+            const bool has_row = n >= 0 && n < N;
+            if (!has_row && n != -1) is_bad = true;
+            dweights[s] = has_row ? gradient_row(drows + n * D, dx + s / slots_per_token * D,
+                                                 from + n * D, weight[s], D)
+                                  : A(0);
+          }
+        });
     check_index(op, "row_of_slot", is_bad);
   });
   return {grad_rows, grad_weights};

@@ -14,8 +14,8 @@
 
 namespace moesys {
 
-// Into the accumulator type and back, rounding to nearest even. bf16 is done on the bits: torch's own
-// conversion branches on NaN, which keeps a loop scalar.
+// Into the accumulator type and back, rounding to nearest even. bf16 is done on the bits: torch's
+// own conversion branches on NaN, which keeps a loop scalar.
 template <typename T>
 inline __attribute__((always_inline)) accumulator_t<T> widen(T value) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -31,7 +31,8 @@ inline __attribute__((always_inline)) T narrow(accumulator_t<T> value) {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    return c10::BFloat16(static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded), c10::BFloat16::from_bits());
+    return c10::BFloat16(static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded),
+                         c10::BFloat16::from_bits());
   } else {
     return static_cast<T>(value);
   }

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t GRAIN_ELEMENTS = 16384;
 
 template <typename T>
-inline __attribute__((always_inline)) void forward_row(const T* __restrict gate_up, T* __restrict hidden, int64_t F) {
+inline __attribute__((always_inline)) void forward_row(const T* __restrict gate_up,
+                                                       T* __restrict hidden, int64_t F) {
 #pragma omp simd
   for (int64_t f = 0; f < F; ++f) {
     hidden[f] = narrow<T>(swiglu_forward(widen(gate_up[f]), widen(gate_up[F + f])));
@@ -21,24 +22,26 @@ inline __attribute__((always_inline)) void forward_row(const T* __restrict gate_
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void backward_row(
-    const T* __restrict grad_hidden, const T* __restrict gate_up, T* __restrict grad_gate_up, int64_t F) {
+inline __attribute__((always_inline)) void backward_row(const T* __restrict grad_hidden,
+                                                        const T* __restrict gate_up,
+                                                        T* __restrict grad_gate_up, int64_t F) {
 #pragma omp simd
   for (int64_t f = 0; f < F; ++f) {
-    const auto grad = swiglu_gradient(widen(grad_hidden[f]), widen(gate_up[f]), widen(gate_up[F + f]));
+    const auto grad =
+        swiglu_gradient(widen(grad_hidden[f]), widen(gate_up[f]), widen(gate_up[F + f]));
     grad_gate_up[f] = narrow<T>(grad.gate);
     grad_gate_up[F + f] = narrow<T>(grad.up);
   }
 }
 
-#define MOESYS_ROWS(T)                                                                          \
-  MOESYS_SIMD void forward_rows(const T* gate_up, T* hidden, int64_t rows, int64_t F) {         \
-    for (int64_t n = 0; n < rows; ++n) forward_row(gate_up + n * 2 * F, hidden + n * F, F);     \
-  }                                                                                             \
-  MOESYS_SIMD void backward_rows(                                                               \
-      const T* grad_hidden, const T* gate_up, T* grad_gate_up, int64_t rows, int64_t F) {       \
-    for (int64_t n = 0; n < rows; ++n)                                                          \
-      backward_row(grad_hidden + n * F, gate_up + n * 2 * F, grad_gate_up + n * 2 * F, F);      \
+#define MOESYS_ROWS(T)                                                                      \
+  MOESYS_SIMD void forward_rows(const T* gate_up, T* hidden, int64_t rows, int64_t F) {     \
+    for (int64_t n = 0; n < rows; ++n) forward_row(gate_up + n * 2 * F, hidden + n * F, F); \
+  }                                                                                         \
+  MOESYS_SIMD void backward_rows(const T* grad_hidden, const T* gate_up, T* grad_gate_up,   \
+                                 int64_t rows, int64_t F) {                                 \
+    for (int64_t n = 0; n < rows; ++n)                                                      \
+      backward_row(grad_hidden + n * F, gate_up + n * 2 * F, grad_gate_up + n * 2 * F, F);  \
   }
 MOESYS_ROWS(float)
 MOESYS_ROWS(double)
@@ -46,9 +49,7 @@ MOESYS_ROWS(c10::BFloat16)
 MOESYS_ROWS(c10::Half)
 #undef MOESYS_ROWS
 
-int64_t grain_rows(int64_t F) {
-  return GRAIN_ELEMENTS / (F + 1) + 1;
-}
+int64_t grain_rows(int64_t F) { return GRAIN_ELEMENTS / (F + 1) + 1; }
 
 Tensor swiglu(const Tensor& gate_up_any) {
   const int64_t F = check_gate_up("swiglu", gate_up_any);

@@ -30,13 +30,12 @@ class Launch {
     if (num_items == 0) return;
     const int64_t blocks = (num_items + WARPS_PER_BLOCK - 1) / WARPS_PER_BLOCK;
     STD_TORCH_CHECK(blocks <= INT32_MAX, "moesys: too many rows for one launch");
-    kernel<<<static_cast<unsigned>(blocks), WARPS_PER_BLOCK * WARP, 0, stream_>>>(args..., num_items);
+    kernel<<<static_cast<unsigned>(blocks), WARPS_PER_BLOCK * WARP, 0, stream_>>>(args...,
+                                                                                  num_items);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
-  cudaStream_t stream() const {
-    return stream_;
-  }
+  cudaStream_t stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
@@ -47,9 +46,7 @@ __device__ __forceinline__ int64_t warp_index() {
   return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
 }
 
-__device__ __forceinline__ int lane_index() {
-  return threadIdx.x % WARP;
-}
+__device__ __forceinline__ int lane_index() { return threadIdx.x % WARP; }
 
 // W elements moved by one instruction.
 template <typename T, int W>

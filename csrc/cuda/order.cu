@@ -28,8 +28,8 @@ __device__ __forceinline__ int64_t inclusive_scan(int64_t value) {
 }
 
 template <typename Id>
-__global__ void count_tiles(
-    const Id* __restrict__ ids, int64_t* __restrict__ counts_EB, int64_t num_slots, int64_t E) {
+__global__ void count_tiles(const Id* __restrict__ ids, int64_t* __restrict__ counts_EB,
+                            int64_t num_slots, int64_t E) {
   extern __shared__ int64_t shared[];
   auto* counts = reinterpret_cast<unsigned long long*>(shared);
   for (int64_t e = lane_index(); e < E; e += WARP) counts[e] = 0;
@@ -48,7 +48,8 @@ __global__ void count_tiles(
 }
 
 // In place: counts_EB[e, b] becomes the number of e's slots in tiles before b. One warp per expert.
-__global__ void scan_tiles(int64_t* __restrict__ counts_EB, int64_t* __restrict__ counts_E, int64_t B, int64_t E) {
+__global__ void scan_tiles(int64_t* __restrict__ counts_EB, int64_t* __restrict__ counts_E,
+                           int64_t B, int64_t E) {
   const int64_t e = warp_index();
   if (e >= E) return;
   int64_t total = 0;
@@ -63,14 +64,9 @@ __global__ void scan_tiles(int64_t* __restrict__ counts_EB, int64_t* __restrict_
 }
 
 template <typename Id>
-__global__ void place_slots(
-    const Id* __restrict__ ids,
-    const int64_t* __restrict__ before_EB,
-    const int64_t* __restrict__ counts_E,
-    int64_t* __restrict__ row_of_slot,
-    int64_t* __restrict__ slot_of_row,
-    int64_t num_slots,
-    int64_t E) {
+__global__ void place_slots(const Id* __restrict__ ids, const int64_t* __restrict__ before_EB,
+                            const int64_t* __restrict__ counts_E, int64_t* __restrict__ row_of_slot,
+                            int64_t* __restrict__ slot_of_row, int64_t num_slots, int64_t E) {
   extern __shared__ int64_t next_row[];
   int64_t total = 0;
   for (int64_t first = 0; first < E; first += WARP) {
@@ -100,7 +96,8 @@ __global__ void place_slots(
 }
 
 // Fills counts_E and returns before_EB.
-Tensor count(const Launch& launch, const char* op, const Tensor& topk_ids, int64_t E, Tensor& counts) {
+Tensor count(const Launch& launch, const char* op, const Tensor& topk_ids, int64_t E,
+             Tensor& counts) {
   STD_TORCH_CHECK(E <= MAX_EXPERTS, op, ": at most ", MAX_EXPERTS, " experts on a GPU, got ", E);
   const int64_t num_slots = topk_ids.numel();
   const int64_t B = std::max<int64_t>(1, (num_slots + TILE_SLOTS - 1) / TILE_SLOTS);
@@ -140,14 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> expert_order(const Tensor& topk_ids_any, int6
     STD_CUDA_CHECK(cudaMemsetAsync(slot_of, 0xff, num_slots * sizeof(int64_t), launch.stream()));
   }
   for_id_type("expert_order", topk_ids, [&]<typename Id>() {
-    place_slots<Id><<<static_cast<unsigned>(before.size(1)), WARP, E * sizeof(int64_t), launch.stream()>>>(
-        topk_ids.const_data_ptr<Id>(),
-        before.const_data_ptr<int64_t>(),
-        counts.const_data_ptr<int64_t>(),
-        row_of_slot.mutable_data_ptr<int64_t>(),
-        slot_of,
-        num_slots,
-        E);
+    place_slots<Id>
+        <<<static_cast<unsigned>(before.size(1)), WARP, E * sizeof(int64_t), launch.stream()>>>(
+            topk_ids.const_data_ptr<Id>(), before.const_data_ptr<int64_t>(),
+            counts.const_data_ptr<int64_t>(), row_of_slot.mutable_data_ptr<int64_t>(), slot_of,
+            num_slots, E);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {row_of_slot, slot_of_row, counts};

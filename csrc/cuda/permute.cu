@@ -1,5 +1,6 @@
-// moesys::permute, unpermute and their backwards. T tokens, K slots each (slot t*K+k), N rows, D model.
-// Everything is gathered, and sums run in a fixed order: results are bit-equal from run to run.
+// moesys::permute, unpermute and their backwards. T tokens, K slots each (slot t*K+k), N rows, D
+// model. Everything is gathered, and sums run in a fixed order: results are bit-equal from run to
+// run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -14,14 +15,9 @@ namespace {
 
 // rows[n] = x[slot_of_row[n] / K], or zeros; `width` units of type Unit per row.
 template <typename Unit>
-__global__ void copy_rows(
-    const Unit* __restrict__ x,
-    const int64_t* __restrict__ slot_of_row,
-    Unit* __restrict__ rows,
-    int64_t num_slots,
-    int64_t K,
-    int64_t width,
-    int64_t N) {
+__global__ void copy_rows(const Unit* __restrict__ x, const int64_t* __restrict__ slot_of_row,
+                          Unit* __restrict__ rows, int64_t num_slots, int64_t K, int64_t width,
+                          int64_t N) {
   const int64_t n = warp_index();
   if (n >= N) return;
   const int64_t slot = slot_of_row[n];
@@ -38,15 +34,10 @@ __global__ void copy_rows(
 
 // x[t] = sum_k weights[t, k] * rows[row_of_slot[t, k]]; weights of 1 where `weights` is null.
 template <typename T, int W>
-__global__ void combine_rows(
-    const T* __restrict__ rows,
-    const accumulator_t<T>* __restrict__ weights,
-    const int64_t* __restrict__ row_of_slot,
-    T* __restrict__ x,
-    int64_t K,
-    int64_t N,
-    int64_t D,
-    int64_t num_tokens) {
+__global__ void combine_rows(const T* __restrict__ rows,
+                             const accumulator_t<T>* __restrict__ weights,
+                             const int64_t* __restrict__ row_of_slot, T* __restrict__ x, int64_t K,
+                             int64_t N, int64_t D, int64_t num_tokens) {
   using A = accumulator_t<T>;
   using Packed = Pack<T, W>;
   const int64_t t = warp_index();
@@ -72,18 +63,13 @@ __global__ void combine_rows(
 
 // One warp per slot: grad_row = weight * grad_x[t], grad_weight = <grad_x[t], row>.
 template <typename T, int W>
-__global__ void combine_gradients(
-    const T* __restrict__ grad_x,
-    const T* __restrict__ rows,
-    const accumulator_t<T>* __restrict__ weights,
-    const int64_t* __restrict__ row_of_slot,
-    T* __restrict__ grad_rows,
-    accumulator_t<T>* __restrict__ grad_weights,
-    uint8_t* __restrict__ is_used,
-    int64_t K,
-    int64_t N,
-    int64_t D,
-    int64_t num_slots) {
+__global__ void combine_gradients(const T* __restrict__ grad_x, const T* __restrict__ rows,
+                                  const accumulator_t<T>* __restrict__ weights,
+                                  const int64_t* __restrict__ row_of_slot,
+                                  T* __restrict__ grad_rows,
+                                  accumulator_t<T>* __restrict__ grad_weights,
+                                  uint8_t* __restrict__ is_used, int64_t K, int64_t N, int64_t D,
+                                  int64_t num_slots) {
   using A = accumulator_t<T>;
   using Packed = Pack<T, W>;
   const int64_t s = warp_index();
@@ -108,7 +94,8 @@ __global__ void combine_gradients(
       }
       to[i] = out;
     }
-    for (int offset = WARP / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(ALL_LANES, dot, offset);
+    for (int offset = WARP / 2; offset > 0; offset /= 2)
+      dot += __shfl_xor_sync(ALL_LANES, dot, offset);
   }
   if (lane_index() == 0) {
     grad_weights[s] = dot;
@@ -118,7 +105,8 @@ __global__ void combine_gradients(
 
 // Rows that serve no slot have a gradient of zero.
 template <typename T>
-__global__ void zero_unused(const uint8_t* __restrict__ is_used, T* __restrict__ rows, int64_t D, int64_t N) {
+__global__ void zero_unused(const uint8_t* __restrict__ is_used, T* __restrict__ rows, int64_t D,
+                            int64_t N) {
   const int64_t n = warp_index();
   if (n >= N || is_used[n]) return;
   for (int64_t d = lane_index(); d < D; d += WARP) rows[n * D + d] = static_cast<T>(0.0f);
@@ -138,15 +126,9 @@ Tensor permute(const Tensor& x_any, const Tensor& slot_of_row_any, const Tensor&
   const auto copy = [&]<typename Unit>() {
     constexpr int64_t bytes = sizeof(Unit);
     if (row_bytes % bytes || !is_aligned(from, bytes) || !is_aligned(to, bytes)) return false;
-    launch.warp_per_item(
-        &copy_rows<Unit>,
-        N,
-        static_cast<const Unit*>(from),
-        slot_of_row.const_data_ptr<int64_t>(),
-        static_cast<Unit*>(to),
-        slots.T * slots.K,
-        slots.K,
-        row_bytes / bytes);
+    launch.warp_per_item(&copy_rows<Unit>, N, static_cast<const Unit*>(from),
+                         slot_of_row.const_data_ptr<int64_t>(), static_cast<Unit*>(to),
+                         slots.T * slots.K, slots.K, row_bytes / bytes);
     return true;
   };
   copy.template operator()<uint4>() || copy.template operator()<uint32_t>() ||
@@ -155,8 +137,8 @@ Tensor permute(const Tensor& x_any, const Tensor& slot_of_row_any, const Tensor&
 }
 
 template <typename T>
-void combine(
-    const Launch& launch, const Tensor& rows, const accumulator_t<T>* weights, const Tensor& row_of_slot, Tensor& x) {
+void combine(const Launch& launch, const Tensor& rows, const accumulator_t<T>* weights,
+             const Tensor& row_of_slot, Tensor& x) {
   const int64_t K = row_of_slot.size(1), N = rows.size(0), D = rows.size(1);
   const T* from = rows.const_data_ptr<T>();
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
@@ -166,8 +148,7 @@ void combine(
       [&]<int W>() {
         launch.warp_per_item(&combine_rows<T, W>, x.size(0), from, weights, row_of, to, K, N, D);
       },
-      from,
-      to);
+      from, to);
 }
 
 Tensor permute_backward(const Tensor& grad_rows_any, const Tensor& row_of_slot_any) {
@@ -196,8 +177,9 @@ Tensor unpermute(const Tensor& rows_any, const Tensor& weights_any, const Tensor
   return x;
 }
 
-std::tuple<Tensor, Tensor> unpermute_backward(
-    const Tensor& grad_x_any, const Tensor& rows_any, const Tensor& weights_any, const Tensor& row_of_slot_any) {
+std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_x_any, const Tensor& rows_any,
+                                              const Tensor& weights_any,
+                                              const Tensor& row_of_slot_any) {
   const char* op = "unpermute_backward";
   const Slots slots = check_unpermute(op, rows_any, weights_any, row_of_slot_any);
   const int64_t N = rows_any.size(0), D = rows_any.size(1), K = slots.K;
@@ -218,23 +200,12 @@ std::tuple<Tensor, Tensor> unpermute_backward(
     for_pack_width<T>(
         D,
         [&]<int W>() {
-          launch.warp_per_item(
-              &combine_gradients<T, W>,
-              slots.T * K,
-              dx,
-              from,
-              weights.const_data_ptr<accumulator_t<T>>(),
-              row_of_slot.const_data_ptr<int64_t>(),
-              drows,
-              grad_weights.mutable_data_ptr<accumulator_t<T>>(),
-              used,
-              K,
-              N,
-              D);
+          launch.warp_per_item(&combine_gradients<T, W>, slots.T * K, dx, from,
+                               weights.const_data_ptr<accumulator_t<T>>(),
+                               row_of_slot.const_data_ptr<int64_t>(), drows,
+                               grad_weights.mutable_data_ptr<accumulator_t<T>>(), used, K, N, D);
         },
-        dx,
-        from,
-        drows);
+        dx, from, drows);
     launch.warp_per_item(&zero_unused<T>, N, static_cast<const uint8_t*>(used), drows, D);
   });
   return {grad_rows, grad_weights};

@@ -1,17 +1,17 @@
 // moesys::swiglu and its backward. N rows, F hidden columns; gate_up is [gate | up].
-#include "../swiglu.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
+#include "../swiglu.h"
 #include "launch.cuh"
 
 namespace moesys {
 namespace {
 
 template <typename T, int W>
-__global__ void forward(const T* __restrict__ gate_up, T* __restrict__ hidden, int64_t F, int64_t N) {
+__global__ void forward(const T* __restrict__ gate_up, T* __restrict__ hidden, int64_t F,
+                        int64_t N) {
   using A = accumulator_t<T>;
   using Packed = Pack<T, W>;
   const int64_t n = warp_index();
@@ -25,15 +25,16 @@ __global__ void forward(const T* __restrict__ gate_up, T* __restrict__ hidden, i
     Packed h;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      h.value[j] = static_cast<T>(swiglu_forward(static_cast<A>(g.value[j]), static_cast<A>(u.value[j])));
+      h.value[j] =
+          static_cast<T>(swiglu_forward(static_cast<A>(g.value[j]), static_cast<A>(u.value[j])));
     }
     out[i] = h;
   }
 }
 
 template <typename T, int W>
-__global__ void backward(
-    const T* __restrict__ grad_hidden, const T* __restrict__ gate_up, T* __restrict__ grad_gate_up, int64_t F, int64_t N) {
+__global__ void backward(const T* __restrict__ grad_hidden, const T* __restrict__ gate_up,
+                         T* __restrict__ grad_gate_up, int64_t F, int64_t N) {
   using A = accumulator_t<T>;
   using Packed = Pack<T, W>;
   const int64_t n = warp_index();
@@ -49,8 +50,8 @@ __global__ void backward(
     Packed dg, du;
 #pragma unroll
     for (int j = 0; j < W; ++j) {
-      const auto out = swiglu_gradient(
-          static_cast<A>(d.value[j]), static_cast<A>(g.value[j]), static_cast<A>(u.value[j]));
+      const auto out = swiglu_gradient(static_cast<A>(d.value[j]), static_cast<A>(g.value[j]),
+                                       static_cast<A>(u.value[j]));
       dg.value[j] = static_cast<T>(out.gate);
       du.value[j] = static_cast<T>(out.up);
     }
@@ -68,7 +69,8 @@ Tensor swiglu(const Tensor& gate_up_any) {
   for_float_type("swiglu", gate_up, [&]<typename T>() {
     const T* in = gate_up.const_data_ptr<T>();
     T* out = hidden.mutable_data_ptr<T>();
-    for_pack_width<T>(F, [&]<int W>() { launch.warp_per_item(&forward<T, W>, N, in, out, F); }, in, out);
+    for_pack_width<T>(
+        F, [&]<int W>() { launch.warp_per_item(&forward<T, W>, N, in, out, F); }, in, out);
   });
   return hidden;
 }
@@ -86,7 +88,8 @@ Tensor swiglu_backward(const Tensor& grad_hidden_any, const Tensor& gate_up_any)
     const T* in = gate_up.const_data_ptr<T>();
     T* out = grad_gate_up.mutable_data_ptr<T>();
     for_pack_width<T>(
-        F, [&]<int W>() { launch.warp_per_item(&backward<T, W>, N, grad, in, out, F); }, grad, in, out);
+        F, [&]<int W>() { launch.warp_per_item(&backward<T, W>, N, grad, in, out, F); }, grad, in,
+        out);
   });
   return grad_gate_up;
 }
