@@ -33,8 +33,9 @@ if ((${SLURM_STEP_NUM_TASKS:-1} != nodes)); then
   exit 2
 fi
 if ((nodes > 1)); then
-  # Every node works out the same meeting point: the step's first host, a port from the job's id.
-  host=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+  # Every node works out the same meeting point: the step's first node, a port from the job's id.
+  first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
+  host=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   meeting=(--nnodes "$nodes" --node-rank "$SLURM_NODEID"
     --master-addr "$host" --master-port $((20000 + SLURM_JOB_ID % 10000)))
 else

@@ -23,7 +23,10 @@ def programs(tmp_path: Path) -> Path:
         "show": 'echo "OMP=$OMP_NUM_THREADS $*"',
         "nproc": "echo 8",
         "nvidia-smi": "exit 9",
-        "scontrol": "printf 'localhost\\nn2\\n'",
+        "scontrol": """case "$*" in
+          "show hostnames n[1-2]") printf 'n1\\nn2\\n' ;;
+          "--oneliner show node n1") echo "NodeName=n1 Arch=x86_64 NodeAddr=localhost NodeHostName=h" ;;
+        esac""",
     }.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
