@@ -21,8 +21,7 @@ from rich.text import Text
 
 from moesys.train.metrics import Sink
 
-_PARTS = ("data", "forward", "backward", "exchange", "optimizer", "checkpoint")
-_PART_COLOURS = ("bright_black", "blue", "cyan", "yellow", "green", "magenta")
+_PART_COLOURS = {"data": "magenta", "forward": "blue", "backward": "cyan", "optimizer": "green"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 48
 _LAYER_LINES = 12
@@ -236,6 +235,7 @@ def banner(run_name: str, start: Mapping[str, Any]) -> str:
     ]
     if start.get("resumed_from_step"):
         lines.append(("resumed", f"from step {start['resumed_from_step']:,}"))
+    lines += [("note", str(note)) for note in start.get("notes") or ()]
     return "\n".join(f"{label:>8}  {text}" for label, text in lines)
 
 
@@ -305,17 +305,18 @@ def _labelled(label: str, text: str, style: str = "blue") -> Text:
 
 
 def _time_split(record: Mapping[str, Any]) -> Text:
-    times = [(part, record.get(f"{part}_ms")) for part in _PARTS]
-    known = [(part, ms) for part, ms in times if finite(ms) and ms > 0]
-    total = max(sum(ms for _, ms in known), record.get("step_ms") or 0.0)
+    times = {part: record.get(f"{part}_ms") for part in _PART_COLOURS}
+    known = {part: ms for part, ms in times.items() if finite(ms) and ms > 0}
+    step_ms, exchange_ms = record.get("step_ms"), record.get("exchange_ms")
+    total = max(sum(known.values()), step_ms if finite(step_ms) else 0.0, 1e-9)
     text = _labelled("time", "")
-    for part, ms in known:
-        cells = round(ms / total * _SPARK_WIDTH)
-        if cells:
-            text.append("█" * cells, style=_PART_COLOURS[_PARTS.index(part)])
+    for part, ms in known.items():
+        text.append("█" * round(ms / total * _SPARK_WIDTH), style=_PART_COLOURS[part])
     text.append("\n" + " " * 10)
-    for part, ms in known:
-        text.append(f"{part} {ms / total:.0%}  ", style=_PART_COLOURS[_PARTS.index(part)])
+    for part, ms in known.items():
+        text.append(f"{part} {ms / total:.0%}  ", style=_PART_COLOURS[part])
+    if finite(exchange_ms) and exchange_ms > 0:
+        text.append(f"(exchange, within these, {exchange_ms / total:.0%})", style="dim")
     return text
 
 

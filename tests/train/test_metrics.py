@@ -31,7 +31,7 @@ def start(**more: Any) -> dict[str, Any]:
         "kind": "start", "world_size": 4, "dp": 4, "ep": 2, "device": "cpu", "dtype": "fp32", "backend": "gloo",
         "expert_backend": "grouped_mm", "expert_backend_reason": "1.2 ms, loop 3.4 ms", "peak_tflops": 0.5,
         "peak_source": "measured", "parameters": 12_300_000, "active_parameters": 4_000_000,
-        "flops_per_token": 2.4e7, "steps": 20, "resumed_from_step": 0, **more,
+        "flops_per_token": 2.4e7, "steps": 20, "resumed_from_step": 0, "notes": ["skipped step_9: damaged"], **more,
     }  # fmt: skip
 
 
@@ -255,18 +255,19 @@ def test_the_plain_view_prints_a_banner_and_a_line_per_interval() -> None:
     view.write({"kind": "stop", "step": 20, "reason": "finished"})
     view.close()
     lines = stream.getvalue().splitlines()
-    head = "\n".join(lines[:5])
+    head, lines = "\n".join(lines[:6]), lines[6:]
     assert "grouped_mm (1.2 ms, loop 3.4 ms)" in head
+    assert "note  skipped step_9: damaged" in head
     assert "12.3M parameters, 4M active" in head
     assert "4 (dp 4, ep 2) on cpu, fp32, gloo" in head
-    assert [line[:10] for line in lines[5:]] == [
+    assert [line[:10] for line in lines] == [
         "step  5/20", "step 10/20", "step 15/20", "step 20/20", "step 20/20", "step 20/20",
     ]  # fmt: skip
-    assert lines[6] == (
+    assert lines[1] == (
         "step 10/20  loss 4.0000  bpb 2.0000  lr 1.00e-03  grad -  tok/s 12.3k  ETA 1s  imbalance 1.50"
     )
-    assert "val bpb 1.2500" in lines[9]
-    assert lines[10].endswith("stopped: finished")
+    assert "val bpb 1.2500" in lines[4]
+    assert lines[5].endswith("stopped: finished")
 
 
 def test_the_live_view_shows_every_figure_and_gives_the_terminal_back() -> None:
@@ -286,7 +287,7 @@ def test_the_live_view_shows_every_figure_and_gives_the_terminal_back() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     last = text[text.rindex("╭") :]
     for shown in ("step 10/20", "ETA 1s", "2.0000", "1.2345", "1.00e-03", "12.3k", "1.50", "MoE 0", "1.50x",
-                  "forward 30%", "backward 50%", "exchange 10%", "█▇▆▅▄▃▃▂▁"):  # fmt: skip
+                  "forward 30%", "backward 50%", "exchange, within these, 10%", "█▇▆▅▄▃▃▂▁"):  # fmt: skip
         assert shown in last, shown
     assert text.endswith("\x1b[?25h")  # the cursor is back
     assert "nan" not in last

@@ -1,0 +1,84 @@
+"""Reading metrics.jsonl: one JSON object per line, in constant memory however long the run was.
+
+The writer is `moesys.train.metrics`. A kill -9 can tear the last line, and nothing else: a last
+line without its newline that is not JSON is left out, any other bad line is an error.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# The writer puts this key last, so that a reader who wants the numbers need not parse
+# layers * experts integers of every step.
+LOAD_KEY = "expert_load"
+_LOAD_MARK = f', "{LOAD_KEY}": '.encode()
+
+
+def read_records(path: Path, *, load_stride: int = 1) -> Iterator[dict[str, Any]]:
+    """The records of `path` in file order.
+
+    Args:
+        load_stride: `expert_load` is kept on every `load_stride`-th line and on the last one, and
+            left out elsewhere.
+
+    Raises:
+        ValueError: a line is not a JSON object with a "kind"; names the file and the line number.
+    """
+    for line, number, is_last in _lines(path):
+        keep_load = is_last or number % load_stride == 0
+        record = parse_line(line if keep_load else without_load(line), path=path, number=number)
+        if record is not None:
+            yield record
+
+
+def parse_line(line: bytes, *, path: Path, number: int) -> dict[str, Any] | None:
+    """One line as a record, or None where a kill tore it. Raises ValueError for other garbage."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        if not line.endswith(b"\n"):
+            return None
+        raise ValueError(
+            f"{path}, line {number}: not JSON ({error}). Only a last line without a newline may be "
+            "torn; remove the line to read the rest."
+        ) from None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        raise ValueError(
+            f'{path}, line {number}: not a metrics record, which is a JSON object with a "kind"; '
+            "remove the line to read the rest."
+        )
+    return record
+
+
+def without_load(line: bytes) -> bytes:
+    """`line` without its trailing expert_load; unchanged where it is absent, torn or not last."""
+    stripped = line.rstrip(b"\n")
+    if not stripped.endswith(b"]}"):
+        return line
+    cut = stripped.rfind(_LOAD_MARK)
+    if cut < 0 or b'"' in stripped[cut + len(_LOAD_MARK) :]:
+        return line
+    return stripped[:cut] + b"}\n"
+
+
+def load_stride_for(path: Path, *, samples: int) -> int:
+    """The `load_stride` that keeps about `samples` expert loads, judged from the file's longest early line."""
+    with path.open("rb") as file:
+        longest_bytes = max(
+            (len(line) for line, _ in zip(file, range(16), strict=False)), default=1
+        )
+    return max(1, path.stat().st_size // longest_bytes // samples)
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, int, bool]]:
+    with path.open("rb") as file:
+        number = 0
+        previous: bytes | None = None
+        for line in file:
+            if previous is not None:
+                yield previous, number, False
+            previous = line
+            number += 1
+        if previous is not None:
+            yield previous, number, True

@@ -1,0 +1,271 @@
+"""A run folder in bounded memory: what the page and `--json` are made of.
+
+Shapes: S bins of steps, L MoE layers, E experts.
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from moesys.report.binned import Binned
+from moesys.report.records import load_stride_for, read_records
+
+PARTS = ("data", "forward", "backward", "optimizer")
+"""Where a step's time goes, in its order; `<part>_ms` of a train record. They do not overlap, and
+`exchange_ms` is part of forward and backward."""
+
+COLUMNS = (
+    "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "lr", "grad_norm", "tokens_per_s",
+    "tflops_per_rank", "mfu", "load_imbalance", "max_load_imbalance", "dead_experts", "dropped_slots",
+    "sent_bytes", "step_ms", "exchange_ms", *(f"{part}_ms" for part in PARTS),
+)  # fmt: skip
+"""The numbers kept of each train record."""
+
+EVAL_COLUMNS = ("step", "val_loss", "val_bits_per_byte", "eval_ms")
+
+_CURVE_BINS = 800
+_EVAL_BINS = 400
+# One cell of a heat map is about 0.7 byte of PNG and 0.9 of base64: 1.5 MB of a page at most.
+_HEAT_CELLS = 1_600_000
+_HEAT_BINS = 320
+_LOAD_SAMPLES = 1200
+_CHECKPOINTS_KEPT = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """How many tokens each expert got, over time. 1.0 = the layer's mean."""
+
+    relative_SLE: NDArray[np.float64]
+    """Load / mean load of the layer, averaged over the steps of a bin that were sampled."""
+    final_LE: NDArray[np.float64]
+    """Load / mean load at the last step."""
+    first_step: int
+    final_step: int
+    stride: int
+    """Every `stride`-th record was sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run folder says, ready to draw."""
+
+    folder: Path
+    name: str
+    starts: list[dict[str, Any]]
+    stops: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+    """Starts, stops and the newest checkpoints in the order in which they happened."""
+    num_checkpoints: int
+    num_evals: int
+    train: Binned
+    """Rows of COLUMNS."""
+    evals: Binned
+    """Rows of EVAL_COLUMNS."""
+    last_train: dict[str, Any]
+    """Empty before the first step."""
+    last_eval: dict[str, Any]
+    num_steps: int
+    """Train records; fewer than steps where not every step is logged."""
+    totals: dict[str, float]
+    """Exact sums over all records: of a train column by its name, and eval_ms, checkpoint_ms."""
+    peaks: dict[str, tuple[float, int]]
+    """Largest value of a column, and its step."""
+    seconds: float
+    """From each start to the last record before the next one, summed."""
+    last_time_unix_s: float | None
+    ended: bool
+    """The last word of metrics.jsonl is a stop."""
+    loads: Loads | None
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    config: dict[str, Any]
+
+    def column(self, name: str) -> NDArray[np.float64]:
+        """Mean of a train column per bin, float64 [S], NaN where absent."""
+        return self.train.mean[:, COLUMNS.index(name)]
+
+    def eval_column(self, name: str) -> NDArray[np.float64]:
+        """Mean of an eval column per bin, float64."""
+        return self.evals.mean[:, EVAL_COLUMNS.index(name)]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read RUN's metrics.jsonl and, where present, config.yaml, summary.json and data_manifest.json.
+
+    Raises:
+        ValueError: not a run folder, or one of its files cannot be read; names the file.
+    """
+    folder = Path(folder)
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a run folder: {path} is missing. Give the folder named by run.dir, in which "
+            "`moesys train` writes metrics.jsonl."
+        )
+    reading = _Reading()
+    stride = load_stride_for(path, samples=_LOAD_SAMPLES)
+    for record in read_records(path, load_stride=stride):
+        reading.add(record)
+    config = _yaml(folder / "config.yaml")
+    section = config.get("run")
+    return Run(
+        folder=folder,
+        name=str(section.get("name") or folder.name) if isinstance(section, dict) else folder.name,
+        starts=reading.starts,
+        stops=reading.stops,
+        events=reading.events,
+        num_checkpoints=reading.num_checkpoints,
+        num_evals=reading.num_evals,
+        train=reading.train,
+        evals=reading.evals,
+        last_train=reading.last_train,
+        last_eval=reading.last_eval,
+        num_steps=reading.num_steps,
+        totals=reading.totals,
+        peaks=reading.peaks,
+        seconds=reading.seconds,
+        last_time_unix_s=reading.time_unix_s,
+        ended=reading.last_kind == "stop",
+        loads=reading.loads(stride),
+        summary=_json(folder / "summary.json"),
+        manifest=_json(folder / "data_manifest.json"),
+        config=config,
+    )
+
+
+class _Reading:
+    """What is kept while the records go by."""
+
+    def __init__(self) -> None:
+        self.starts: list[dict[str, Any]] = []
+        self.stops: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.num_checkpoints = 0
+        self.num_evals = 0
+        self.train = Binned((len(COLUMNS),), _CURVE_BINS)
+        self.evals = Binned((len(EVAL_COLUMNS),), _EVAL_BINS)
+        self.last_train: dict[str, Any] = {}
+        self.last_eval: dict[str, Any] = {}
+        self.num_steps = 0
+        self.totals: dict[str, float] = defaultdict(float)
+        self.peaks: dict[str, tuple[float, int]] = {}
+        self.seconds = 0.0
+        self.time_unix_s: float | None = None
+        self.last_kind = ""
+        self._binned_loads: Binned | None = None
+        self._final_load: NDArray[np.float64] | None = None
+        self._load_steps = (0, 0)
+
+    def add(self, record: dict[str, Any]) -> None:
+        kind = self.last_kind = record["kind"]
+        self._clock(record)
+        if kind == "train":
+            self._add_train(record)
+        elif kind == "eval":
+            self.num_evals += 1
+            self._add_total(record, "eval_ms")
+            self.last_eval = record
+            self.evals.add(_row(record, EVAL_COLUMNS))
+        elif kind == "checkpoint":
+            self.num_checkpoints += 1
+            self._add_total(record, "checkpoint_ms")
+            if self.num_checkpoints > _CHECKPOINTS_KEPT:
+                self.events.remove(next(event for event in self.events if event["kind"] == kind))
+            self.events.append(record)
+        elif kind == "start":
+            self.starts.append(record)
+            self.events.append(record)
+        elif kind == "stop":
+            self.stops.append(record)
+            self.events.append(record)
+
+    def loads(self, stride: int) -> Loads | None:
+        if self._binned_loads is None or self._final_load is None:
+            return None
+        return Loads(
+            relative_SLE=self._binned_loads.mean,
+            final_LE=self._final_load,
+            first_step=self._load_steps[0],
+            final_step=self._load_steps[1],
+            stride=stride,
+        )
+
+    def _add_train(self, record: dict[str, Any]) -> None:
+        load = record.pop("expert_load", None)
+        self.last_train = record
+        self.num_steps += 1
+        row = _row(record, COLUMNS)
+        self.train.add(row)
+        for name in COLUMNS:
+            self._add_total(record, name)
+        for name in ("load_imbalance", "max_load_imbalance", "tokens_per_s", "step_ms"):
+            value = row[COLUMNS.index(name)]
+            if value > self.peaks.get(name, (-np.inf, 0))[0]:
+                self.peaks[name] = (float(value), record["step"])
+        if load:
+            self._add_load(record["step"], np.asarray(load, dtype=np.float64))
+
+    def _add_total(self, record: dict[str, Any], name: str) -> None:
+        value = record.get(name)
+        self.totals[name] += value if isinstance(value, int | float) else 0.0
+
+    def _add_load(self, step: int, load_LE: NDArray[np.float64]) -> None:
+        mean_L1 = load_LE.mean(axis=1, keepdims=True)
+        relative_LE = np.divide(load_LE, mean_L1, out=np.zeros_like(load_LE), where=mean_L1 > 0)
+        if self._binned_loads is None:
+            bins = min(_HEAT_BINS, max(8, _HEAT_CELLS // load_LE.size))
+            self._binned_loads = Binned(load_LE.shape, bins // 2 * 2)
+            self._load_steps = (step, step)
+        self._binned_loads.add(relative_LE)
+        self._final_load = relative_LE
+        self._load_steps = (self._load_steps[0], step)
+
+    def _clock(self, record: dict[str, Any]) -> None:
+        now = record.get("time_unix_s")
+        if not isinstance(now, int | float):
+            return
+        if record["kind"] != "start" and self.time_unix_s is not None:
+            self.seconds += max(0.0, now - self.time_unix_s)
+        self.time_unix_s = float(now)
+
+
+def _row(record: dict[str, Any], columns: tuple[str, ...]) -> NDArray[np.float64]:
+    values = (record.get(name) for name in columns)
+    return np.array(
+        [value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); remove it to report without it.") from None
+    return _mapping(value, path)
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({error}); remove it to report without it.") from None
+    return _mapping(value or {}, path)
+
+
+def _mapping(value: object, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: must be a mapping of names to values, not a {type(value).__name__}."
+        )
+    return value

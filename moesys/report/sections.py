@@ -1,0 +1,225 @@
+"""The charts of a report, section by section: what is drawn of which column, and when there is nothing to draw."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moesys.report.chart import (
+    Chart,
+    Mark,
+    Series,
+    bar_chart,
+    line_chart,
+    smoothed,
+    stacked_chart,
+)
+from moesys.report.figures import time_split
+from moesys.report.load_maps import load_maps
+from moesys.report.numbers import NONE, duration, number, short
+from moesys.report.run import PARTS, Run
+
+_MOST_MARKS = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A heading with charts, and what else the template shows for the section of this id."""
+
+    id: str
+    title: str
+    charts: list[Chart] = field(default_factory=list)
+    content: Any = None
+
+
+def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Section]:
+    """The sections that have something to show, in the page's order."""
+    lines = _Lines(run)
+    every = (
+        _section("loss", "Loss", _loss(lines, unigram_bits_per_byte)),
+        _section("schedule", "Optimizer", _optimizer(lines)),
+        _section("balance", "Expert load", _balance(lines), run.loads and load_maps(run.loads)),
+        _section("time", "Where the time goes", [lines.step_time()], _time_table(run)),
+        _section("throughput", "Throughput", _throughput(lines)),
+        _section("documents", "Training documents", [_documents(run)]),
+    )
+    return [section for section in every if section is not None]
+
+
+def marks(run: Run) -> list[Mark]:
+    """Where the run was resumed, and where it stopped before its last step."""
+    last_step = run.last_train.get("step", 0)
+    resumed = [start.get("resumed_from_step") or 0 for start in run.starts]
+    stopped = [stop.get("step") or 0 for stop in run.stops]
+    return [
+        *(Mark(x=step, kind="stopped") for step in stopped[-_MOST_MARKS:] if 0 < step < last_step),
+        *(Mark(x=step, kind="resumed") for step in resumed[-_MOST_MARKS:] if step > 0),
+    ]
+
+
+class _Lines:
+    """Draws columns of one run, each chart with the run's marks."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._marks = marks(run)
+        self._steps = run.column("step")
+
+    def of(self, column: str, name: str, colour: int, *, scale: float = 1.0) -> Series:
+        y = scale * self.run.column(column)
+        return Series(name=name, x=self._steps, y=y, colour=colour)
+
+    def chart(self, title: str, unit: str, *series: Series, **options: Any) -> Chart | None:
+        return line_chart(title, unit, series, marks=self._marks, **options)
+
+    def chart_unless_zero(self, title: str, unit: str, *series: Series) -> Chart | None:
+        """Counts from 0 on; none where every value is 0 or absent, since there is nothing to see."""
+        shown = [one for one in series if np.nansum(np.abs(one.y)) > 0]
+        return self.chart(title, unit, *shown, from_zero=True)
+
+    def loss(
+        self, title: str, unit: str, train: str, val: str, floor: float | None
+    ) -> Chart | None:
+        raw, per_bin = self.run.column(train), self.run.train.rows_per_bin
+        each = "each step" if per_bin == 1 else f"mean of {per_bin} steps"
+        smooth = smoothed(raw, span=len(raw) / 100)
+        series = [
+            Series(name=f"train, {each}", x=self._steps, y=raw, colour=1, style="faint"),
+            Series(name="train, smoothed", x=self._steps, y=smooth, colour=1),
+        ]
+        if floor is not None and len(raw):
+            level = np.full_like(raw, floor)
+            name = "unigram entropy"
+            series.append(Series(name=name, x=self._steps, y=level, colour=4, style="dashed"))
+        val_x, val_y = self.run.eval_column("step"), self.run.eval_column(val)
+        series.append(Series(name="validation", x=val_x, y=val_y, colour=2, style="dots"))
+        return self.chart(title, unit, *series)
+
+    def step_time(self) -> Chart | None:
+        parts = [np.nan_to_num(self.run.column(f"{part}_ms")) for part in PARTS]
+        other = np.maximum(np.nan_to_num(self.run.column("step_ms")) - sum(parts), 0)
+        named = zip((*PARTS, "other"), (*parts, other), strict=True)
+        return stacked_chart(
+            "Step time",
+            "milliseconds",
+            self._steps,
+            [(name, _part_colour(name), y) for name, y in named],
+            overlay=self.of("exchange_ms", "exchange, within forward and backward", 8),
+            marks=self._marks,
+        )
+
+
+def _section(
+    id: str, title: str, charts: list[Chart | None], content: Any = None
+) -> Section | None:
+    drawn = [chart for chart in charts if chart is not None]
+    return Section(id=id, title=title, charts=drawn, content=content) if drawn or content else None
+
+
+def _loss(lines: _Lines, unigram: float | None) -> list[Chart | None]:
+    bits = "comparable across tokenizers"
+    return [
+        lines.loss("Cross-entropy", "nats per token", "loss", "val_loss", None),
+        lines.loss("Bits per byte", bits, "bits_per_byte", "val_bits_per_byte", unigram),
+    ]
+
+
+def _optimizer(lines: _Lines) -> list[Chart | None]:
+    rate, norm = lines.of("lr", "learning rate", 1), lines.of("grad_norm", "norm", 5)
+    return [
+        lines.chart("Learning rate", "per step", rate, from_zero=True),
+        lines.chart("Gradient norm", "all parameters, before clipping", norm, log_y=True),
+    ]
+
+
+def _balance(lines: _Lines) -> list[Chart | None]:
+    return [
+        lines.chart(
+            "Load imbalance",
+            "tokens of the fullest expert / mean; 1 = even",
+            lines.of("max_load_imbalance", "worst layer", 6),
+            lines.of("load_imbalance", "mean over layers", 1),
+        ),
+        lines.chart_unless_zero(
+            "Balance losses",
+            "nats per token",
+            lines.of("aux_loss", "balance", 3),
+            lines.of("z_loss", "z", 4),
+        ),
+        lines.chart_unless_zero(
+            "Dead experts",
+            "experts without a token, summed over layers",
+            lines.of("dead_experts", "dead experts", 2),
+        ),
+        lines.chart_unless_zero(
+            "Dropped slots",
+            "token-expert pairs over capacity, per step",
+            lines.of("dropped_slots", "dropped", 2),
+        ),
+    ]
+
+
+def _part_colour(part: str) -> int:
+    return (*PARTS, "other").index(part) + 1
+
+
+def _time_table(run: Run) -> dict[str, Any] | None:
+    split = time_split(run)
+    if not split:
+        return None
+    step_ms = sum(split.values())
+
+    def row(name: str, ms: float, colour: int, count: int, share: bool = True) -> dict[str, Any]:
+        return {
+            "part": name,
+            "colour": colour,
+            "total": duration(ms / 1e3),
+            "mean": f"{ms / count:.4g} ms" if count else NONE,
+            "percent": f"{100 * ms / step_ms:.1f}" if share else None,
+        }
+
+    rows = [row(part, ms, _part_colour(part), run.num_steps) for part, ms in split.items()]
+    exchange_ms = run.totals["exchange_ms"]
+    if exchange_ms:
+        rows.append(row("of these, exchange", exchange_ms, 8, run.num_steps))
+    between = [
+        row(name, run.totals[column], 0, count, share=False)
+        for name, column, count in (
+            (f"{run.num_evals} evaluations", "eval_ms", run.num_evals),
+            (f"{run.num_checkpoints} checkpoints", "checkpoint_ms", run.num_checkpoints),
+        )
+        if count
+    ]
+    return {"rows": [*rows, *between], "between": bool(between)}
+
+
+def _throughput(lines: _Lines) -> list[Chart | None]:
+    tokens = lines.of("tokens_per_s", "tokens/s", 3)
+    mfu = lines.of("mfu", "MFU", 4, scale=100)
+    tflops = lines.of("tflops_per_rank", "TFLOP/s", 4)
+    sent = lines.of("sent_bytes", "sent", 1, scale=2**-20)
+    return [
+        lines.chart("Tokens per second", "all ranks together", tokens, from_zero=True),
+        lines.chart("Model FLOP utilisation", _peak(lines.run), mfu, from_zero=True)
+        or lines.chart("Arithmetic", "model TFLOP/s per rank", tflops, from_zero=True),
+        lines.chart_unless_zero("Exchanged between ranks", "MiB per step, all ranks", sent),
+    ]
+
+
+def _peak(run: Run) -> str:
+    start = run.starts[-1] if run.starts else {}
+    return f"% of {number(start.get('peak_tflops'), '.3g')} TFLOP/s per rank: {start.get('peak_source', NONE)}"
+
+
+def _documents(run: Run) -> Chart | None:
+    histogram = run.manifest
+    for key in ("splits", "train", "length_histogram"):
+        histogram = histogram.get(key) or {}
+    edges, documents = histogram.get("edges_tokens", []), histogram.get("documents", [])
+    # The last edge only closes the last bar, where it is given at all.
+    labels = [str(edge) if edge < 100_000 else short(edge) for edge in edges[: len(documents)]]
+    if len(labels) < len(documents):
+        return None
+    return bar_chart(
+        "Document lengths", "documents, by tokens from the edge named", labels, documents
+    )

@@ -1,0 +1,114 @@
+"""The report's HTML, as a Jinja template. The policy in its head forbids any request at all."""
+
+TEMPLATE = """
+{% macro key(name, classes) %}<li><i class="key {{ classes }}"></i>{{ name }}</li>{% endmacro %}
+{% macro figure(chart) %}
+<figure class="chart">
+<figcaption><b>{{ chart.title }}</b> <span>{{ chart.unit }}</span></figcaption>
+{% if chart.legend | length > 1 %}
+<ul class="legend">{% for name, colour, style in chart.legend %}{{ key(name, style ~ " c" ~ colour) }}{% endfor %}</ul>
+{% endif %}
+<output hidden></output>
+{{ chart.svg }}
+{% if chart.note %}<p class="note">{{ chart.note }}</p>{% endif %}
+<script type="application/json">{{ chart.data }}</script>
+</figure>
+{% endmacro %}
+{% macro picture(map, caption=true) %}
+<figure>
+{% if caption %}<figcaption><b>{{ map.title }}</b></figcaption>{% endif %}
+
+<div class="map">
+<div class="y"><span>{{ map.top }}</span><span>{{ map.bottom }}</span></div>
+<div style="height:{{ map.height_px }}px"><img alt="{{ map.alt }}" src="{{ map.uri }}"></div>
+<div class="x"><span>{{ map.left }}</span><span>{{ map.right }}</span></div>
+</div>
+</figure>
+{% endmacro %}
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<title>{{ run.name }} - moesys report</title>
+<style>{{ style | safe }}</style>
+</head>
+<body>
+<main>
+<header>
+<h1>{{ run.name }} <span class="status{{ ' ended' if run.ended }}">{{ facts.status }}</span></h1>
+<p class="lead">{{ lead }}</p>
+<nav aria-label="Sections">{% for section in sections %}<a href="#{{ section.id }}">{{ section.title }}</a>{% endfor %}</nav>
+</header>
+<div class="tiles">
+{% for tile in tiles %}
+<div class="tile"><span>{{ tile.label }}</span><b>{{ tile.value }}</b><span>{{ tile.detail }}</span></div>
+{% endfor %}
+</div>
+{% if not run.num_steps %}<p class="note">No step has been recorded yet.</p>{% endif %}
+{% for section in sections %}
+<section id="{{ section.id }}">
+<h2>{{ section.title }}</h2>
+{% if section.id == "time" %}
+<div class="side">
+{% for chart in section.charts %}{{ figure(chart) }}{% endfor %}
+<div class="card scroll"><table>
+<tr><th>part</th><th class="r">total</th><th class="r">mean</th><th class="r">of step</th><th class="share"></th></tr>
+{% for row in section.content.rows %}
+<tr><td>{{ row.part }}</td><td class="r">{{ row.total }}</td><td class="r">{{ row.mean }}</td>
+{% if row.percent is none %}<td></td><td></td>
+{% else %}<td class="r">{{ row.percent }}%</td><td class="share"><i class="key c{{ row.colour }} area" style="width:{{ row.percent }}%"></i></td>{% endif %}</tr>
+{% endfor %}
+</table>
+{% if section.content.between %}<p class="note">Evaluations and checkpoints run between steps.</p>{% endif %}
+</div>
+</div>
+{% else %}
+{% if section.charts %}<div class="charts">{% for chart in section.charts %}{{ figure(chart) }}{% endfor %}</div>{% endif %}
+{% endif %}
+{% if section.id == "loss" and marks %}
+<ul class="legend">{% for mark in marks %}{{ key(mark ~ " here, in every chart", mark) }}{% endfor %}</ul>
+{% endif %}
+{% if section.id == "balance" and section.content %}
+{% set load = section.content %}
+<h3>Load of each expert over time</h3>
+<p class="note">{% if load.stride > 1 %}One step in {{ load.stride }} is sampled. {% endif %}Tokens of an expert / mean of its layer, on one scale everywhere; steps to the right, experts downwards.</p>
+<div class="scale"><span>1/{{ "%g" | format(load.end) }} or less</span><i style="background:{{ load.gradient }}"></i><span>{{ "%g" | format(load.end) }} times the mean or more</span>
+<i class="dead"></i><span>no token</span></div>
+<div class="maps{{ ' dense' if load.layers | length > 16 }}">{% for map in load.layers %}{{ picture(map) }}{% endfor %}</div>
+<h3>{{ load.final.title }}</h3>
+{% if load.final_cells %}
+<div class="card scroll"><table class="matrix">
+<tr><th scope="row">expert</th>{% for _ in load.final_cells[0] %}<th scope="col">{{ loop.index0 }}</th>{% endfor %}</tr>
+{% for row in load.final_cells %}
+<tr><th scope="row">layer&nbsp;{{ loop.index0 }}</th>{% for value, background, ink in row %}<td style="background:{{ background }};color:{{ ink }}">{{ "%.2f" | format(value) }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% else %}
+{{ picture(load.final, caption=false) }}
+{% endif %}
+{% endif %}
+{% if section.id == "history" %}
+<div class="card scroll"><table>
+<tr><th>when</th><th class="r">step</th><th>what</th><th></th></tr>
+{% for row in section.content.rows %}
+<tr><td>{{ row.when }}</td><td class="r">{{ "{:,}".format(row.step) }}</td><td>{{ row.what }}</td><td>{{ row.detail }}</td></tr>
+{% endfor %}
+</table></div>
+{% if section.content.unshown > 0 %}<p class="note">{{ section.content.unshown }} earlier checkpoints are not listed.</p>{% endif %}
+{% endif %}
+{% if section.id == "configuration" %}
+<div class="card">{% for name, text in section.content.items() %}<details><summary>{{ name }}</summary><pre>{{ text }}</pre></details>{% endfor %}</div>
+{% endif %}
+{% if section.id == "environment" %}
+<div class="card"><table class="wrap">{% for name, value in section.content.items() %}<tr><th scope="row">{{ name }}</th><td>{{ value }}</td></tr>{% endfor %}</table></div>
+{% endif %}
+</section>
+{% endfor %}
+<footer>Made from {{ run.folder.name }}/metrics.jsonl: {{ "{:,}".format(run.num_steps) }} recorded steps{% if run.train.rows_per_bin > 1 %}, drawn as averages of {{ run.train.rows_per_bin }}{% endif %}.</footer>
+</main>
+<script>{{ script | safe }}</script>
+</body>
+</html>
+""".lstrip()
