@@ -12,7 +12,7 @@ BANNED = [
     first + second
     for first, second in [
         ("/wo", "rk/"),
-        ("/ro", "ot/"),
+        ("/r", "oot/"),
         ("/ho", "me/"),
         ("/opt/wh", "eels"),
         ("/opt/py", "pi"),
