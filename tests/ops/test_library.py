@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ops.cases import TESTED, inputs
 
 from moesys.ops import expert_order, library, permute, reference, swiglu, unpermute
+from tests.ops.cases import TESTED, inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 

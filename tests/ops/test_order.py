@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.cases import TESTED, Case, inputs
 
 from moesys.ops import expert_order, library, reference, tokens_per_expert
+from tests.ops.cases import TESTED, Case, inputs
 
 
 def test_an_example_by_hand(device: str) -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.cases import TESTED, Case, inputs
 from torch import Tensor
 
 from moesys.ops import expert_order, permute, reference, unpermute
+from tests.ops.cases import TESTED, Case, inputs
 
 
 def order_of(ids_TK: Tensor, num_experts: int, layout: str) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ops.test_permute import compare
 
 from moesys.ops import reference, swiglu
+from tests.ops.test_permute import compare
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
