@@ -63,6 +63,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("profile", "parallel", "plan", "ops", "config"),
     ),
     "cli": ("",),
+    "__main__": ("cli",),
 }
 """What each room may import (a prefix; "" is all of moesys). The most specific room decides."""
 

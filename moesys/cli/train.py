@@ -1,0 +1,104 @@
+"""`moesys train`: check a configuration completely, then train it here or on several ranks."""
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model",
+        description="Compose the configuration, check all of it, then train. On several machines use "
+        "launch/run.sh, which starts torchrun on each.",
+        epilog="example: moesys train --nproc 2 experiment=quickstart optim.lr=1e-3",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--nproc", metavar="N", type=int, help="ranks to start on this machine (default: 1)"
+    )
+    parser.add_argument(
+        "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups, as in configs/"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, print the resolved configuration and what would be run, and stop",
+    )
+    parser.add_argument(
+        "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    # As under `python -m`, so that a router in the working folder is found from the script too.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    world_size = _world_size(args.nproc)
+    is_rank = "RANK" in os.environ
+    if (is_rank or world_size == 1) and not args.dry_run:
+        from moesys.train.job import main as train
+
+        return train(args.overrides, args.config_dir)
+
+    from moesys.config.compose import compose, to_yaml
+    from moesys.config.validate import check
+
+    config = compose(args.overrides, args.config_dir)
+    warnings = check(config, world_size)
+    command = _command(world_size, args.config_dir, args.overrides)
+    threads = _threads_per_rank(world_size)
+    if not args.dry_run:
+        # exec: signals and the exit code need no forwarding.
+        os.execve(command[0], command, {**os.environ, "OMP_NUM_THREADS": threads})
+    for warning in warnings:
+        print(f"# warning: {warning}")
+    if is_rank:
+        print(f"# would train as one of {world_size} ranks")
+    else:
+        print(f"# would run: OMP_NUM_THREADS={threads} {shlex.join(command)}")
+    print(to_yaml(config), end="")
+    return 0
+
+
+def _world_size(nproc: int | None) -> int:
+    """Ranks in the run: announced by torchrun, or to be started by us."""
+    if nproc is not None and nproc < 1:
+        raise ValueError(f"--nproc {nproc} must be at least 1: it is the number of ranks to start")
+    if "RANK" in os.environ:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if nproc is not None:
+            raise ValueError(
+                f"--nproc {nproc} inside a job of {world_size} ranks: leave it out, torchrun has "
+                "started the ranks already"
+            )
+        return world_size
+    for variable, launcher in _OTHER_LAUNCHERS.items():
+        tasks = int(os.environ.get(variable, "1"))
+        if tasks > 1:
+            raise ValueError(
+                f"{launcher} started {tasks} tasks that would each train alone: start one task per "
+                "machine, each running launch/run.sh, which starts torchrun"
+            )
+    return nproc or 1
+
+
+def _command(world_size: int, config_dir: Path | None, overrides: list[str]) -> list[str]:
+    command = [sys.executable]
+    if world_size > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(world_size)]
+    command += ["-m", "moesys", "train"]
+    if config_dir is not None:
+        command += ["--config-dir", str(config_dir)]
+    return command + overrides
+
+
+def _threads_per_rank(world_size: int) -> str:
+    """Ranks of one machine share its cores; torch would give all of them to each."""
+    cores = len(os.sched_getaffinity(0))
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, cores // world_size)))
