@@ -1,0 +1,157 @@
+"""A prep that dies anywhere is finished by the same command, to the same bytes, from the parts it had."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from moesys.data.prepare import Prepared, prepare
+from moesys.data.recipe import PrepArguments
+from tests.data.files import Silent, write_words
+
+PREP = """
+import sys
+from moesys.data.prepare import prepare
+from moesys.data.recipe import PrepArguments
+from tests.data.files import Silent
+
+source, output, workers = sys.argv[1:]
+prepare(
+    PrepArguments(inputs=[source], output=output, vocab_size=400, part_bytes=6000, workers=int(workers)),
+    Silent(),
+)
+"""
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def run(source: Path, output: Path, **changed: Any) -> tuple[Prepared, list[str]]:
+    reporter = Silent()
+    arguments = PrepArguments(
+        inputs=[str(source)], output=str(output), vocab_size=400, part_bytes=6000, **changed
+    )
+    return prepare(arguments, reporter), reporter.lines
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus") / "words"
+    write_words(folder, 300, 400)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    run(corpus, output)
+    return contents(output)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_while_tokenising(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, workers: int
+) -> None:
+    output = tmp_path / "data"
+    process = subprocess.Popen([sys.executable, "-c", PREP, str(corpus), str(output), str(workers)])
+    deadline = time.monotonic() + 60
+    while len(done := list(output.glob(".prep/part-*.npz"))) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, "workers outlived their parent"
+    times = {path.name: path.stat().st_mtime_ns for path in output.glob(".prep/part-*.npz")}
+    assert not (output / "manifest.json").exists()
+    with pytest.raises(ValueError, match=r"finished parts of something else \(seed was 0, now 9\)"):
+        run(corpus, output, seed=9)
+    assert {p.name: p.stat().st_mtime_ns for p in output.glob(".prep/part-*.npz")} == times
+    prepared, lines = run(corpus, output)
+    assert prepared.reused_parts == len(times) >= len(done)
+    assert prepared.reused_parts < prepared.num_parts
+    assert f"resumed: {len(times)} of {prepared.num_parts} parts were done" in lines
+    assert contents(output) == undisturbed
+
+
+def test_cut_off_before_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything becomes visible by os.replace, so these are all the states that a kill can leave."""
+    write_words(tmp_path / "words", 80, 40)
+    replace = os.replace
+    renames: list[str] = []
+    cut_at = -1
+
+    def replace_until_cut(source: Any, target: Any) -> None:
+        if len(renames) == cut_at:
+            raise PowerCut
+        renames.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_until_cut)
+    run(tmp_path / "words", tmp_path / "undisturbed")
+    wanted, count = contents(tmp_path / "undisturbed"), len(renames)
+    assert renames[:3] == ["inputs.json", "plan.json", "tokenizer.json"]
+    assert renames[-1] == "manifest.json"
+    assert count == 10
+    for cut in range(count):
+        output = tmp_path / f"cut-{cut}"
+        renames.clear()
+        cut_at = cut
+        with pytest.raises(PowerCut):
+            run(tmp_path / "words", output)
+        cut_at = -1
+        prepared, _ = run(tmp_path / "words", output)
+        assert contents(output) == wanted
+        assert not prepared.was_finished
+        assert prepared.reused_parts == (prepared.num_parts if cut > 2 else 0)
+
+
+def test_cut_off_while_cleaning_up(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    run(corpus, tmp_path)
+    (tmp_path / ".prep").mkdir()
+    (tmp_path / ".prep" / "part-000000.npz").touch()
+    prepared, _ = run(corpus, tmp_path)
+    assert prepared.was_finished
+    assert contents(tmp_path) == undisturbed
+
+
+def test_a_damaged_part_is_made_again(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def replace_until_cut(source: Any, target: Any) -> None:
+        if Path(target).name == "train.bin":
+            raise PowerCut
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_until_cut)
+        with pytest.raises(PowerCut):
+            run(corpus, tmp_path, workers=2)
+    parts = sorted(tmp_path.glob(".prep/part-*.npz"))
+    flipped = bytearray(parts[2].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    parts[2].write_bytes(flipped)
+    os.truncate(parts[4], 100)
+    for part in (parts[2], parts[4]):
+        with pytest.raises(ValueError, match=rf"{part.name}: a damaged part, now removed"):
+            run(corpus, tmp_path)
+    prepared, _ = run(corpus, tmp_path)
+    assert prepared.reused_parts == prepared.num_parts - 1
+    assert contents(tmp_path) == undisturbed
