@@ -28,6 +28,11 @@ class MoELayer(nn.Module):
         self.router = build_component(
             config.router, d_model=d_model, num_experts=config.num_experts, top_k=config.top_k
         )
+        if config.balance.bias_update_rate and not hasattr(self.router, "selection_bias_E"):
+            raise ValueError(
+                f"model.moe.balance.bias_update_rate={config.balance.bias_update_rate} needs a router with a "
+                f"buffer selection_bias_E, which {config.router.target} has not: set the rate to 0"
+            )
         self.experts = Experts(config.num_experts, d_model, config.d_expert)
         self.shared = (
             SwiGLU(d_model, config.num_shared_experts * config.d_expert)

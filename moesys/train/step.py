@@ -116,7 +116,7 @@ class TrainStep:
             layer.balance.end_step()
             rate = layer.config.balance.bias_update_rate
             if rate:
-                bias_E = layer.router.selection_bias_E
+                bias_E = layer.router.get_buffer("selection_bias_E")
                 bias_E.copy_(updated_bias(bias_E, load_X[:-1], rate))
         return load_MX
 

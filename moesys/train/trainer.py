@@ -1,11 +1,11 @@
 """The training loop: steps, evaluations, checkpoints, records, and a summary at the end."""
 
 import json
-import os
 import shutil
 import statistics
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
 from moesys.train.evaluate import evaluate
+from moesys.train.folder import sole_writer, write_text
 from moesys.train.metrics import MetricsLog, Sink
 from moesys.train.progress import console_view
 from moesys.train.record import eval_record, train_record
@@ -49,8 +50,10 @@ class Trainer:
     def train(self) -> str:
         """Train to the last step or until asked to stop; return "done" or "stopped"."""
         is_writer = self.run.process.rank == 0
-        if is_writer:
-            self.run.folder.mkdir(parents=True, exist_ok=True)
+        with sole_writer(self.run.folder) if is_writer else nullcontext():
+            return self._train(is_writer)
+
+    def _train(self, is_writer: bool) -> str:
         state, notes = self._resume()
         self._choose_backend(state)
         self.peak_tflops, self.peak_source = self._peak()
@@ -216,7 +219,7 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         folder, metrics = self.run.folder, self.config.metrics
-        _write_text(folder / "config.yaml", to_yaml(self.config))
+        write_text(folder / "config.yaml", to_yaml(self.config))
         shutil.copyfile(
             Path(self.config.data.path) / "manifest.json", folder / "data_manifest.json"
         )
@@ -279,7 +282,7 @@ class Trainer:
             "active_parameters": active_parameters(self.config.model),
             "tokens": self.step * self.config.train.global_batch_tokens,
         }
-        _write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def _write(self, record: Record) -> None:
         if self.log is not None:
@@ -288,9 +291,3 @@ class Trainer:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-
-
-def _write_text(path: Path, text: str) -> None:
-    beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)

@@ -1,0 +1,60 @@
+"""The contract passes our routers and catches each way of breaking it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moesys.moe.routers import TopKRouter
+from moesys.testing import router_contract
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalize_weights", [True, False])
+def test_top_k_holds_to_the_contract(score_function, normalize_weights):
+    router_contract.check(
+        lambda **sizes: TopKRouter(
+            **sizes, score_function=score_function, normalize_weights=normalize_weights
+        )
+    )
+
+
+class Broken(TopKRouter):
+    """A router that spoils its result in one way."""
+
+    def __init__(self, spoil, **sizes) -> None:
+        super().__init__(**sizes)
+        self.spoil = spoil
+
+    def forward(self, x_TD, state=None):
+        return self.spoil(super().forward(x_TD, state))
+
+
+SPOILS = {
+    "twice": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK[:, :1].expand_as(r.topk_ids_TK)),
+    "must be torch.int64": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK.int()),
+    "must be torch.float32": lambda r: replace(r, topk_weights_TK=r.topk_weights_TK.bfloat16()),
+    "sum to 1": lambda r: replace(r, probs_TE=r.probs_TE * 2),
+    "lie in": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK + 5),
+    "0 where the id is -1": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK.clamp(max=-1)),
+    "not finite": lambda r: replace(r, logits_TE=r.logits_TE * float("inf")),
+    "no gradient": lambda r: replace(
+        r,
+        topk_weights_TK=r.topk_weights_TK.detach(),
+        probs_TE=r.probs_TE.detach(),
+        logits_TE=r.logits_TE.detach() + 0 * r.logits_TE,
+    ),
+    "one row per token": lambda r: replace(r, state=torch.zeros(3, 2)),
+    "a scalar": lambda r: replace(r, extra_loss=torch.zeros(2)),
+    "same routing": lambda r: replace(
+        r, topk_ids_TK=(r.topk_ids_TK + next(_counter)) % r.logits_TE.shape[1]
+    ),
+    "RoutingResult": lambda r: r.topk_ids_TK,
+}
+_counter = iter(range(1000))
+
+
+@pytest.mark.parametrize("rule", SPOILS)
+def test_a_broken_rule_is_named(rule):
+    with pytest.raises(AssertionError, match=rule):
+        router_contract.check(lambda **sizes: Broken(SPOILS[rule], **sizes))

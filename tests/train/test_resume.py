@@ -1,0 +1,127 @@
+"""Stopped or killed at any point and started again, a run has the bitwise same losses."""
+
+import json
+import signal
+
+import pytest
+
+from tests.train.launched import (
+    STEPS,
+    finish,
+    kill_all,
+    overrides,
+    records,
+    run,
+    start,
+    wait_for_step,
+)
+
+EXACT = (
+    "step",
+    "tokens",
+    "loss",
+    "aux_loss",
+    "z_loss",
+    "lr",
+    "grad_norm",
+    "expert_load",
+    "sent_bytes",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    output = run(2, overrides(folder, tiny_data))
+    return folder, output
+
+
+def exact(folder):
+    """What must not depend on interruptions: floats compare bit for bit."""
+    train = [{key: r[key] for key in EXACT} for r in records(folder, "train")]
+    evals = [(r["step"], r["val_loss"], r["val_tokens"]) for r in records(folder, "eval")]
+    return train, evals
+
+
+def test_a_run_leaves_its_records(uninterrupted):
+    folder, output = uninterrupted
+    assert [r["step"] for r in records(folder, "train")] == list(range(1, STEPS + 1))
+    assert [r["step"] for r in records(folder, "eval")] == [10, 20, STEPS]
+    assert [r["step"] for r in records(folder, "checkpoint")] == [5, 10, 15, 20, STEPS]
+    assert records(folder, "train")[-1]["loss"] < records(folder, "train")[0]["loss"]
+    assert records(folder, "train")[0]["sent_bytes"] > 0
+    summary = json.loads((folder / "summary.json").read_text())
+    for key in (
+        "val_bits_per_byte",
+        "unigram_bits_per_byte",
+        "tokens_per_s",
+        "wall_s",
+        "world_size",
+        "parameters",
+        "active_parameters",
+    ):
+        assert summary[key] > 0, key
+    assert summary["status"] == "done"
+    assert (folder / "config.yaml").exists()
+    # The choice of backend is said at start-up.
+    assert "grouped_mm" in output
+    assert "loop" in output
+    # keep_last = 2
+    assert len(list((folder / "checkpoints").glob("step_*"))) == 2
+
+
+@pytest.mark.parametrize("step", [12])
+def test_sigterm_saves_and_the_next_start_goes_on(uninterrupted, tiny_data, tmp_path, step):
+    folder = tmp_path / "stopped"
+    process = start(2, overrides(folder, tiny_data))
+    wait_for_step(process, folder, step)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code != 0, "a job that is not done must not look done"
+    stopped = records(folder, "stop")[0]
+    assert stopped["reason"] == "stopped", output
+    assert step <= stopped["step"] < STEPS
+    assert records(folder, "checkpoint")[-1]["step"] == stopped["step"]
+    run(2, overrides(folder, tiny_data))
+    assert records(folder, "start")[1]["resumed_from_step"] == stopped["step"]
+    assert exact(folder) == exact(uninterrupted[0])
+
+
+@pytest.mark.parametrize("step", [2, 13])
+def test_kill_9_of_all_ranks_loses_nothing_but_time(uninterrupted, tiny_data, tmp_path, step):
+    folder = tmp_path / "killed"
+    process = start(2, overrides(folder, tiny_data))
+    wait_for_step(process, folder, step)
+    kill_all(process)
+    finish(process)
+    run(2, overrides(folder, tiny_data))
+    assert records(folder, "start")[1]["resumed_from_step"] <= step
+    assert exact(folder) == exact(uninterrupted[0])
+
+
+def test_a_finished_run_started_again_does_nothing_more(uninterrupted, tiny_data):
+    folder, _ = uninterrupted
+    before = exact(folder)
+    run(2, overrides(folder, tiny_data))
+    assert exact(folder) == before
+
+
+def test_resume_can_be_refused(uninterrupted, tiny_data, tmp_path):
+    folder = tmp_path / "again"
+    few = ["train.steps=6", "schedule.warmup_steps=2"]
+    run(1, overrides(folder, tiny_data, "parallel.ep=1", *few))
+    run(1, overrides(folder, tiny_data, "parallel.ep=1", "checkpoint.resume=false", *few))
+    assert [r["resumed_from_step"] for r in records(folder, "start")] == [0, 0]
+    assert [r["step"] for r in records(folder, "train")] == list(range(1, 7))
+
+
+def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
+    folder = tmp_path / "shared"
+    arguments = overrides(folder, tiny_data, "parallel.ep=1", "train.steps=4000")
+    first = start(1, arguments)
+    wait_for_step(first, folder, 1)
+    code, output = finish(start(1, arguments))
+    kill_all(first)
+    finish(first)
+    assert code != 0
+    assert f"run.dir={folder} is in use by another job" in output
