@@ -20,6 +20,7 @@ from moesys.report.binned import Binned
 from moesys.report.chart import smoothed, ticks
 from moesys.report.heatmap import png_data_uri
 from moesys.report.page import render
+from moesys.report.records import without_load
 from moesys.report.run import read_run
 from moesys.train.metrics import MetricsLog, read_metrics
 
@@ -387,6 +388,20 @@ def test_loads_are_sampled_but_never_the_last(tmp_path: Path) -> None:
     last = np.array(read_metrics(tmp_path / "metrics.jsonl")[-1]["expert_load"][0])
     assert run.loads.final_LE[0] == pytest.approx(last / last.mean())
     assert run.loads.final_step == 3001
+
+
+def test_leaving_out_the_loads_changes_nothing_else() -> None:
+    for record in (
+        {"kind": "train", "step": 1, "expert_load": [[1, 2], [3, 4]]},
+        {"kind": "train", "step": 1, "expert_load": []},
+        {"kind": "stop", "reason": ', "expert_load": [1]}', "notes": [1]},
+        {"kind": "stop", "reason": 'x, "expert_load": ]}'},
+        {"kind": "start", "notes": ["a", "b"]},
+    ):
+        short = json.loads(without_load(json.dumps(record).encode() + b"\n"))
+        assert short == {name: value for name, value in record.items() if name != "expert_load"}
+    torn = b'{"kind": "train", "step": 1, "expert_load": [[1, 2]'
+    assert without_load(torn) == torn
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 33, 100])

@@ -299,7 +299,9 @@ def test_time_left_ignores_warm_up_and_stalls() -> None:
     assert pace.remaining_s(10) is None
     pace.add(60_000.0)
     assert pace.remaining_s(10) == 600.0
-    for step_ms in (100.0, 100.0, 9_000.0, 100.0, None, math.nan):
+    pace.add(100.0)
+    assert pace.remaining_s(10) == pytest.approx(1.0)
+    for step_ms in (100.0, 9_000.0, 100.0, None, math.nan):
         pace.add(step_ms)
     assert pace.remaining_s(10) == pytest.approx(1.0)
     assert pace.remaining_s(-3) == 0.0
