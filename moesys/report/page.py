@@ -50,7 +50,7 @@ def _lead(run: Run, facts: Mapping[str, Any]) -> str:
     start = _last_start(run)
     words = [
         f"step {facts['step']:,} of {number(facts['steps'], ',')}",
-        f"{start['world_size']} ranks (dp {start['dp']}, ep {start['ep']})",
+        f"{_ranks(start['world_size'])} (dp {start['dp']}, ep {start['ep']})",
         f"{start['device']}, {start['dtype']}, {start['backend']}",
         f"experts: {start['expert_backend']}",
         f"last record {moment(run.last_time_unix_s)}",
@@ -101,6 +101,10 @@ def _last_start(run: Run) -> Mapping[str, Any]:
     return defaultdict(lambda: NONE, run.starts[-1] if run.starts else {})
 
 
+def _ranks(world_size: Any) -> str:
+    return "1 rank" if world_size == 1 else f"{world_size} ranks"
+
+
 def _restarts(count: int) -> str:
     return {0: "in one go", 1: "restarted once"}.get(count, f"restarted {count} times")
 
@@ -121,7 +125,7 @@ def _history(run: Run) -> Section:
 
 def _told(event: Mapping[str, Any]) -> dict[str, str]:
     if event["kind"] == "start":
-        ranks = f"{event.get('world_size', NONE)} ranks, {event.get('device', NONE)}"
+        ranks = f"{_ranks(event.get('world_size', NONE))}, {event.get('device', NONE)}"
         return {
             "what": "resumed" if event.get("resumed_from_step") else "started",
             "detail": "; ".join([ranks, *map(str, event.get("notes") or ())]),

@@ -142,7 +142,7 @@ def _balance(lines: _Lines) -> list[Chart | None]:
         ),
         lines.chart_unless_zero(
             "Balance losses",
-            "nats per token",
+            "before their coefficients, summed over layers",
             lines.of("aux_loss", "balance", 3),
             lines.of("z_loss", "z", 4),
         ),
