@@ -4,7 +4,6 @@ Shapes: M MoE layers, E experts.
 """
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,7 +54,6 @@ def train_record(
             for name in ("data", "forward", "backward", "optimizer", "checkpoint")
         },
         "exchange_ms": result.exchange_ms,
-        "time_unix_s": time.time(),
         "expert_load": result.expert_load_ME,
     }
 

@@ -60,8 +60,12 @@ class Trainer:
         self.log = self._open_log() if is_writer else None
         try:
             self._write(self._start_record(notes))
-            with StopRequest() as stop:
-                status = self._loop(stop)
+            try:
+                with StopRequest() as stop:
+                    status = self._loop(stop)
+            except BaseException as error:
+                self._write({"kind": "stop", "step": self.step, "reason": f"failed: {error}"})
+                raise
             self._write({"kind": "stop", "step": self.step, "reason": status})
             if is_writer:
                 self._write_summary(status)
@@ -244,7 +248,6 @@ class Trainer:
         dims, process = self.run.meshes.dims, self.run.process
         return {
             "kind": "start",
-            "time_unix_s": time.time(),
             "world_size": process.world_size,
             "dp": dims.dp,
             "ep": dims.ep,
@@ -286,7 +289,7 @@ class Trainer:
 
     def _write(self, record: Record) -> None:
         if self.log is not None:
-            self.log.write(record)
+            self.log.write({**record, "time_unix_s": time.time()})
 
 
 def _due(step: int, every_steps: int) -> bool:
