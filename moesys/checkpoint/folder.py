@@ -46,7 +46,7 @@ def start(directory: Path, step: int, needed_bytes: int) -> Path:
         if superseded or _LEFTOVER.fullmatch(path.name):
             remove(path)
     if shutil.disk_usage(directory).free < needed_bytes:
-        raise CheckpointError("No space left on device")
+        raise CheckpointError("No space left on device (nothing was begun)")
     folder = directory / f"step_{step:08d}.tmp-{secrets.token_hex(4)}"
     folder.mkdir()
     return folder

@@ -148,13 +148,14 @@ def load(
         outs[f"{RANK_PREFIX}{ranks.rank}/{name}"] = (Region.whole(tuple(tensor.shape)), tensor)
     with ShardReader(path, manifest) as reader:
         ranks.each(lambda: _verify(reader, {name: region for name, (region, _) in outs.items()}))
+        bytes_read = reader.bytes_read
         ranks.each(lambda: [reader.fill(name, *out) for name, out in outs.items()])
         return LoadedState(
             path=path,
             step=manifest.step,
             state=manifest.state,
             rank_tensors=own,
-            bytes_read=reader.bytes_read // 2,
+            bytes_read=bytes_read,
         )
 
 
