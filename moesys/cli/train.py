@@ -40,16 +40,17 @@ def run(args: argparse.Namespace) -> int:
         sys.path.insert(0, os.getcwd())
     world_size = _world_size(args.nproc)
     is_rank = "RANK" in os.environ
-    if (is_rank or world_size == 1) and not args.dry_run:
-        from moesys.train.job import main as train
-
-        return train(args.overrides, args.config_dir)
 
     from moesys.config.compose import compose, to_yaml
     from moesys.config.validate import check
 
+    # Before moesys.train and torch: a misspelt key is told at once.
     config = compose(args.overrides, args.config_dir)
     warnings = check(config, world_size)
+    if (is_rank or world_size == 1) and not args.dry_run:
+        from moesys.train.job import main as train
+
+        return train(args.overrides, args.config_dir)
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
     if not args.dry_run:

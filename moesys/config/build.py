@@ -113,14 +113,13 @@ def describe(hint: Any) -> str:
 
 
 def _suggest_key(key: str, leaves: Mapping[str, Any]) -> str:
-    """Close names in the same section first, then the same name elsewhere, then close paths."""
+    """The same name elsewhere first, then close names in the same section, then close paths."""
     section, _, name = key.rpartition(".")
     siblings = [known for known in leaves if known.rpartition(".")[0] == section]
     by_name = {known.rpartition(".")[2]: known for known in siblings}
-    matches = [
-        by_name[match] for match in difflib.get_close_matches(name, by_name, n=2, cutoff=0.7)
-    ]
-    matches += [known for known in leaves if known.rpartition(".")[2] == name]
+    matches = [known for known in leaves if known.rpartition(".")[2] == name]
+    close = difflib.get_close_matches(name, by_name, n=2, cutoff=0.7)
+    matches += [by_name[match] for match in close]
     matches += difflib.get_close_matches(key, leaves, n=2, cutoff=0.75)
     if not matches:
         elsewhere: dict[str, str] = {}

@@ -23,7 +23,7 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moesys.config.build import build, config_hash, to_dict, unknown_key
@@ -181,7 +181,7 @@ def _check_override(override: Override, groups: dict[str, list[str]]) -> Iterato
         )
     else:
         problem = unknown_key(key, given=None if override.is_delete() else override.value())
-        near = difflib.get_close_matches(key, groups, n=1)
+        near = [] if "." in key else difflib.get_close_matches(key, groups, n=1)
         if problem is not None and near:
             options = ", ".join(groups[near[0]])
             fix = f"did you mean {near[0]}=..., one of {options}?"
@@ -207,10 +207,10 @@ def _compose(overrides: list[str], folders: list[Path]) -> RunConfig | list[Prob
             )
         ]
     problems = [problem for key, text in _strings(raw, "") for problem in _check_text(key, text)]
-    if problems:
-        return problems
+    refused = {problem.key for problem in problems}
     try:
-        return build(RunConfig, _resolve(composed))
+        data: Any = raw if problems else OmegaConf.to_container(composed, resolve=True)
+        config = build(RunConfig, data)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "configs"
         return [
@@ -221,11 +221,13 @@ def _compose(overrides: list[str], folders: list[Path]) -> RunConfig | list[Prob
             )
         ]
     except ConfigError as error:
-        return [_explain_group(problem, folders) for problem in error.problems]
-
-
-def _resolve(composed: DictConfig) -> Any:
-    return OmegaConf.to_container(composed, resolve=True)
+        # A text that is still to be resolved is no wrong type.
+        return problems + [
+            _explain_group(problem, folders)
+            for problem in error.problems
+            if problem.key not in refused and "${" not in str(problem)
+        ]
+    return problems or config
 
 
 def _check_text(key: str, text: str) -> Iterator[Problem]:

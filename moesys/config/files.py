@@ -10,7 +10,8 @@ from moesys.config.schema import RunConfig
 
 
 def find_file_problems(config: RunConfig) -> Iterator[Problem]:
-    yield from _check_data(config)
+    if config.data.path:
+        yield from _check_data(config)
     yield from _check_run_dir(config.run.dir)
 
 

@@ -317,6 +317,7 @@ def _batches(config: RunConfig, world_size: int) -> Iterator[Problem]:
             rule=f"must be a multiple of data.seq_len={seq_len}",
             fix=f"use {_multiples_near(seq_len, train.micro_batch_tokens)}",
         )
+        return
     per_micro_step = train.micro_batch_tokens * world_size
     if train.global_batch_tokens >= 1 and train.global_batch_tokens % per_micro_step:
         yield Problem(

@@ -1,0 +1,161 @@
+"""Dicts to dataclasses and back; the keys, types and docs that the schema holds."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesys.config.build import build, check_value, config_hash, leaf_types, to_dict
+from moesys.config.compose import compose
+from moesys.config.errors import ConfigError
+from moesys.config.keys import list_keys
+from moesys.config.schema import ComponentConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    count: int
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    inner: Inner
+    part: ComponentConfig
+    kind: Literal["off", "on"] = "off"
+
+
+GOOD: dict[str, Any] = {"inner": {"count": 3}, "part": {"_target_": "a.B", "x": [1, {"y": None}]}}
+
+
+def test_nested_sections_defaults_and_components() -> None:
+    built = build(Outer, GOOD)
+    assert built == Outer(
+        inner=Inner(count=3, ratio=None),
+        part=ComponentConfig(target="a.B", options={"x": [1, {"y": None}]}),
+        kind="off",
+    )
+    assert to_dict(built) == {
+        "inner": {"count": 3, "ratio": None},
+        "part": {"_target_": "a.B", "x": [1, {"y": None}]},
+        "kind": "off",
+    }
+
+
+@pytest.mark.parametrize("value", [1, 0, -3, 2**80])
+def test_an_integer_becomes_a_float_where_one_is_wanted(value: int) -> None:
+    ratio = build(Inner, {"count": 1, "ratio": value}).ratio
+    assert type(ratio) is float
+    assert ratio == value
+
+
+@pytest.mark.parametrize(
+    "value", [True, "1", "1e-3", math.nan, math.inf, -math.inf, 10**400, [1.0], {}]
+)
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^configuration: ratio=.* must be a finite number or null"
+    ):
+        build(Inner, {"count": 1, "ratio": value})
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None, [1]])
+def test_what_is_no_integer_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^configuration: count=.* must be an integer"):
+        build(Inner, {"count": value})
+
+
+def test_a_bare_yaml_off_is_explained() -> None:
+    with pytest.raises(
+        ConfigError, match=r'kind=false must be one of off, on: .*write "off" in quotes'
+    ):
+        build(Outer, {**GOOD, "kind": False})
+
+
+def test_everything_wrong_is_found_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Outer, {"inner": {"ratio": "x", "cuont": 3}, "part": 3, "kind": "of"})
+    assert [problem.key for problem in caught.value.problems] == [
+        "inner.cuont",
+        "inner.count",
+        "inner.ratio",
+        "part._target_",
+        "kind",
+    ]
+
+
+def test_a_whole_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"the configuration=.* must be a section"):
+        build(RunConfig, [1])  # pyright: ignore[reportArgumentType]
+
+
+@given(
+    st.integers() | st.floats() | st.booleans() | st.text() | st.none() | st.lists(st.integers())
+)
+def test_any_value_is_either_kept_exactly_or_refused(value: Any) -> None:
+    for hint in (int, float, bool, str, int | None, Literal["a", "b"]):
+        try:
+            built = build(
+                dataclasses.make_dataclass("One", [("key", hint)], frozen=True, kw_only=True),
+                {"key": value},
+            )
+        except ConfigError:
+            assert check_value(hint, value, "key")
+        else:
+            assert getattr(built, "key") == value  # noqa: B009
+            assert check_value(hint, value, "key") == []
+
+
+def test_types_that_yaml_cannot_spell_are_not_judged() -> None:
+    assert check_value(list[int], 3, "key") == []
+    assert check_value(int | str, None, "key") == []
+    assert check_value(None, 3, "key") == []
+
+
+def test_every_leaf_of_a_configuration_decides_its_hash() -> None:
+    config = compose([])
+    seen = {config_hash(config)}
+    tree = to_dict(config)
+    for key, hint in leaf_types(RunConfig).items():
+        if hint is ComponentConfig:
+            continue
+        *sections, name = key.split(".")
+        changed = node = to_dict(config)
+        for section in sections:
+            node = node[section]
+        old = node[name]
+        node[name] = not old if isinstance(old, bool) else (old or 1) * 2
+        if isinstance(old, str):
+            continue  # a text is one of a few here; doubled it would be refused
+        assert changed != tree
+        seen.add(config_hash(build(RunConfig, changed)))
+    texts = sum(isinstance(_at(tree, key), str) for key in leaf_types(RunConfig))
+    components = sum(hint is ComponentConfig for hint in leaf_types(RunConfig).values())
+    assert len(seen) == 1 + len(leaf_types(RunConfig)) - texts - components
+
+
+def _at(tree: dict[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
+
+
+def test_keys_have_the_type_default_and_docstring_of_the_schema() -> None:
+    keys = {info.key: info for info in list_keys()}
+    assert list(keys) == list(leaf_types(RunConfig))
+    top_k = keys["model.moe.top_k"]
+    assert (top_k.type, top_k.required) == ("an integer", True)
+    assert top_k.doc == "Experts per token, 1..num_experts."
+    wandb = keys["metrics.wandb"]
+    assert (wandb.type, wandb.required, wandb.default) == (
+        "one of off, offline, online",
+        False,
+        "off",
+    )
+    # A docstring of two lines, and a field whose neighbour has one but which has none.
+    assert "so sizes are known" in keys["model.moe.capacity_policy"].doc
+    assert keys["model.num_heads"].doc == ""
