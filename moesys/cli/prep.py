@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moesys.data.prepare import DryRun, Prepared
 
 _PLAIN_INTERVAL_S = 5.0
+_AGAIN = "the same command goes on from the finished parts"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -128,7 +129,13 @@ def run(args: argparse.Namespace) -> int:
             text = json.dumps(asdict(plan), indent=1) if args.json else _describe_plan(plan)
         else:
             began = time.monotonic()
-            prepared = prepare(arguments, reporter)
+            try:
+                prepared = prepare(arguments, reporter)
+            except KeyboardInterrupt:
+                reporter.line(f"stopped: {_AGAIN}")
+                raise
+            except OSError as error:  # a full disk, a file that may not be read
+                raise ValueError(f"{error}: once that is mended, {_AGAIN}") from error
             text = _describe(prepared, args.output, time.monotonic() - began)
             if args.json:
                 text = json.dumps(prepared.manifest.to_json(), indent=1)

@@ -260,6 +260,7 @@ def _tokenise(
     reporter.phase("tokenising", sum(sizes), done_bytes)
     if not missing:
         return
+    others = set(multiprocessing.active_children())
     # spawn: a fork would inherit the tokenizer library's threads in whatever state they are.
     pool = ProcessPoolExecutor(
         min(workers, len(missing)),
@@ -269,9 +270,16 @@ def _tokenise(
     try:
         for future in as_completed([pool.submit(tokenise_part, job) for job in missing]):
             reporter.advance(sizes[future.result()])
-    except BrokenProcessPool:
-        fix = "run the same command again with fewer --workers; finished parts are kept"
-        raise ValueError(f"a worker process was killed, perhaps for lack of memory: {fix}") from None
+    except BaseException as error:
+        # A part may take a minute more, and an unfinished one leaves nothing: do not wait.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        if isinstance(error, BrokenProcessPool):
+            fix = "run the same command again with fewer --workers; finished parts are kept"
+            raise ValueError(
+                f"a worker process was killed, perhaps for lack of memory: {fix}"
+            ) from None
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

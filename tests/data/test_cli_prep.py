@@ -3,8 +3,10 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,39 @@ def test_a_terminal_gets_a_bar(words: list[str]) -> None:
     assert json.loads(done.stdout)["files"] == 30
     assert "reading" in shown
     assert "━" in shown
+
+
+def test_a_write_that_fails_is_told_in_one_message(words: list[str], tmp_path: Path) -> None:
+    limited = (
+        "import resource, sys; from moesys.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512)); sys.exit(main(sys.argv[1:]))"
+    )
+    flags = [*words[:3], str(tmp_path / "data"), *words[4:]]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, "prep", *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "File too large" in done.stderr
+    assert "the same command goes on from the finished parts" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path) -> None:
+    write_words(tmp_path / "words", 300, 400)
+    script = "import sys; from moesys.cli import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["--input", str(tmp_path / "words"), "--output", str(tmp_path / "data")]
+    flags += ["--vocab-size", "300", "--part-bytes", "6000", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "prep", *flags], stderr=subprocess.PIPE, text=True
+    )
+    while len(list(tmp_path.glob("data/.prep/part-*.npz"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "stopped: the same command goes on from the finished parts" in said
+    assert "Traceback" not in said
 
 
 def test_help_needs_nothing_heavy() -> None:

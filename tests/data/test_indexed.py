@@ -127,8 +127,12 @@ BROKEN: dict[str, tuple[str, Callable[[Path], None], int, str]] = {
 }
 
 
+@pytest.mark.parametrize("chunk_items", [1 << 22, 2, 1])
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_refused_by_file_and_byte(prefix: Path, name: str) -> None:
+def test_broken_files_are_refused_by_file_and_byte(
+    prefix: Path, name: str, chunk_items: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moesys.data.indexed._CHUNK_ITEMS", chunk_items)
     suffix, damage, byte, rule = BROKEN[name]
     path = Path(f"{prefix}.{suffix}")
     damage(path)

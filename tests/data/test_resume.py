@@ -1,9 +1,11 @@
 """A prep that dies anywhere is finished by the same command, to the same bytes, from the parts it had."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from moesys.data.parts import tokenise_part
 from moesys.data.prepare import Prepared, prepare
-from moesys.data.recipe import PrepArguments
+from moesys.data.recipe import PrepArguments, Recipe
 from tests.data.files import Silent, write_words
 
 PREP = """
@@ -87,6 +90,25 @@ def test_killed_while_tokenising(
     assert contents(output) == undisturbed
 
 
+def test_a_killed_worker_is_told(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    def kill_one() -> None:
+        while len(list(tmp_path.glob(".prep/part-*.npz"))) < 3:
+            time.sleep(0.001)
+        multiprocessing.active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(ValueError, match="a worker process was killed, perhaps for lack of memory"):
+        run(corpus, tmp_path, workers=2)
+    killer.join()
+    assert multiprocessing.active_children() == []
+    prepared, _ = run(corpus, tmp_path)
+    assert prepared.reused_parts >= 3
+    assert contents(tmp_path) == undisturbed
+
+
 def test_cut_off_before_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything becomes visible by os.replace, so these are all the states that a kill can leave."""
     write_words(tmp_path / "words", 80, 40)
@@ -130,9 +152,8 @@ def test_cut_off_while_cleaning_up(
     assert contents(tmp_path) == undisturbed
 
 
-def test_a_damaged_part_is_made_again(
-    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def leave_parts(corpus: Path, output: Path) -> list[Path]:
+    """A prep that dies with all parts done and no .bin moved into place."""
     replace = os.replace
 
     def replace_until_cut(source: Any, target: Any) -> None:
@@ -140,11 +161,17 @@ def test_a_damaged_part_is_made_again(
             raise PowerCut
         replace(source, target)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", replace_until_cut)
         with pytest.raises(PowerCut):
-            run(corpus, tmp_path, workers=2)
-    parts = sorted(tmp_path.glob(".prep/part-*.npz"))
+            run(corpus, output, workers=2)
+    return sorted(output.glob(".prep/part-*.npz"))
+
+
+def test_a_damaged_part_is_made_again(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    parts = leave_parts(corpus, tmp_path)
     flipped = bytearray(parts[2].read_bytes())
     flipped[len(flipped) // 2] ^= 1
     parts[2].write_bytes(flipped)
@@ -155,3 +182,35 @@ def test_a_damaged_part_is_made_again(
     prepared, _ = run(corpus, tmp_path)
     assert prepared.reused_parts == prepared.num_parts - 1
     assert contents(tmp_path) == undisturbed
+
+
+def test_overwrite_takes_over_no_part_of_another_prep(corpus: Path, tmp_path: Path) -> None:
+    leave_parts(corpus, tmp_path / "data")
+    prepared, lines = run(corpus, tmp_path / "data", seed=9, overwrite=True)
+    assert prepared.reused_parts == 0
+    assert "starting over" in lines[0]
+    run(corpus, tmp_path / "fresh", seed=9)
+    assert contents(tmp_path / "data") == contents(tmp_path / "fresh")
+
+
+def test_overwrite_resumes_its_own_parts(corpus: Path, tmp_path: Path) -> None:
+    parts = leave_parts(corpus, tmp_path)
+    prepared, _ = run(corpus, tmp_path, overwrite=True)
+    assert prepared.reused_parts == len(parts)
+
+
+def test_a_part_is_not_there_before_it_is_whole(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_parts(corpus, tmp_path)
+    recipe = Recipe(PrepArguments(inputs=[str(corpus)], output="x"), Silent())
+    job = recipe.jobs(tmp_path / "tokenizer.json", tmp_path)[0]
+
+    def half(file: Any, **_: Any) -> None:
+        file.write(b"half")
+        raise PowerCut
+
+    monkeypatch.setattr("numpy.savez", half)
+    with pytest.raises(PowerCut):
+        tokenise_part(job)
+    assert not job.path.exists()
