@@ -12,7 +12,7 @@ HOPELESS = 4.0
 
 
 def time_interleaved(
-    contestants: Mapping[str, Callable[[], None]],
+    contestants: Mapping[str, Callable[[], object]],
     *,
     device: torch.device,
     budget_s: float,

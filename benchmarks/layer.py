@@ -7,6 +7,7 @@ import gc
 import importlib.util
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +102,7 @@ class OurLayer:
             router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
         )
         with torch.device("meta"):
-            self.layer = MoELayer(config, shape.d_model)
+            self.layer: Any = MoELayer(config, shape.d_model)
         device, dtype = weights.router_ED.device, weights.router_ED.dtype
         self.layer.to(dtype).to_empty(device=device)
         times = time_expert_backends(

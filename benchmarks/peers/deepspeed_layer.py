@@ -6,6 +6,7 @@ weights. k = 1 keeps the raw probability, so it is another function than ours an
 
 import logging
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class DeepSpeedLayer:
             drop_tokens=False,
             top2_2nd_expert_sampling=False,
         ).to(device=weights.router_ED.device, dtype=weights.router_ED.dtype)
-        layer = self.moe.deepspeed_moe
+        layer: Any = self.moe.deepspeed_moe
         self.router = layer.gate.wg.weight
         self.experts = [(e.gate_up.weight, e.down.weight) for e in layer.experts.deepspeed_experts]
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """transformers' Qwen3-MoE sparse block, with any of its experts implementations."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig
@@ -32,7 +34,7 @@ class TransformersLayer:
         )
         config._experts_implementation = implementation
         with torch.device("meta"):
-            self.block = Qwen3MoeSparseMoeBlock(config)
+            self.block: Any = Qwen3MoeSparseMoeBlock(config)
         self.block.to(weights.router_ED.dtype).to_empty(device=weights.router_ED.device)
         with torch.no_grad():
             self.block.gate.weight.copy_(weights.router_ED)

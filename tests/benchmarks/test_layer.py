@@ -49,7 +49,7 @@ def test_rows_of_a_run_have_the_form(tmp_path: Any) -> None:
     ratios = {peer: row[f"{peer}_ratio"] for peer in peers}
     assert row["ratio_to_best_peer"] == ratios[row["best_peer"]] == min(ratios.values())  # type: ignore[index, type-var]
     assert result.headline["min_ratio_to_best_peer"] == min(
-        row["ratio_to_best_peer"] for row in result.rows
+        float(row["ratio_to_best_peer"] or 0) for row in result.rows
     )
     assert set(result.rows[0]) == set(result.rows[1]), "one table"
 
