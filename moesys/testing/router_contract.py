@@ -82,9 +82,9 @@ def _check_result(result: RoutingResult, num_tokens: int, num_experts: int, top_
 
 def _check_repeats(router: nn.Module, x_TD: torch.Tensor, result: RoutingResult) -> None:
     again = _route(router, x_TD)
-    assert torch.equal(again.topk_ids_TK, result.topk_ids_TK) and torch.equal(
-        again.topk_weights_TK, result.topk_weights_TK
-    ), "the same input and random state give the same routing"
+    for name in ("topk_ids_TK", "topk_weights_TK"):
+        same = torch.equal(getattr(again, name), getattr(result, name))
+        assert same, f"the same input and random state give the same routing, {name} differs"
 
 
 def _check_gradients(router: nn.Module, result: RoutingResult) -> None:

@@ -46,7 +46,7 @@ SPOILS = {
     ),
     "one row per token": lambda r: replace(r, state=torch.zeros(3, 2)),
     "a scalar": lambda r: replace(r, extra_loss=torch.zeros(2)),
-    "same routing": lambda r: replace(
+    "same input": lambda r: replace(
         r, topk_ids_TK=(r.topk_ids_TK + next(_counter)) % r.logits_TE.shape[1]
     ),
     "RoutingResult": lambda r: r.topk_ids_TK,
