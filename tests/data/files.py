@@ -43,16 +43,17 @@ def write_words(folder: Path, num_files: int, words_per_file: int, seed: int = 0
 
 
 class Silent:
-    """A reporter that remembers the lines."""
+    """A reporter that remembers."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.phases: list[str] = []
 
     def line(self, text: str) -> None:
         self.lines.append(text)
 
     def phase(self, label: str, total_bytes: int, done_bytes: int = 0) -> None:
-        pass
+        self.phases.append(label)
 
     def advance(self, count_bytes: int) -> None:
         pass

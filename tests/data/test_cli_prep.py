@@ -106,6 +106,8 @@ def test_a_write_that_fails_is_told_in_one_message(words: list[str], tmp_path: P
 
 def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path) -> None:
     write_words(tmp_path / "words", 300, 400)
+    large = tmp_path / "words" / "0.txt"  # the first part, at work for seconds
+    large.write_bytes((tmp_path / "words" / "0000.txt").read_bytes() * 4000)
     script = "import sys; from moesys.cli import main; sys.exit(main(sys.argv[1:]))"
     flags = ["--input", str(tmp_path / "words"), "--output", str(tmp_path / "data")]
     flags += ["--vocab-size", "300", "--part-bytes", "6000", "--workers", "2"]
@@ -120,6 +122,7 @@ def test_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "stopped: the same command goes on from the finished parts" in said
     assert "Traceback" not in said
+    assert not (tmp_path / "data" / ".prep" / "part-000000.npz").exists(), "waited for a part"
 
 
 def test_help_needs_nothing_heavy() -> None:

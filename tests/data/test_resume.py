@@ -36,8 +36,10 @@ class PowerCut(BaseException):
     pass
 
 
-def run(source: Path, output: Path, **changed: Any) -> tuple[Prepared, list[str]]:
-    reporter = Silent()
+def run(
+    source: Path, output: Path, reporter: Silent | None = None, **changed: Any
+) -> tuple[Prepared, list[str]]:
+    reporter = reporter or Silent()
     arguments = PrepArguments(
         inputs=[str(source)], output=str(output), vocab_size=400, part_bytes=6000, **changed
     )
@@ -135,8 +137,10 @@ def test_cut_off_before_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(PowerCut):
             run(tmp_path / "words", output)
         cut_at = -1
-        prepared, _ = run(tmp_path / "words", output)
+        reporter = Silent()
+        prepared, _ = run(tmp_path / "words", output, reporter)
         assert contents(output) == wanted
+        assert ("training the tokenizer" in reporter.phases) == (cut <= 2)
         assert not prepared.was_finished
         assert prepared.reused_parts == (prepared.num_parts if cut > 2 else 0)
 
