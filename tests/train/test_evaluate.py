@@ -1,0 +1,60 @@
+"""Held-out loss does not depend on the number of ranks, and bits per byte are bits over bytes."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesys.data.indexed import IndexedTokens
+from moesys.data.loader import EvalBatches
+from moesys.parallel.dims import ParallelDims
+from moesys.parallel.mesh import build_meshes
+from moesys.parallelize.build import build_model
+from moesys.testing.ranks import run_ranks
+from moesys.train.evaluate import evaluate
+from tests.train.test_parity import CONFIG
+
+VOCAB = 64
+
+
+def _evaluate(rank: int, size: int, prefix, eval_tokens: int):
+    tokens = IndexedTokens(prefix, 512)
+    meshes = build_meshes(ParallelDims(world_size=size, ep=size), "cpu")
+    config = CONFIG.model.__class__(**{**vars(CONFIG.model), "vocab_size": 512})
+    model = build_model(config, meshes, torch.device("cpu"), 0)
+    batches = EvalBatches(
+        tokens,
+        seq_len=16,
+        micro_batch_samples=2,
+        dp_rank=rank,
+        dp_size=size,
+        eval_tokens=eval_tokens,
+    )
+    token_bytes_V = torch.arange(512) % 5 + 1
+    result = evaluate(model, batches, token_bytes_V, "fp32", dist.group.WORLD)
+    taken = model.moe_layers()[0].load.take(torch.device("cpu")).sum().item()
+    return result, taken
+
+
+@pytest.mark.parametrize("eval_tokens", [100, 997])
+def test_any_number_of_ranks_gives_one_process_result(tiny_data, eval_tokens):
+    one, _ = run_ranks(_evaluate, 1, tiny_data / "val", eval_tokens)[0]
+    assert one.tokens == eval_tokens
+    for result, taken in run_ranks(_evaluate, 4, tiny_data / "val", eval_tokens):
+        assert result.tokens == eval_tokens
+        assert math.isclose(result.loss, one.loss, rel_tol=1e-6)
+        assert math.isclose(result.bits_per_byte, one.bits_per_byte, rel_tol=1e-6)
+        assert taken == 0  # evaluation is not load
+
+
+def test_bits_per_byte_is_total_bits_over_total_bytes(tiny_data):
+    result, _ = run_ranks(_evaluate, 1, tiny_data / "val", 160)[0]
+    tokens = IndexedTokens(tiny_data / "val", 512)
+    available = -(-(len(tokens) - 1) // 16)
+    nbytes = 0
+    for window in range(10):
+        start = window * available // 10 * 16
+        nbytes += sum(int(t) % 5 + 1 for t in tokens.tokens_N[start + 1 : start + 17])
+    expected = result.loss * 160 / math.log(2) / nbytes
+    assert result.bits_per_byte == pytest.approx(expected, rel=1e-9)
