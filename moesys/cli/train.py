@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+_TORCHRUN = "torch.distributed.run"
 _OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 
 
@@ -54,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
     if not args.dry_run:
-        # exec: signals and the exit code need no forwarding.
-        os.execve(command[0], command, {**os.environ, "OMP_NUM_THREADS": threads})
+        os.environ["OMP_NUM_THREADS"] = threads
+        return _torchrun(command[command.index(_TORCHRUN) + 1 :])
     for warning in warnings:
         print(f"# warning: {warning}")
     if is_rank:
@@ -63,6 +64,28 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"# would run: OMP_NUM_THREADS={threads} {shlex.join(command)}")
     print(to_yaml(config), end="")
+    return 0
+
+
+def _torchrun(arguments: list[str]) -> int:
+    """torchrun in this process, which has imported torch already; the exit code says how the ranks ended.
+
+    A signal reaches the ranks through torchrun, which waits for them to save and leave.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(arguments)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        print(
+            f"moesys train: rank {rank} ended first, exit code {failure.exitcode}", file=sys.stderr
+        )
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     return 0
 
 
@@ -91,8 +114,7 @@ def _world_size(nproc: int | None) -> int:
 def _command(world_size: int, config_dir: Path | None, overrides: list[str]) -> list[str]:
     command = [sys.executable]
     if world_size > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(world_size)]
+        command += ["-m", _TORCHRUN, "--standalone", "--nproc-per-node", str(world_size)]
     command += ["-m", "moesys", "train"]
     if config_dir is not None:
         command += ["--config-dir", str(config_dir)]

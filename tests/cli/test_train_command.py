@@ -2,8 +2,10 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -156,7 +158,7 @@ class MyRouter(TopKRouter):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_with_a_router_and_a_folder_of_the_users(tmp_path: Path) -> None:
+def test_two_ranks_train_with_a_router_of_the_users_and_stop_on_a_signal(tmp_path: Path) -> None:
     """Through torchrun: the folder, the overrides and the working folder reach every rank."""
     (tmp_path / "my_router.py").write_text(ROUTER)
     (tmp_path / "conf" / "router").mkdir(parents=True)
@@ -174,8 +176,47 @@ def test_two_ranks_train_with_a_router_and_a_folder_of_the_users(tmp_path: Path)
         "router=mine parallel.ep=2 train.steps=2 schedule.warmup_steps=0 data.path=data "
         "data.seq_len=16 train.micro_batch_tokens=32 train.global_batch_tokens=64"
     )
-    done = train(["--nproc", "2", "--config-dir", "conf", *overrides.split()], tmp_path)
+    arguments = ["--nproc", "2", "--config-dir", "conf", *overrides.split()]
+    done = train(arguments, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (done.stdout + done.stderr).count("built with temperature 0.25") >= 2
     config = load_resolved(tmp_path / "runs" / "moesys" / "config.yaml")
     assert config.model.moe.router.options == {"temperature": 0.25}
+
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "moesys",
+            "train",
+            *arguments,
+            "train.steps=100000",
+            "run.name=long",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        lines = tmp_path / "runs" / "long" / "metrics.jsonl"
+        deadline = time.monotonic() + 60
+        while not (lines.is_file() and lines.read_text().count("\n") > 3):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step_*"))
+
+
+def test_the_exit_code_of_a_rank_is_passed_on(tmp_path: Path) -> None:
+    leave = "import os\nif os.environ.get('RANK') == '1':\n    os._exit(7)\n"
+    (tmp_path / "my_router.py").write_text(leave + ROUTER)
+    data = prepared_data(tmp_path / "data")
+    router = "model.moe.router._target_=my_router.MyRouter"
+    options = ["model.moe.router.temperature=1", f"data.path={data}"]
+    done = train(["--nproc", "2", router, *options], tmp_path)
+    assert done.returncode == 7, done.stdout + done.stderr
+    assert "rank 1 ended first, exit code 7" in done.stderr

@@ -289,6 +289,12 @@ def test_all_misspelt_keys_and_wrong_types_are_listed_together(data: Path) -> No
     assert keys == ["experiment", "train.stepz", "train.lr", "run.name", "optim.lr"]
 
 
+def test_a_reference_beside_a_refused_one_is_no_wrong_type(data: Path) -> None:
+    overrides = ["train.steps=${train.micro_batch_tokens}", "run.name=${now:%Y}"]
+    assert [problem.key for problem in refused(overrides, 2, data)] == ["run.name"]
+    assert refused(overrides[:1], 2, data) == ()
+
+
 def test_the_message_has_one_line_per_problem() -> None:
     with pytest.raises(ConfigError) as caught:
         compose(["train.stepz=3", "optim.lr=x", "run.seed=1.5"])
@@ -334,8 +340,8 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
             "aux_loss_level=micro has no effect",
         ),
         (
-            "schedule.decay_steps=3",
-            "schedule.decay_steps=3 has no effect with schedule.kind=cosine",
+            "schedule.decay_steps=1000",
+            "schedule.decay_steps=1000 has no effect with schedule.kind=cosine",
         ),
         ("schedule.power_a=3", "only with power"),
         ("model.num_dense_layers=2", "leaves no MoE layer"),
