@@ -1,6 +1,8 @@
-"""Tests marked `gpu` are skipped where torch sees no GPU."""
+"""Tests marked `gpu` are skipped where torch sees no GPU; fixtures that several rooms share."""
 
 import pytest
+
+pytest_plugins = ["tests.tiny_data"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

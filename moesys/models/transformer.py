@@ -100,3 +100,8 @@ class Transformer(nn.Module):
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers from first to last."""
         return [layer.moe for layer in self.layers if isinstance(layer, MoEBlock)]
+
+    def router_parameters(self) -> int | None:
+        """Parameters of one layer's router; None without MoE layers."""
+        layers = self.moe_layers()
+        return sum(p.numel() for p in layers[0].router.parameters()) if layers else None

@@ -29,7 +29,14 @@ def norm_parameters(config: ModelConfig) -> int:
     return config.num_layers * per_layer + config.d_model
 
 
-def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: int) -> int:
+def linear_router_parameters(config: ModelConfig) -> int:
+    """Per layer: one row per expert. A router of another kind says its own count to the functions below."""
+    return config.moe.num_experts * config.d_model
+
+
+def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: int | None) -> int:
+    if router_parameters is None:
+        router_parameters = linear_router_parameters(config)
     num_moe = config.num_layers - config.num_dense_layers
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     dense = config.num_dense_layers * 3 * config.d_model * config.d_ffn
@@ -48,21 +55,24 @@ def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: 
 
 
 def total_parameters(config: ModelConfig, router_parameters: int | None = None) -> int:
-    """All trained parameters. `router_parameters` per layer; default E * D (a linear router)."""
-    if router_parameters is None:
-        router_parameters = config.moe.num_experts * config.d_model
+    """All trained parameters. `router_parameters` per layer; None = a linear router's."""
     return _parameters(config, config.moe.num_experts, router_parameters)
 
 
 def active_parameters(config: ModelConfig, router_parameters: int | None = None) -> int:
     """Parameters that take part for one token: top_k of the experts, everything else."""
-    if router_parameters is None:
-        router_parameters = config.moe.num_experts * config.d_model
     return _parameters(config, config.moe.top_k, router_parameters)
 
 
-def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Exact FLOPs of one token's forward in a sequence of `seq_len`: products of active weights, scores, head."""
+def forward_flops_per_token(
+    config: ModelConfig, seq_len: int, router_parameters: int | None = None
+) -> int:
+    """FLOPs of one token's forward in a sequence of `seq_len`: products of active weights, scores, head.
+
+    Exact for a linear router; another kind counts as products of its parameters.
+    """
+    if router_parameters is None:
+        router_parameters = linear_router_parameters(config)
     num_moe = config.num_layers - config.num_dense_layers
     head_dim = config.resolved_head_dim
     products = (
@@ -72,7 +82,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
         * (
             config.moe.top_k * expert_parameters(config)
             + shared_parameters(config)
-            + config.moe.num_experts * config.d_model
+            + router_parameters
         )
         + config.vocab_size * config.d_model
     )
@@ -80,6 +90,8 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 2 * (products + scores)
 
 
-def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def training_flops_per_token(
+    config: ModelConfig, seq_len: int, router_parameters: int | None = None
+) -> int:
     """Forward and backward."""
-    return 3 * forward_flops_per_token(config, seq_len)
+    return 3 * forward_flops_per_token(config, seq_len, router_parameters)

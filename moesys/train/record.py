@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesys.config.schema import RunConfig
-from moesys.plan.costs import training_flops_per_token
 from moesys.train.evaluate import EvalResult
 from moesys.train.step import StepResult
 
@@ -22,12 +21,12 @@ def train_record(
     step_s: float,
     sections_ms: Mapping[str, float],
     bytes_per_token: float,
+    flops_per_token: int,
     world_size: int,
     peak_tflops: float,
 ) -> dict[str, Any]:
     """One optimizer step. `sections_ms` of rank 0: data, forward, backward, optimizer, checkpoint."""
     tokens_per_s = config.train.global_batch_tokens / step_s
-    flops_per_token = training_flops_per_token(config.model, config.data.seq_len)
     tflops_per_rank = tokens_per_s * flops_per_token / world_size / 1e12
     imbalances = [imbalance(load_E) for load_E in result.expert_load_ME]
     return {

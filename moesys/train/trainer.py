@@ -41,6 +41,10 @@ class Trainer:
         self.config = run.config
         self.timer = SectionTimer(run.process.device)
         self.train_step = TrainStep(run.model, run.optimizer, run.meshes, run.config, self.timer)
+        self.router_parameters = run.model.router_parameters()
+        self.flops_per_token = training_flops_per_token(
+            run.config.model, run.config.data.seq_len, self.router_parameters
+        )
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
@@ -133,6 +137,7 @@ class Trainer:
                 step_s=step_s,
                 sections_ms=sections_ms,
                 bytes_per_token=self.run.bytes_per_token,
+                flops_per_token=self.flops_per_token,
                 world_size=self.run.process.world_size,
                 peak_tflops=self.peak_tflops,
             )
@@ -258,14 +263,18 @@ class Trainer:
             "expert_backend_reason": self.backend_reason,
             "peak_tflops": self.peak_tflops,
             "peak_source": self.peak_source,
-            "parameters": total_parameters(self.config.model),
-            "active_parameters": active_parameters(self.config.model),
-            "flops_per_token": training_flops_per_token(
-                self.config.model, self.config.data.seq_len
-            ),
+            **self._sizes(),
+            "flops_per_token": self.flops_per_token,
             "steps": self.config.train.steps,
             "resumed_from_step": self.step,
             "notes": notes,
+        }
+
+    def _sizes(self) -> Record:
+        model = self.config.model
+        return {
+            "parameters": total_parameters(model, self.router_parameters),
+            "active_parameters": active_parameters(model, self.router_parameters),
         }
 
     def _write_summary(self, status: str) -> None:
@@ -281,8 +290,7 @@ class Trainer:
             "tokens_per_s": self.config.train.global_batch_tokens / median_s if median_s else None,
             "wall_s": self.wall_s,
             "world_size": self.run.process.world_size,
-            "parameters": total_parameters(self.config.model),
-            "active_parameters": active_parameters(self.config.model),
+            **self._sizes(),
             "tokens": self.step * self.config.train.global_batch_tokens,
         }
         write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")

@@ -7,7 +7,7 @@ import pytest
 from moesys.data.prepare import prepare
 from moesys.data.recipe import PrepArguments
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Silent:
