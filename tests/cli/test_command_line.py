@@ -51,7 +51,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "'trian' is not a command: did you mean train?"),
+        (["traim"], "'traim' is not a command: did you mean train?"),
         (["--traceback", "docter"], "did you mean doctor?"),
         (["xyzzy"], "choose from train, prep, config"),
         ([], "required: COMMAND"),

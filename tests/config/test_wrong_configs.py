@@ -29,7 +29,7 @@ class Wrong:
 UNKNOWN = "is not a configuration key"
 WRONG = [
     # Misspelt keys, at every depth and in the wrong section.
-    Wrong("trian.steps=3", "trian.steps", UNKNOWN, "did you mean train.steps?"),
+    Wrong("traim.steps=3", "traim.steps", UNKNOWN, "did you mean train.steps?"),
     Wrong("train.stepz=3", "train.stepz", UNKNOWN, "did you mean train.steps"),
     Wrong("train.lr=1e-3", "train.lr", UNKNOWN, "did you mean optim.lr?"),
     Wrong("optim.steps=3", "optim.steps", UNKNOWN, "did you mean train.steps or optim.eps?"),
@@ -53,7 +53,7 @@ WRONG = [
     Wrong(
         "experiment=quikstart", "experiment", "must be one of quickstart", "did you mean quickst"
     ),
-    Wrong("model=smal", "model", "must be one of mixtral_8x7b", "did you mean small"),
+    Wrong("model=smaall", "model", "must be one of mixtral_8x7b", "did you mean small"),
     Wrong("router=topk", "router", "must be one of", "topk_softmax"),
     Wrong("optim=null", "optim", "must be one of adamw", "choose from adamw"),
     # Not a value, or not one value.
@@ -65,7 +65,7 @@ WRONG = [
     # Interpolations that could differ between ranks, or that lead nowhere.
     Wrong("run.name=${now:%H-%M}", "run.name", "must be the same on every rank", "${run.name}"),
     Wrong("run.dir=${hydra:runtime.cwd}", "run.dir", "must be the same on every rank", "value"),
-    Wrong("run.name=${run.nmae}", "run.name", "could not be resolved", "refer to an existing key"),
+    Wrong("run.name=${run.namee}", "run.name", "could not be resolved", "refer to an existing key"),
     # Types.
     Wrong("train.steps=many", "train.steps", "must be an integer", "give an integer"),
     Wrong("train.steps=1e3", "train.steps", "must be an integer", "write 1000"),
