@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(moesys, m) {
   m.def(
       "unpermute_backward(Tensor grad_x, Tensor rows, Tensor weights, Tensor row_of_slot)"
       " -> (Tensor, Tensor)");
+  // grouped_linear
+  m.def("grouped_linear(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor");
+  m.def("grouped_linear_grad_rows(Tensor grad, Tensor weight, Tensor tokens_per_expert) -> Tensor");
+  m.def("grouped_linear_grad_weight(Tensor grad, Tensor rows, Tensor tokens_per_expert) -> Tensor");
   // swiglu
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad_hidden, Tensor gate_up) -> Tensor");

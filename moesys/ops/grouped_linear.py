@@ -4,15 +4,18 @@ Shapes: R rows in expert order, L experts, I inputs, O outputs.
 
     out[r] = weight[expert of r] @ rows[r]
 
-Two backends with the same result: torch's grouped_mm, and a loop over experts that writes each product and each
-weight gradient straight into its slice. Which is faster depends on shapes and device; measure.
+Two backends with the same result: torch's grouped_mm, and a loop over experts. The loop is our own compiled
+product in fp32 on the CPU, elsewhere one torch product per expert that writes straight into its slice. Which is
+faster depends on shapes and machine; measure.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moesys.ops import library
 
 GroupedBackend = Literal["grouped_mm", "loop"]
 
@@ -31,6 +34,8 @@ def grouped_linear(
     if backend == "grouped_mm":
         ends_L = tokens_per_expert_L.cumsum(0).to(torch.int32)
         return F.grouped_mm(rows_RI, weight_LOI.transpose(-2, -1), offs=ends_L)
+    if rows_RI.dtype == torch.float32 and rows_RI.device.type == "cpu" and library.runs_on(rows_RI):
+        return torch.ops.moesys.grouped_linear(rows_RI, weight_LOI, tokens_per_expert_L)
     return _LoopLinear.apply(rows_RI, weight_LOI, tokens_per_expert_L.tolist())
 
 
@@ -66,3 +71,33 @@ def _slices(counts_list: list[int]) -> list[tuple[int, slice]]:
         slices.append((expert, slice(start, start + count)))
         start += count
     return slices
+
+
+if library.is_loaded():
+
+    @torch.library.register_fake("moesys::grouped_linear")
+    def _(rows_RI: Tensor, weight_LOI: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
+        return rows_RI.new_empty(rows_RI.shape[0], weight_LOI.shape[1])
+
+    @torch.library.register_fake("moesys::grouped_linear_grad_rows")
+    def _(grad_RO: Tensor, weight_LOI: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
+        return grad_RO.new_empty(grad_RO.shape[0], weight_LOI.shape[2])
+
+    @torch.library.register_fake("moesys::grouped_linear_grad_weight")
+    def _(grad_RO: Tensor, rows_RI: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
+        return rows_RI.new_empty(tokens_per_expert_L.shape[0], grad_RO.shape[1], rows_RI.shape[1])
+
+    def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_RI, weight_LOI, counts_L = ctx.saved_tensors
+        ops = torch.ops.moesys
+        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        return (
+            ops.grouped_linear_grad_rows(grad_RO, weight_LOI, counts_L) if needs_rows else None,
+            ops.grouped_linear_grad_weight(grad_RO, rows_RI, counts_L) if needs_weight else None,
+            None,
+        )
+
+    torch.library.register_autograd("moesys::grouped_linear", _backward, setup_context=_setup)
