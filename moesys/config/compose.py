@@ -63,18 +63,18 @@ def load_resolved(path: Path) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"{path} is not a file: give the config.yaml of a run folder")
     try:
-        data = OmegaConf.to_container(OmegaConf.create(path.read_text()), resolve=False)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        data = yaml.load(path.read_bytes(), Loader=_Loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not readable as YAML: {_one_line(error)}") from error
     try:
-        return build(RunConfig, data)  # pyright: ignore[reportArgumentType]  (build refuses lists)
+        return build(RunConfig, data)
     except ConfigError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def to_yaml(config: RunConfig) -> str:
     """Every key with its resolved value, in schema order."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, width=10**9)
 
 
 def group_options(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:
@@ -86,6 +86,32 @@ def group_options(folders: Sequence[Path] | None = None) -> dict[str, list[str]]
             if group != ".":
                 groups.setdefault(group, set()).add(file.stem)
     return {group: sorted(options) for group, options in sorted(groups.items())}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that is not a plain word, so that no reader takes it for another type."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar(_TEXT_TAG, text, style=None if _WORD.match(text) else '"')
+
+
+_WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_/.-]*\Z")
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as Hydra's files and every user do, and YAML 1.1 does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+\Z"),
+    list("-+0123456789"),
+)
 
 
 def _search_path(config_dir: Path | None) -> list[Path]:

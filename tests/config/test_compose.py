@@ -190,6 +190,16 @@ def _base() -> dict[str, Any]:
     return tree
 
 
+def test_a_number_written_by_hand_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text, value in (("1e-3", 1e-3), ("2E+1", 20.0), ("-1.5e0", -1.5), ("3", 3.0)):
+        path.write_text(to_yaml(compose([])).replace("  lr: 0.001\n", f"  lr: {text}\n"))
+        assert load_resolved(path).optim.lr == value
+    path.write_text(to_yaml(compose([])).replace("  lr: 0.001\n", "  lr: '1e-3'\n"))
+    with pytest.raises(ValueError, match=r"write 0\.001 without quotes"):
+        load_resolved(path)
+
+
 def test_a_damaged_resolved_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(ValueError, match=r"config\.yaml is not a file"):
