@@ -62,21 +62,27 @@ class ModelConfig:
     vocab_size: int
     """At least the tokenizer's size."""
     num_layers: int
+    """Transformer layers, dense ones included."""
     num_dense_layers: int = 0
     """The first layers keep a dense SwiGLU of width d_ffn; the rest are MoE. 0..num_layers."""
     d_model: int
+    """Width of the residual stream."""
     num_heads: int
+    """Query heads."""
     num_kv_heads: int
-    """Divides num_heads."""
+    """Key and value heads; divides num_heads."""
     head_dim: int | None = None
     """Even. null = d_model / num_heads, which must then divide."""
     d_ffn: int
     """Hidden width of the dense layers."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
     qk_norm: bool = False
     """RMSNorm over head_dim of q and k before RoPE (Qwen3)."""
     tie_embeddings: bool = False
+    """One matrix for embedding and output."""
     init_std: float = 0.02
     """Normal(0, init_std); projections back into the residual stream are divided by sqrt(2 num_layers)."""
     moe: MoEConfig
@@ -91,6 +97,7 @@ class DataConfig:
     """A folder that `moesys prep` made: manifest.json, tokenizer.json, {train,val}.bin and .idx."""
 
     path: str
+    """The folder."""
     seq_len: int
     """Tokens per training sample (inputs; targets are the same shifted by one)."""
     shuffle: bool = True
@@ -102,9 +109,13 @@ class OptimConfig:
     """AdamW."""
 
     lr: float
+    """Peak learning rate; the schedule multiplies it."""
     beta1: float = 0.9
+    """Decay of the mean gradient, in [0, 1)."""
     beta2: float = 0.95
+    """Decay of the mean squared gradient, in [0, 1)."""
     eps: float = 1e-8
+    """Added to the root of the mean squared gradient."""
     weight_decay: float = 0.1
     """Not applied to norms, biases and routers' selection bias."""
     clip_grad_norm: float = 1.0
@@ -116,15 +127,17 @@ class ScheduleConfig:
     """Learning rate over optimizer steps, as a multiple of optim.lr. Phases must fit in train.steps."""
 
     kind: Literal["cosine", "wsd", "constant", "power", "infinite"] = "cosine"
+    """The shape after warm-up; the other keys say which shapes read them."""
     warmup_steps: int = 0
     """Linear from 0 to the peak."""
     min_lr_ratio: float = 0.1
-    """cosine: the floor at the last step; wsd and infinite: the end of the decay."""
+    """cosine: the floor at the last step; wsd, power and infinite: the end of the decay."""
     decay_steps: int = 0
     """wsd, power, infinite: length of the final decay (infinite: the exponential anneal)."""
     power_a: float = 4.0
     """power: lr = min(optim.lr, batch * a * n^b), n = tokens seen, batch = sequences per step (2408.13359)."""
     power_b: float = -0.51
+    """power: the exponent b, below 0."""
     cooldown_steps: int = 0
     """infinite: cosine from the peak to constant_lr_ratio (2503.02844)."""
     constant_lr_ratio: float = 0.5
@@ -152,11 +165,13 @@ class TrainConfig:
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute type. Parameters, gradients, optimizer state, routing and loss stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU for each local rank where torch sees one."""
     eval_every_steps: int = 0
-    """0 = only after the last step."""
+    """Optimizer steps between evaluations; 0 = only after the last step."""
     eval_tokens: int = 0
     """Held-out tokens per evaluation; 0 = all of the validation split."""
     log_every_steps: int = 1
+    """Optimizer steps between records of metrics.jsonl."""
     timeout_s: float = 600.0
     """How long a collective may wait before the run fails."""
 
@@ -164,8 +179,9 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 0
-    """0 = only at the end and on SIGTERM."""
+    """Optimizer steps between checkpoints; 0 = only at the end and on SIGTERM."""
     keep_last: int = 2
+    """How many of the newest checkpoints stay, at least 1."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run folder, if there is one."""
 
@@ -175,8 +191,11 @@ class MetricsConfig:
     """metrics.jsonl is always written; these are further sinks of the same records."""
 
     tensorboard: bool = False
+    """Event files under RUN/tensorboard."""
     wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases; offline keeps its files under RUN/wandb."""
     wandb_project: str = "moesys"
+    """The project that runs appear in."""
     peak_tflops: float | None = None
     """Per-rank peak that MFU is a share of. null = the rate of a large matrix product, measured at start-up."""
 
@@ -184,9 +203,11 @@ class MetricsConfig:
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     name: str
+    """A word for the run."""
     dir: str
     """The run folder: config.yaml, metrics.jsonl, summary.json, checkpoints/."""
     seed: int = 0
+    """Of weights, sample order and noise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from moesys.config.compose import compose, config_hash, to_yaml
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
+from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group, world_size_from_env
 from moesys.train.setup import build_run
 from moesys.train.trainer import Trainer
@@ -20,6 +22,8 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration."""
     config = compose(overrides, config_dir)
     warnings = check(config, world_size=world_size_from_env())
+    with torch.device("meta"):
+        Transformer(config.model)  # what only a constructor can refuse is refused before any rank waits
     with process_group(config.train.device, config.train.timeout_s) as process:
         agree_on(config)
         if process.rank == 0:
