@@ -26,7 +26,11 @@ class RankError(RuntimeError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, threads: int = 1
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    threads: int = 1,
 ) -> list[Any]:
     """Call `function(rank, world_size, *args)` on `world_size` gloo ranks; return their results in rank order.
 
@@ -97,7 +101,10 @@ def _run_rank(
 
     torch.set_num_threads(threads)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
     )
     try:
         dist.init_process_group(
