@@ -85,7 +85,7 @@ build: $(BUILD_STAMP) ## install moesys into $(VENV), its C++ operators built
 # --- what it is for -------------------------------------------------------------------------
 
 data/stdlib/manifest.json: | $(BUILD_STAMP)
-	$(BIN)/moesys prep --input stdlib --output data/stdlib
+	$(BIN)/moesys prep --input stdlib --output data/stdlib --vocab-size 2048
 
 .PHONY: quickstart
 quickstart: $(BUILD_STAMP) data/stdlib/manifest.json ## train a small MoE model on this machine (2 ranks, no GPU needed)
