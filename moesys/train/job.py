@@ -22,8 +22,8 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration."""
     config = compose(overrides, config_dir)
     warnings = check(config, world_size=world_size_from_env())
-    with torch.device("meta"):
-        Transformer(config.model)  # what only a constructor can refuse is refused before any rank waits
+    with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
+        Transformer(config.model)
     with process_group(config.train.device, config.train.timeout_s) as process:
         agree_on(config)
         if process.rank == 0:
