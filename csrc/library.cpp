@@ -17,6 +17,13 @@ STABLE_TORCH_LIBRARY(moesys, m) {
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_linear_grad_rows(Tensor grad, Tensor weight, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_linear_grad_weight(Tensor grad, Tensor rows, Tensor tokens_per_expert) -> Tensor");
+  // rms_norm
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scales) -> (Tensor, Tensor)");
+  // cross_entropy
+  m.def("cross_entropy(Tensor logits, Tensor targets) -> (Tensor, Tensor)");
+  m.def("cross_entropy_backward(Tensor grad, Tensor logits, Tensor targets, Tensor lse) -> Tensor");
   // swiglu
   m.def("swiglu(Tensor gate_up) -> Tensor");
   m.def("swiglu_backward(Tensor grad_hidden, Tensor gate_up) -> Tensor");

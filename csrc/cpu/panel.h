@@ -100,7 +100,8 @@ inline __attribute__((always_inline)) void swap_blocks(Vector* rows) {
   }
 }
 
-// panel[k][j] = b[k, j] for j < width, 0 up to WIDTH. One of b's strides is 1.
+// panel[k][j] = b[k, j] for j < width, 0 up to WIDTH: no sum meets garbage, whose denormals are
+// slow. One of b's strides is 1.
 MOESYS_SIMD void pack(Strided b, int64_t depth, int64_t width, float* panel) {
   if (width < WIDTH) std::fill(panel, panel + depth * WIDTH, 0.0f);
   const int64_t whole = width / LANES * LANES;

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
+from moesys.models.norm import RMSNorm
 from moesys.models.rope import apply_rope
 
 
@@ -19,8 +20,8 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.d_model, config.num_kv_heads * head_dim, bias=False)
         self.wv = nn.Linear(config.d_model, config.num_kv_heads * head_dim, bias=False)
         self.wo = nn.Linear(config.num_heads * head_dim, config.d_model, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BSD: Tensor, rope_SH: tuple[Tensor, Tensor]) -> Tensor:
         q_BSNH, k_BSMH, v_BSMH = (

@@ -4,15 +4,16 @@ Single-device code: no process groups. Shapes: B sequences, S positions, D model
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
 from moesys.models.attention import Attention
+from moesys.models.norm import RMSNorm
 from moesys.models.rope import rope_tables
 from moesys.moe.balance import RoutingLosses
 from moesys.moe.experts import SwiGLU
 from moesys.moe.layer import MoELayer
+from moesys.ops.cross_entropy import cross_entropy_sum
 
 
 class DenseBlock(nn.Module):
@@ -20,9 +21,9 @@ class DenseBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ffn)
 
     def forward(self, x_BSD: Tensor, rope_SH: tuple[Tensor, Tensor]) -> Tensor:
@@ -35,9 +36,9 @@ class MoEBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
-        self.ffn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoELayer(config.moe, config.d_model)
 
     def forward(
@@ -59,7 +60,7 @@ class Transformer(nn.Module):
             DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config)
             for i in range(config.num_layers)
         )
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.tie()
 
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
         """Cross-entropy in nats summed over targets (fp32; a target of -100 does not count), and routing losses."""
         hidden_BSD, losses = self(input_ids_BS)
         logits_TV = self.head(hidden_BSD).flatten(0, 1).float()
-        return F.cross_entropy(logits_TV, target_ids_BS.flatten(), reduction="sum"), losses
+        return cross_entropy_sum(logits_TV, target_ids_BS.flatten()), losses
 
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers from first to last."""
