@@ -17,8 +17,8 @@ constexpr int64_t LANES = 16;
 constexpr int64_t VECTORS = 4;
 constexpr int64_t WIDTH = LANES * VECTORS;
 constexpr int64_t TILE_ROWS = 6;
-constexpr int64_t DEPTH =
-    512;  // of k at once: a packed panel is 128 KiB, in the second-level cache
+constexpr int64_t UNPACKED_ROWS = 4 * TILE_ROWS;
+constexpr int64_t DEPTH = 512;  // of k at once: a panel is 128 KiB, in the second-level cache
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 using Unaligned = float __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
@@ -33,13 +33,14 @@ struct Strided {
 
 // C[0..ROWS, 0..width) = A panel, or += with `add`.
 template <int ROWS>
-inline __attribute__((always_inline)) void tile(Strided a, const float* panel, int64_t depth,
-                                                float* c, int64_t c_row, int64_t width, bool add) {
+inline __attribute__((always_inline)) void tile(Strided a, const float* panel, int64_t stride,
+                                                int64_t depth, float* c, int64_t c_row,
+                                                int64_t width, bool add) {
   Vector sums[ROWS][VECTORS];
   for (int m = 0; m < ROWS; ++m)
     for (int v = 0; v < VECTORS; ++v) sums[m][v] = Vector{};
   for (int64_t k = 0; k < depth; ++k) {
-    const auto* b = reinterpret_cast<const Vector*>(panel + k * WIDTH);
+    const auto* b = reinterpret_cast<const Unaligned*>(panel + k * stride);
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
       const float factor = a.data[m * a.row + k * a.column];
@@ -61,24 +62,24 @@ inline __attribute__((always_inline)) void tile(Strided a, const float* panel, i
   }
 }
 
-MOESYS_SIMD void multiply(Strided a, int64_t rows, const float* panel, int64_t depth, float* c,
-                          int64_t c_row, int64_t width, bool add) {
+MOESYS_SIMD void multiply(Strided a, int64_t rows, const float* panel, int64_t stride,
+                          int64_t depth, float* c, int64_t c_row, int64_t width, bool add) {
   int64_t m = 0;
   for (; m + TILE_ROWS <= rows; m += TILE_ROWS)
-    tile<TILE_ROWS>(a.at(m, 0), panel, depth, c + m * c_row, c_row, width, add);
+    tile<TILE_ROWS>(a.at(m, 0), panel, stride, depth, c + m * c_row, c_row, width, add);
   a = a.at(m, 0);
   c += m * c_row;
   switch (rows - m) {
     case 5:
-      return tile<5>(a, panel, depth, c, c_row, width, add);
+      return tile<5>(a, panel, stride, depth, c, c_row, width, add);
     case 4:
-      return tile<4>(a, panel, depth, c, c_row, width, add);
+      return tile<4>(a, panel, stride, depth, c, c_row, width, add);
     case 3:
-      return tile<3>(a, panel, depth, c, c_row, width, add);
+      return tile<3>(a, panel, stride, depth, c, c_row, width, add);
     case 2:
-      return tile<2>(a, panel, depth, c, c_row, width, add);
+      return tile<2>(a, panel, stride, depth, c, c_row, width, add);
     case 1:
-      return tile<1>(a, panel, depth, c, c_row, width, add);
+      return tile<1>(a, panel, stride, depth, c, c_row, width, add);
     default:
       return;
   }
@@ -139,11 +140,15 @@ MOESYS_SIMD void pack(Strided b, int64_t depth, int64_t width, float* panel) {
 // on a 64-byte boundary.
 inline void product(Strided a, int64_t rows, Strided b, int64_t depth, float* c, int64_t c_row,
                     int64_t width, float* panel) {
+  // Few rows are done before a panel would be packed.
+  const bool is_panel = b.column == 1 && width == WIDTH && rows <= UNPACKED_ROWS;
   int64_t k = 0;
   do {
     const int64_t step = std::min(DEPTH, depth - k);
-    pack(b.at(k, 0), step, width, panel);
-    multiply(a.at(0, k), rows, panel, step, c, c_row, width, k > 0);
+    const Strided from = b.at(k, 0);
+    if (!is_panel) pack(from, step, width, panel);
+    multiply(a.at(0, k), rows, is_panel ? from.data : panel, is_panel ? from.row : WIDTH, step, c,
+             c_row, width, k > 0);
     k += step;
   } while (k < depth);
 }
