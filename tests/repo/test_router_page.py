@@ -71,7 +71,7 @@ def test_a_misspelt_option_is_refused_with_a_suggestion(tmp_path):
     done = run(
         tmp_path,
         *("-m", "moesys", "config", "check", "--config-dir", "my_configs"),
-        *("experiment=quickstart", "router=cosine", "model.moe.router.temprature=1"),
+        *("experiment=quickstart", "router=cosine", "model.moe.router.temp_erature=1"),
     )
     assert done.returncode == 2
     assert "temperature" in done.stderr

@@ -1,0 +1,48 @@
+"""Joining and leaving a run; the memory that a process keeps."""
+
+import resource
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moesys.parallel.bootstrap import keep_freed_memory, process_group
+from moesys.testing.ranks import run_ranks
+
+
+def test_a_process_without_a_launcher_is_a_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with process_group("cpu", 30.0) as process:
+        assert (process.rank, process.world_size, process.backend) == (0, 1, "gloo")
+        total = torch.ones(2)
+        dist.all_reduce(total)
+        assert total.tolist() == [1.0, 1.0]
+    assert not dist.is_initialized()
+
+
+def test_a_rank_without_a_gpu_is_refused_before_the_group_exists(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
+    with pytest.raises(ValueError, match="set train.device=cpu"), process_group("cuda", 30.0):
+        pass
+    assert not dist.is_initialized()
+
+
+def _faults(rank: int, size: int, keep: bool) -> int:
+    """Page faults of asking ten times for 64 MiB that was freed before."""
+    if keep:
+        assert keep_freed_memory()
+
+    def use() -> None:
+        torch.ones(16 << 20)
+
+    use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        use()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_kept():
+    assert run_ranks(_faults, 1, True)[0] < 1000
+    assert run_ranks(_faults, 1, False)[0] > 10_000
