@@ -23,7 +23,7 @@ def test_a_process_without_a_launcher_is_a_world_of_one(monkeypatch):
 
 def test_a_rank_without_a_gpu_is_refused_before_the_group_exists(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", str(torch.cuda.device_count()))
-    with pytest.raises(ValueError, match="set train.device=cpu"), process_group("cuda", 30.0):
+    with pytest.raises(ValueError, match=r"set train\.device=cpu"), process_group("cuda", 30.0):
         pass
     assert not dist.is_initialized()
 
@@ -44,5 +44,5 @@ def _faults(rank: int, size: int, keep: bool) -> int:
 
 
 def test_freed_memory_is_kept():
-    assert run_ranks(_faults, 1, True)[0] < 1000
-    assert run_ranks(_faults, 1, False)[0] > 10_000
+    kept, given_back = (run_ranks(_faults, 1, keep)[0] for keep in (True, False))
+    assert kept < 100 < given_back, (kept, given_back)
