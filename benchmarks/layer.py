@@ -17,7 +17,6 @@ from benchmarks.peers.moe_layer import LayerContestant, LayerShape, LayerWeights
 from benchmarks.results import Cell, Result
 from moesys.config.schema import ComponentConfig, MoEConfig
 from moesys.moe.layer import MoELayer
-from moesys.parallel.bootstrap import keep_freed_memory
 from moesys.profile.experts import time_expert_backends
 
 DESCRIPTION = "the MoE layer against those of transformers and DeepSpeed (ms, ratio)"
@@ -53,7 +52,6 @@ QUICK_SHAPES = [_shape(8, 2, 512, 256), _shape(32, 4, 2048, 256), _shape(64, 8, 
 
 
 def run(quick: bool, progress: Callable[[str], None]) -> Result:
-    keep_freed_memory()  # as a training run does; the peers in this process gain as much
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return compare(

@@ -4,7 +4,6 @@ Rank and world size come from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RA
 process is a world of one.
 """
 
-import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +12,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-
-# malloc.h
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +30,6 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def keep_freed_memory() -> bool:
-    """Let glibc's malloc keep what is freed instead of giving it back to the kernel; return whether it will.
-
-    A step frees and asks for the same large blocks over and over. By default each comes back as fresh pages
-    that the kernel must zero: permuting 64 MiB of rows took 37 ms instead of 7 (docs/log.md). Memory that a
-    process once needed stays with it.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return False
-    return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, 2**31 - 1) == 1
-
-
 @contextmanager
 def process_group(device: str, timeout_s: float) -> Iterator[Process]:
     """Join the run (NCCL on GPUs, gloo on CPUs), leave it at the end. `device`: auto, cpu or cuda."""
@@ -64,8 +45,6 @@ def process_group(device: str, timeout_s: float) -> Iterator[Process]:
                 "ranks per node, or set train.device=cpu"
             )
         torch.cuda.set_device(local_rank)
-    if not use_cuda:
-        keep_freed_memory()
     backend = "nccl" if use_cuda else "gloo"
     own_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     store = dist.HashStore() if world_size == 1 else None

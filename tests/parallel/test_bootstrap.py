@@ -1,13 +1,10 @@
-"""Joining and leaving a run; the memory that a process keeps."""
-
-import resource
+"""Joining and leaving a run."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from moesys.parallel.bootstrap import keep_freed_memory, process_group
-from moesys.testing.ranks import run_ranks
+from moesys.parallel.bootstrap import process_group
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one(monkeypatch):
@@ -26,23 +23,3 @@ def test_a_rank_without_a_gpu_is_refused_before_the_group_exists(monkeypatch):
     with pytest.raises(ValueError, match=r"set train\.device=cpu"), process_group("cuda", 30.0):
         pass
     assert not dist.is_initialized()
-
-
-def _faults(rank: int, size: int, keep: bool) -> int:
-    """Page faults of asking ten times for 64 MiB that was freed before."""
-    if keep:
-        assert keep_freed_memory()
-
-    def use() -> None:
-        torch.ones(16 << 20)
-
-    use()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        use()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-
-def test_freed_memory_is_kept():
-    kept, given_back = (run_ranks(_faults, 1, keep)[0] for keep in (True, False))
-    assert kept < 100 < given_back, (kept, given_back)
