@@ -16,7 +16,9 @@ namespace {
 
 using panel::Strided;
 
-constexpr int64_t BLOCK_ROWS = 512;  // of C in one task: threads share even a single expert
+// Of C in one task: threads share even a single expert.
+constexpr int64_t BLOCK_ROWS = 512;
+constexpr int64_t COLUMNS = panel::PANELS * panel::WIDTH;
 
 // C = A B for one expert.
 struct Product {
@@ -29,27 +31,27 @@ struct Task {
   int64_t product, row, column;
 };
 
-// Threads take blocks of 64 columns as they get free, so uneven experts keep all of them busy; each
+// Threads take blocks as they get free, so uneven experts keep all of them busy; each
 // element is summed by one thread in one order, so the result does not depend on timing.
 void run(const std::vector<Product>& products) {
   std::vector<Task> tasks;
   for (size_t p = 0; p < products.size(); ++p)
-    for (int64_t column = 0; column < products[p].columns; column += panel::WIDTH)
+    for (int64_t column = 0; column < products[p].columns; column += COLUMNS)
       for (int64_t row = 0; row < products[p].rows; row += BLOCK_ROWS)
         tasks.push_back({static_cast<int64_t>(p), row, column});
   std::atomic<size_t> next{0};
   const int64_t num_threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    constexpr size_t PANEL_BYTES = panel::WIDTH * panel::DEPTH * sizeof(float);
+    constexpr size_t PACKED_BYTES = panel::PACKED * sizeof(float);
     const auto release = [](void* memory) { ::operator delete(memory, std::align_val_t{64}); };
     const std::unique_ptr<void, decltype(release)> memory(
-        ::operator new(PANEL_BYTES, std::align_val_t{64}), release);
+        ::operator new(PACKED_BYTES, std::align_val_t{64}), release);
     for (size_t t = next++; t < tasks.size(); t = next++) {
       const auto [p, row, column] = tasks[t];
       const Product& x = products[p];
       panel::product(x.a.at(row, 0), std::min(BLOCK_ROWS, x.rows - row), x.b.at(0, column), x.depth,
                      x.c + row * x.columns + column, x.columns,
-                     std::min(panel::WIDTH, x.columns - column), static_cast<float*>(memory.get()));
+                     std::min(COLUMNS, x.columns - column), static_cast<float*>(memory.get()));
     }
   });
 }

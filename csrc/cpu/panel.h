@@ -18,7 +18,12 @@ constexpr int64_t VECTORS = 4;
 constexpr int64_t WIDTH = LANES * VECTORS;
 constexpr int64_t TILE_ROWS = 6;
 constexpr int64_t UNPACKED_ROWS = 4 * TILE_ROWS;
-constexpr int64_t DEPTH = 512;  // of k at once: a panel is 128 KiB, in the second-level cache
+// Sizes for a second-level cache of 1 MiB: of k at once (a panel is 128 KiB), panels that share the
+// rows of A while they are there, and those rows (96 KiB).
+constexpr int64_t DEPTH = 512;
+constexpr int64_t PANELS = 4;
+constexpr int64_t CHUNK_ROWS = 8 * TILE_ROWS;
+constexpr int64_t PACKED = DEPTH * (PANELS * WIDTH + CHUNK_ROWS);
 
 using Vector = float __attribute__((vector_size(LANES * sizeof(float)), may_alias));
 using Unaligned = float __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
@@ -136,19 +141,39 @@ MOESYS_SIMD void pack(Strided b, int64_t depth, int64_t width, float* panel) {
     for (int64_t j = whole; j < width; ++j) panel[k * WIDTH + j] = b.data[j * b.column + k];
 }
 
-// C[0..rows, 0..width) = A B, width <= WIDTH; zeros where depth is 0. `panel`: WIDTH * DEPTH floats
-// on a 64-byte boundary.
+// C[0..rows, 0..columns) = A B, columns <= PANELS * WIDTH; zeros where depth is 0. `packed`: PANELS
+// * WIDTH * DEPTH floats on a 64-byte boundary.
 inline void product(Strided a, int64_t rows, Strided b, int64_t depth, float* c, int64_t c_row,
-                    int64_t width, float* panel) {
-  // Few rows are done before a panel would be packed.
-  const bool is_panel = b.column == 1 && width == WIDTH && rows <= UNPACKED_ROWS;
+                    int64_t columns, float* packed) {
   int64_t k = 0;
   do {
     const int64_t step = std::min(DEPTH, depth - k);
-    const Strided from = b.at(k, 0);
-    if (!is_panel) pack(from, step, width, panel);
-    multiply(a.at(0, k), rows, is_panel ? from.data : panel, is_panel ? from.row : WIDTH, step, c,
-             c_row, width, k > 0);
+    const float* panels[PANELS];
+    int64_t strides[PANELS];
+    for (int64_t p = 0; p * WIDTH < columns; ++p) {
+      const Strided from = b.at(k, p * WIDTH);
+      const int64_t width = std::min(WIDTH, columns - p * WIDTH);
+      // Few rows are done before a panel would be packed.
+      const bool is_panel = b.column == 1 && width == WIDTH && rows <= UNPACKED_ROWS;
+      float* to = packed + p * WIDTH * DEPTH;
+      if (!is_panel) pack(from, step, width, to);
+      panels[p] = is_panel ? from.data : to;
+      strides[p] = is_panel ? from.row : WIDTH;
+    }
+    for (int64_t m = 0; m < rows; m += CHUNK_ROWS) {
+      const int64_t count = std::min(CHUNK_ROWS, rows - m);
+      Strided chunk = a.at(m, k);
+      if (a.row == 1) {
+        // Columns of a wide matrix lie a power of two apart and share few lines of the caches.
+        float* to = packed + PANELS * WIDTH * DEPTH;
+        for (int64_t i = 0; i < step; ++i)
+          std::copy_n(chunk.data + i * chunk.column, count, to + i * CHUNK_ROWS);
+        chunk = {to, 1, CHUNK_ROWS};
+      }
+      for (int64_t p = 0; p * WIDTH < columns; ++p)
+        multiply(chunk, count, panels[p], strides[p], step, c + m * c_row + p * WIDTH, c_row,
+                 std::min(WIDTH, columns - p * WIDTH), k > 0);
+    }
     k += step;
   } while (k < depth);
 }
