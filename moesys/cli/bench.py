@@ -50,14 +50,23 @@ def run(args: argparse.Namespace) -> int:
     from benchmarks.results import write_result
 
     for name in names:
-        result = importlib.import_module(f"benchmarks.{name}").run(args.quick, _say)
+        benchmark = importlib.import_module(f"benchmarks.{name}")
+        result = benchmark.run(args.quick, _say)
         command = f"moesys bench {name}{' --quick' if args.quick else ''}"
-        path = write_result(name, result.headline, result.rows, command, quick=args.quick)
+        result_name = f"{name}_{_device(benchmark)}"
+        path = write_result(result_name, result.headline, result.rows, command, quick=args.quick)
         if args.json:
             print(json.dumps(json.loads(path.read_text())), flush=True)
         else:
-            _show(name, result, path)
+            _show(result_name, result, path)
     return 0
+
+
+def _device(benchmark: Any) -> str:
+    """Where the benchmark ran: one that knows GPUs uses them where there are any."""
+    import torch
+
+    return "gpu" if getattr(benchmark, "GPU", False) and torch.cuda.is_available() else "cpu"
 
 
 def benchmarks_folder() -> Path:
@@ -102,5 +111,10 @@ def _show(name: str, result: Any, path: Path) -> None:
         table = Table(*columns, title=name)
         for row in rows:
             table.add_row(*(cell_text(row[c]) for c in columns))
-        console.print(table)
+        if console.measure(table).maximum <= console.width:
+            console.print(table)
+        else:  # squeezed columns cannot be read
+            for row in rows:
+                cells = (f"{key} {cell_text(value)}" for key, value in row.items() if value is not None)
+                console.print("  ".join(cells), highlight=False)
     console.print(f"{path}", soft_wrap=True)

@@ -81,7 +81,7 @@ def test_quickstart_installs_the_core_only_trains_and_reports(
     ran = make("quickstart")
     assert not [line for line in ran if "deepspeed" in line or "pytest" in line]
     assert ran[-3:] == [
-        "moesys prep --input stdlib --output data/stdlib",
+        "moesys prep --input stdlib --output data/stdlib --vocab-size 2048",
         "run.sh --nproc 2 experiment=quickstart",
         "moesys report runs/quickstart",
     ]
