@@ -42,5 +42,8 @@ else
   meeting=(--standalone)
 fi
 
+# After SIGTERM the ranks end their step, evaluate where that is due, and save: more than torchrun's 30 s may pass.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
 # exec: a signal from the scheduler or the keyboard reaches torchrun, which passes it to the ranks.
 exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"

@@ -115,6 +115,8 @@ def _show(name: str, result: Any, path: Path) -> None:
             console.print(table)
         else:  # squeezed columns cannot be read
             for row in rows:
-                cells = (f"{key} {cell_text(value)}" for key, value in row.items() if value is not None)
+                cells = (
+                    f"{key} {cell_text(value)}" for key, value in row.items() if value is not None
+                )
                 console.print("  ".join(cells), highlight=False)
     console.print(f"{path}", soft_wrap=True)

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     threads = _threads_per_rank(world_size)
     if not args.dry_run:
         os.environ["OMP_NUM_THREADS"] = threads
+        # After SIGTERM the ranks end their step and save, which may take longer than torchrun's 30 s.
+        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
         return _torchrun(command[command.index(_TORCHRUN) + 1 :])
     for warning in warnings:
         print(f"# warning: {warning}")

@@ -13,6 +13,7 @@ def find_file_problems(config: RunConfig) -> Iterator[Problem]:
     if config.data.path:
         yield from _check_data(config)
     yield from _check_run_dir(config.run.dir)
+    yield from _check_fresh(config)
 
 
 def _check_data(config: RunConfig) -> Iterator[Problem]:
@@ -68,6 +69,18 @@ def _check_manifest(
             given=config.data.path,
             rule=f"must hold at least 2 validation tokens, and it holds {tokens['val']}",
             fix="prepare more text, or raise --val-fraction of moesys prep",
+        )
+
+
+def _check_fresh(config: RunConfig) -> Iterator[Problem]:
+    """A run that begins anew beside old checkpoints would be resumed from them later."""
+    folder = Path(config.run.dir) / "checkpoints"
+    if not config.checkpoint.resume and any(folder.glob("step_*")):
+        yield Problem(
+            key="checkpoint.resume",
+            given=False,
+            rule=f"needs a run folder without checkpoints, and {folder} has some",
+            fix="set another run.dir, or remove that folder",
         )
 
 

@@ -47,7 +47,7 @@ class MoEConfig:
     """The router class, e.g. moesys.moe.routers.TopKRouter, and its options."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     capacity_factor: float | None = None
-    """null = dropless. Otherwise each rank sends at most ceil(factor * T * K / E) rows to an expert."""
+    """null = dropless. Otherwise, in training, each rank sends at most ceil(factor * T * K / E) rows to an expert."""
     capacity_policy: Literal["drop", "pad"] = "drop"
     """With a capacity: drop = only rows that exist travel; pad = every expert gets exactly capacity rows,
     so sizes are known without a device-to-host sync. Both drop what is over capacity."""
@@ -146,7 +146,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees over the world. dp * cp * tp == edp * ep * etp within a pipeline stage."""
+    """Degrees over the world: dp == edp * ep, dp being all ranks."""
 
     ep: int = 1
     """Expert-parallel degree; divides the world size and moe.num_experts."""

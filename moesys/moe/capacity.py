@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moesys.moe.routing import RoutingResult
+from moesys.ops import tokens_per_expert
 
 
 def capacity_rows(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
@@ -36,7 +37,7 @@ def _rank_in_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Ten
     ids_N = ids_TK.flatten()
     by_weight_N = weights_TK.flatten().argsort(descending=True, stable=True)
     order_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
-    counts_X = torch.bincount(ids_N + 1, minlength=num_experts + 1)  # X: no expert, then E
+    counts_X = tokens_per_expert(ids_N[:, None] + 1, num_experts + 1)  # X: no expert, then E
     first_X = counts_X.cumsum(0) - counts_X
     rank_N = torch.empty_like(ids_N)
     rank_N[order_N] = torch.arange(ids_N.numel(), device=ids_N.device)

@@ -63,9 +63,12 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x_BSD), losses, routed.state
 
     def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
-        """Apply the expert capacity, if any; return the routing and the rows per expert if padded."""
+        """Apply the expert capacity, if any; return the routing and the rows per expert if padded.
+
+        Evaluation is dropless: what a model is worth does not depend on how its text was batched.
+        """
         factor = self.config.capacity_factor
-        if factor is None:
+        if factor is None or not self.training:
             return routed, None
         num_tokens, top_k = routed.topk_ids_TK.shape
         capacity = capacity_rows(num_tokens, top_k, self.config.num_experts, factor)

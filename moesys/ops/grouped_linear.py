@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moesys.ops import library
 
@@ -101,3 +102,17 @@ if library.is_loaded():
         )
 
     torch.library.register_autograd("moesys::grouped_linear", _backward, setup_context=_setup)
+
+    # So that torch's FlopCounterMode counts the products that are not torch's own.
+    @register_flop_formula(
+        [
+            torch.ops.moesys.grouped_linear,
+            torch.ops.moesys.grouped_linear_grad_rows,
+        ]
+    )
+    def _(x_shape: Any, weight_shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * x_shape[0] * weight_shape[1] * weight_shape[2]
+
+    @register_flop_formula(torch.ops.moesys.grouped_linear_grad_weight)
+    def _(grad_shape: Any, rows_shape: Any, *_: Any, **__: Any) -> int:
+        return 2 * grad_shape[0] * grad_shape[1] * rows_shape[1]

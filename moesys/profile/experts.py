@@ -54,14 +54,20 @@ def time_expert_backends(
         return (time.perf_counter() - start) * 1e3
 
     times_ms: dict[GroupedBackend, list[float]] = {name: [] for name in BACKENDS}
+    refused: dict[GroupedBackend, RuntimeError] = {}
     for repeat in range(repeats + 1):
         for name in BACKENDS:
             try:
                 elapsed_ms = forward_backward(name)
-            except RuntimeError:
-                continue  # grouped_mm wants rows of multiples of 16 bytes
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # grouped_mm wants rows of multiples of 16 bytes
+                refused[name] = error
+                continue
             if repeat:
                 times_ms[name].append(elapsed_ms)
+    if len(refused) == len(BACKENDS):
+        raise RuntimeError(f"no backend computes these experts: {refused}")
     return BackendTimes(
         median_ms={name: statistics.median(ms) if ms else None for name, ms in times_ms.items()}
     )

@@ -17,6 +17,7 @@ def train_record(
     result: StepResult,
     *,
     step: int,
+    tokens: int,
     lr: float,
     step_s: float,
     sections_ms: Mapping[str, float],
@@ -32,7 +33,7 @@ def train_record(
     return {
         "kind": "train",
         "step": step,
-        "tokens": step * config.train.global_batch_tokens,
+        "tokens": tokens,
         "loss": result.loss,
         "bits_per_byte": result.loss / math.log(2) / bytes_per_token,
         "aux_loss": result.balance_loss,

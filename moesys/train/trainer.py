@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesys.checkpoint.store import load_latest_good, save
+from moesys.checkpoint.store import LoadedState, load_latest_good, save
 from moesys.config.compose import to_dict, to_yaml
 from moesys.optim.schedule import learning_rate
 from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
@@ -50,6 +50,8 @@ class Trainer:
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
         self.last_eval: Record = {}
         self.step_seconds: list[float] = []
+        self.tokens_per_s: float | None = None
+        """By the median step of this start; before one, of the start before."""
 
     def train(self) -> str:
         """Train to the last step or until asked to stop; return "done" or "stopped"."""
@@ -58,12 +60,15 @@ class Trainer:
             return self._train(is_writer)
 
     def _train(self, is_writer: bool) -> str:
-        state, notes = self._resume()
-        self._choose_backend(state)
+        resumed = self._resume()
+        self._choose_backend(resumed.state if resumed else {})
         self.peak_tflops, self.peak_source = self._peak()
+        if resumed and resumed.rank_tensors is not None:
+            # Last, because measuring draws random numbers.
+            restore_random_state(resumed.rank_tensors, self.run.process.device)
         self.log = self._open_log() if is_writer else None
         try:
-            self._write(self._start_record(notes))
+            self._write(self._start_record(resumed))
             try:
                 with StopRequest() as stop:
                     status = self._loop(stop)
@@ -109,6 +114,9 @@ class Trainer:
         step_s = time.perf_counter() - began
         self.wall_s += step_s
         self.step_seconds.append(step_s)
+        self.tokens_per_s = self.config.train.global_batch_tokens / statistics.median(
+            self.step_seconds
+        )
         self._record_step(result, lr, step_s, checkpoint_ms)
         return result.stop_requested
 
@@ -118,9 +126,13 @@ class Trainer:
             peak_lr=self.config.optim.lr,
             step=self.step,
             total_steps=self.config.train.steps,
-            tokens=self.step * self.config.train.global_batch_tokens,
+            tokens=self._tokens(),
             batch=self.config.train.global_batch_tokens // self.config.data.seq_len,
         )
+
+    def _tokens(self) -> int:
+        """Trained on so far by all ranks; the batch may have changed at a resume."""
+        return self.run.loader.consumed_samples * self.config.data.seq_len
 
     def _record_step(
         self, result: StepResult, lr: float, step_s: float, checkpoint_ms: float
@@ -133,6 +145,7 @@ class Trainer:
                 self.config,
                 result,
                 step=self.step,
+                tokens=self._tokens(),
                 lr=lr,
                 step_s=step_s,
                 sections_ms=sections_ms,
@@ -168,8 +181,9 @@ class Trainer:
                 "step": self.step,
                 "wall_s": self.wall_s,
                 "loader": self.run.loader.state_dict(),
-                "expert_backend": self.backend,
+                "expert_backend": {"name": self.backend, "layout": self._backend_layout()},
                 "last_eval": self.last_eval,
+                "tokens_per_s": self.tokens_per_s,
             },
             rank_tensors=random_state(self.run.process.device),
             keep_last=self.config.checkpoint.keep_last,
@@ -185,27 +199,26 @@ class Trainer:
         )
         return result.seconds * 1e3
 
-    def _resume(self) -> tuple[Mapping[str, Any], list[str]]:
-        """Continue from the newest good checkpoint, if wanted and there; return its state, and notes."""
+    def _resume(self) -> LoadedState | None:
+        """Continue from the newest good checkpoint, if wanted and there; return what it said."""
         if not self.config.checkpoint.resume:
-            return {}, []
+            return None
         found = load_latest_good(
             self.run.folder / "checkpoints", run_tensors(self.run.model, self.run.optimizer)
         )
-        if found is None:
-            return {}, []
-        state = found.state
-        self.run.loader.load_state_dict(state["loader"])
-        self.step, self.wall_s = state["step"], state["wall_s"]
-        self.last_eval = state["last_eval"]
-        if found.rank_tensors is not None:
-            restore_random_state(found.rank_tensors, self.run.process.device)
-        return state, [f"skipped {bad.path.name}: {bad.reason}" for bad in found.skipped]
+        if found is not None:
+            state = found.state
+            self.run.loader.load_state_dict(state["loader"])
+            self.step, self.wall_s = state["step"], state["wall_s"]
+            self.last_eval, self.tokens_per_s = state["last_eval"], state["tokens_per_s"]
+        return found
 
     def _choose_backend(self, state: Mapping[str, Any]) -> None:
-        """A run keeps its backend over restarts: another one may round differently."""
-        if "expert_backend" in state:
-            self.backend, self.backend_reason = state["expert_backend"], "kept from the checkpoint"
+        """A run keeps what was measured over restarts, on the same layout: another backend may round differently."""
+        saved = state.get("expert_backend", {})
+        is_auto = self.config.model.moe.expert_backend == "auto"
+        if is_auto and saved and saved["layout"] == self._backend_layout():
+            self.backend, self.backend_reason = saved["name"], "kept from the checkpoint"
         elif not self.run.model.moe_layers():
             self.backend, self.backend_reason = "grouped_mm", "no MoE layers"
         else:
@@ -216,6 +229,9 @@ class Trainer:
                 dtype=self._dtype(),
             )
         set_expert_backend(self.run.model, self.backend)
+
+    def _backend_layout(self) -> list[Any]:
+        return [self.run.process.device.type, self.run.meshes.dims.ep]
 
     def _peak(self) -> tuple[float, str]:
         if self.config.metrics.peak_tflops is not None:
@@ -249,7 +265,7 @@ class Trainer:
             )
         return MetricsLog(folder, resume_step=self.step, sinks=sinks)
 
-    def _start_record(self, notes: list[str]) -> Record:
+    def _start_record(self, resumed: LoadedState | None) -> Record:
         dims, process = self.run.meshes.dims, self.run.process
         return {
             "kind": "start",
@@ -267,7 +283,10 @@ class Trainer:
             "flops_per_token": self.flops_per_token,
             "steps": self.config.train.steps,
             "resumed_from_step": self.step,
-            "notes": notes,
+            "notes": [
+                f"skipped {bad.path.name}: {bad.reason}"
+                for bad in (resumed.skipped if resumed else ())
+            ],
         }
 
     def _sizes(self) -> Record:
@@ -279,7 +298,6 @@ class Trainer:
 
     def _write_summary(self, status: str) -> None:
         manifest = self.run.manifest
-        median_s = statistics.median(self.step_seconds) if self.step_seconds else None
         summary = {
             "status": status,
             "steps": self.step,
@@ -287,11 +305,11 @@ class Trainer:
             "val_bits_per_byte": self.last_eval.get("val_bits_per_byte"),
             "unigram_bits_per_byte": manifest.unigram_bits_per_byte,
             "byte_entropy_bits": manifest.byte_entropy_bits,
-            "tokens_per_s": self.config.train.global_batch_tokens / median_s if median_s else None,
+            "tokens_per_s": self.tokens_per_s,
             "wall_s": self.wall_s,
             "world_size": self.run.process.world_size,
             **self._sizes(),
-            "tokens": self.step * self.config.train.global_batch_tokens,
+            "tokens": self._tokens(),
         }
         write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 

@@ -68,8 +68,12 @@ def test_flops_are_those_that_torch_counts(variant):
     ids = torch.randint(0, config.vocab_size, (batch, seq_len))
     # The counter knows the CPU's flash attention not at all, but its spelled-out form.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.logits(ids)
-    assert counter.get_total_flops() == batch * seq_len * forward_flops_per_token(config, seq_len)
+        logits = model.logits(ids)
+    forward = batch * seq_len * forward_flops_per_token(config, seq_len)
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == 2 * forward
 
 
 def test_backward_is_twice_the_forward():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
 
 
@@ -28,6 +29,7 @@ def overrides(run_dir: Path, data: Path, *more: str) -> list[str]:
         "schedule.warmup_steps=4",
         "checkpoint.every_steps=5",
         "model.moe.balance.bias_update_rate=0.01",
+        "model.moe.router._target_=tests.train.noisy_router.NoisyRouter",
         *more,
     ]
 
@@ -40,6 +42,7 @@ def command(ranks: int, arguments: list[str]) -> list[str]:
 def start(ranks: int, arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(
         command(ranks, arguments),
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,7 @@
 """Held-out loss does not depend on the number of ranks, and bits per byte are bits over bytes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,12 @@ from moesys.testing.ranks import run_ranks
 from moesys.train.evaluate import evaluate
 from tests.train.test_parity import CONFIG
 
-VOCAB = 64
 
-
-def _evaluate(rank: int, size: int, prefix, eval_tokens: int):
+def _evaluate(rank: int, size: int, prefix, eval_tokens: int, capacity_factor: float | None = None):
     tokens = IndexedTokens(prefix, 512)
     meshes = build_meshes(ParallelDims(world_size=size, ep=size), "cpu")
-    config = CONFIG.model.__class__(**{**vars(CONFIG.model), "vocab_size": 512})
+    moe = replace(CONFIG.model.moe, capacity_factor=capacity_factor)
+    config = replace(CONFIG.model, vocab_size=512, moe=moe)
     model = build_model(config, meshes, torch.device("cpu"), 0)
     batches = EvalBatches(
         tokens,
@@ -46,6 +46,13 @@ def test_any_number_of_ranks_gives_one_process_result(tiny_data, eval_tokens):
         assert math.isclose(result.loss, one.loss, rel_tol=1e-6)
         assert math.isclose(result.bits_per_byte, one.bits_per_byte, rel_tol=1e-6)
         assert taken == 0  # evaluation is not load
+
+
+def test_a_capacity_does_not_touch_evaluation(tiny_data):
+    dropless, tight = (
+        run_ranks(_evaluate, 2, tiny_data / "val", 100, factor)[0][0] for factor in (None, 0.1)
+    )
+    assert tight == dropless
 
 
 def test_bits_per_byte_is_total_bits_over_total_bytes(tiny_data):

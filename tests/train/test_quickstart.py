@@ -18,12 +18,12 @@ LIMIT_S = 360.0
 def test_quickstart_learns_in_six_minutes(tmp_path):
     began = time.monotonic()
     data, run_dir = tmp_path / "stdlib", tmp_path / "run"
+    moesys = [sys.executable, "-m", "moesys"]
+    launch = ["launch/run.sh", "--nproc", "2"]
     for command in (
-        [sys.executable, "-m", "moesys", "prep", "--input", "stdlib", "--vocab-size", "2048"]
-        + ["--output", str(data)],
-        ["launch/run.sh", "--nproc", "2", "experiment=quickstart"]
-        + [f"data.path={data}", f"run.dir={run_dir}"],
-        [sys.executable, "-m", "moesys", "report", str(run_dir)],
+        [*moesys, "prep", "--input", "stdlib", "--vocab-size", "2048", "--output", str(data)],
+        [*launch, "experiment=quickstart", f"data.path={data}", f"run.dir={run_dir}"],
+        [*moesys, "report", str(run_dir)],
     ):
         environment = os.environ | {"PYTHON": sys.executable}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

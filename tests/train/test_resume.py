@@ -101,18 +101,30 @@ def test_kill_9_of_all_ranks_loses_nothing_but_time(uninterrupted, tiny_data, tm
 
 def test_a_finished_run_started_again_does_nothing_more(uninterrupted, tiny_data):
     folder, _ = uninterrupted
-    before = exact(folder)
+    before, summary = exact(folder), (folder / "summary.json").read_text()
     run(2, overrides(folder, tiny_data))
+    assert exact(folder) == before
+    assert (folder / "summary.json").read_text() == summary
+
+
+def test_a_fresh_start_beside_old_checkpoints_is_refused(uninterrupted, tiny_data):
+    folder, _ = uninterrupted
+    before = exact(folder)
+    code, output = finish(start(1, overrides(folder, tiny_data, "checkpoint.resume=false")))
+    assert code != 0
+    assert "checkpoint.resume" in output
+    assert "set another run.dir" in output
     assert exact(folder) == before
 
 
-def test_resume_can_be_refused(uninterrupted, tiny_data, tmp_path):
-    folder = tmp_path / "again"
-    few = ["train.steps=6", "schedule.warmup_steps=2"]
-    run(1, overrides(folder, tiny_data, "parallel.ep=1", *few))
-    run(1, overrides(folder, tiny_data, "parallel.ep=1", "checkpoint.resume=false", *few))
-    assert [r["resumed_from_step"] for r in records(folder, "start")] == [0, 0]
-    assert [r["step"] for r in records(folder, "train")] == list(range(1, 7))
+def test_a_set_backend_is_obeyed_at_a_resume(tiny_data, tmp_path):
+    few = ["parallel.ep=1", "train.steps=6", "schedule.warmup_steps=2"]
+    run(1, overrides(tmp_path / "run", tiny_data, *few, "model.moe.expert_backend=loop"))
+    more = ["parallel.ep=1", "train.steps=7", "schedule.warmup_steps=2"]
+    run(1, overrides(tmp_path / "run", tiny_data, *more, "model.moe.expert_backend=grouped_mm"))
+    starts = records(tmp_path / "run", "start")
+    assert [r["expert_backend"] for r in starts] == ["loop", "grouped_mm"]
+    assert [r["resumed_from_step"] for r in starts] == [0, 6]
 
 
 def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
