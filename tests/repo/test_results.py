@@ -150,11 +150,11 @@ def test_bench_lists_runs_and_keeps_quick_apart(
     out, err = capsys.readouterr()
     assert json.loads(out)["headline"] == {"sum_steps": 2.0}
     assert err == "adding\n"
-    assert (source_tree / "quick" / "tiny.json").exists()
+    assert (source_tree / "quick" / "tiny_cpu.json").exists()
     assert not (source_tree / "full").exists()
     assert moesys_bench("all") == 0
     assert (
-        json.loads((source_tree / "full" / "tiny.json").read_text())["command"]
+        json.loads((source_tree / "full" / "tiny_cpu.json").read_text())["command"]
         == "moesys bench tiny"
     )
     assert "sum_steps" in capsys.readouterr().out
@@ -224,3 +224,13 @@ def test_gpu_result_is_written_also_when_something_failed(
     passed: gpu.Rows = [{"test": "test_a", "outcome": "passed", "time_s": 0.1}]
     monkeypatch.setattr(gpu, "run_tests", lambda: (passed, None))
     assert gpu.main() == 0
+
+
+def test_the_figures_that_the_project_promises_are_there() -> None:
+    for name, figure in (
+        ("layer_cpu", "min_ratio_to_best_peer"),
+        ("step_cpu", "min_ratio_to_transformers"),
+    ):
+        record = json.loads((results.RESULTS / f"{name}.json").read_text())
+        assert record["headline"][figure] >= 1.0, name
+        assert not record["quick"]
