@@ -1,7 +1,7 @@
 """Finds and loads the compiled ops (csrc/, built by setup.py) once, when this module is imported.
 
-Without them, or on a device they were not built for, every op runs its torch version in
-`reference.py`: the same results, slower.
+Without them, or on a device they were not built for, every op runs in torch: its version in
+`reference.py`, or torch's own op where there is one. The same results, slower.
 """
 
 from pathlib import Path
