@@ -72,8 +72,6 @@ def build_run(config: RunConfig, process: Process) -> Run:
         dp_size=process.world_size,
         eval_tokens=config.train.eval_tokens,
     )
-    # Each rank's noise (routers that draw) is its own; weights do not depend on this.
-    torch.manual_seed((config.run.seed * process.world_size + process.rank) % 2**63)
     dims = ParallelDims(world_size=process.world_size, ep=config.parallel.ep)
     meshes = build_meshes(dims, process.device.type)
     model = build_model(config.model, meshes, process.device, config.run.seed)

@@ -4,7 +4,6 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -61,11 +60,9 @@ class Trainer:
 
     def _train(self, is_writer: bool) -> str:
         resumed = self._resume()
-        self._choose_backend(resumed.state if resumed else {})
+        self._choose_backend(is_writer)
         self.peak_tflops, self.peak_source = self._peak()
-        if resumed and resumed.rank_tensors is not None:
-            # Last, because measuring draws random numbers.
-            restore_random_state(resumed.rank_tensors, self.run.process.device)
+        self._set_random_state(resumed)  # last, because measuring draws random numbers
         self.log = self._open_log() if is_writer else None
         try:
             self._write(self._start_record(resumed))
@@ -76,7 +73,7 @@ class Trainer:
                 self._write({"kind": "stop", "step": self.step, "reason": f"failed: {error}"})
                 raise
             self._write({"kind": "stop", "step": self.step, "reason": status})
-            if is_writer:
+            if is_writer and (self.step_seconds or not self._summary_path.exists()):
                 self._write_summary(status)
         finally:
             if self.log is not None:
@@ -181,7 +178,6 @@ class Trainer:
                 "step": self.step,
                 "wall_s": self.wall_s,
                 "loader": self.run.loader.state_dict(),
-                "expert_backend": {"name": self.backend, "layout": self._backend_layout()},
                 "last_eval": self.last_eval,
                 "tokens_per_s": self.tokens_per_s,
             },
@@ -213,12 +209,21 @@ class Trainer:
             self.last_eval, self.tokens_per_s = state["last_eval"], state["tokens_per_s"]
         return found
 
-    def _choose_backend(self, state: Mapping[str, Any]) -> None:
-        """A run keeps what was measured over restarts, on the same layout: another backend may round differently."""
-        saved = state.get("expert_backend", {})
+    def _set_random_state(self, resumed: LoadedState | None) -> None:
+        """Go on where the checkpoint's ranks were, or begin; each rank's noise (routers that draw) is its own."""
+        process = self.run.process
+        torch.manual_seed((self.config.run.seed * process.world_size + process.rank) % 2**63)
+        if resumed is not None and resumed.rank_tensors is not None:
+            restore_random_state(resumed.rank_tensors, process.device)
+
+    def _choose_backend(self, is_writer: bool) -> None:
+        """Keep what this run folder's first start measured on this layout: another backend rounds differently."""
+        path = self.run.folder / "expert_backend.json"
+        layout = [self.run.process.device.type, self.run.meshes.dims.ep]
+        saved = json.loads(path.read_text()) if path.exists() else {}
         is_auto = self.config.model.moe.expert_backend == "auto"
-        if is_auto and saved and saved["layout"] == self._backend_layout():
-            self.backend, self.backend_reason = saved["name"], "kept from the checkpoint"
+        if is_auto and self.config.checkpoint.resume and saved.get("layout") == layout:
+            self.backend, self.backend_reason = saved["backend"], f"kept from {path.name}"
         elif not self.run.model.moe_layers():
             self.backend, self.backend_reason = "grouped_mm", "no MoE layers"
         else:
@@ -229,9 +234,9 @@ class Trainer:
                 dtype=self._dtype(),
             )
         set_expert_backend(self.run.model, self.backend)
-
-    def _backend_layout(self) -> list[Any]:
-        return [self.run.process.device.type, self.run.meshes.dims.ep]
+        if is_writer and is_auto:
+            # All ranks have looked: choosing is collective.
+            write_text(path, json.dumps({"backend": self.backend, "layout": layout}) + "\n")
 
     def _peak(self) -> tuple[float, str]:
         if self.config.metrics.peak_tflops is not None:
@@ -296,6 +301,10 @@ class Trainer:
             "active_parameters": active_parameters(model, self.router_parameters),
         }
 
+    @property
+    def _summary_path(self) -> Path:
+        return self.run.folder / "summary.json"
+
     def _write_summary(self, status: str) -> None:
         manifest = self.run.manifest
         summary = {
@@ -311,7 +320,7 @@ class Trainer:
             **self._sizes(),
             "tokens": self._tokens(),
         }
-        write_text(self.run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")
 
     def _write(self, record: Record) -> None:
         if self.log is not None:

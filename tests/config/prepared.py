@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def prepared_data(
-    folder: Path, *, vocab_size: int = 4096, train_tokens: int = 10**6, val_tokens: int = 10**4
+    folder: Path, *, vocab_size: int = 2048, train_tokens: int = 10**6, val_tokens: int = 10**4
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {

@@ -15,7 +15,7 @@ from moesys.config.schema import RunConfig
 
 def test_precedence_is_group_then_experiment_then_override() -> None:
     assert compose([]).optim.lr == 1e-3
-    assert compose(["experiment=quickstart"]).optim.lr == 2e-3
+    assert compose(["experiment=quickstart"]).optim.lr == 3e-3
     assert compose(["optim.lr=3", "experiment=quickstart"]).optim.lr == 3.0
     assert compose(["experiment=quickstart", "model=tiny"]).model.d_model == 64
 

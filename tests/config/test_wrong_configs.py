@@ -226,7 +226,7 @@ WRONG = [
     Wrong("data.path=DATA/..", "data.path", "holds no manifest.json", "--output"),
     Wrong("data.path=''", "data.path", "must not be empty", "name a folder"),
     Wrong("run.dir=DATA/manifest.json/x", "run.dir", "manifest.json is a file", "another run.dir"),
-    Wrong("model.vocab_size=4000", "model.vocab_size", "at least the 4096 tokens", "=4096"),
+    Wrong("model.vocab_size=2000", "model.vocab_size", "at least the 2048 tokens", "=2048"),
 ]
 
 

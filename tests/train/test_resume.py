@@ -63,9 +63,8 @@ def test_a_run_leaves_its_records(uninterrupted):
         assert summary[key] > 0, key
     assert summary["status"] == "done"
     assert (folder / "config.yaml").exists()
-    # The choice of backend is said at start-up.
-    assert "grouped_mm" in output
-    assert "loop" in output
+    # The backend is said at start-up, with the reason.
+    assert "grouped_mm (set by model.moe.expert_backend)" in output
     # keep_last = 2
     assert len(list((folder / "checkpoints").glob("step_*"))) == 2
 
@@ -117,14 +116,24 @@ def test_a_fresh_start_beside_old_checkpoints_is_refused(uninterrupted, tiny_dat
     assert exact(folder) == before
 
 
-def test_a_set_backend_is_obeyed_at_a_resume(tiny_data, tmp_path):
-    few = ["parallel.ep=1", "train.steps=6", "schedule.warmup_steps=2"]
-    run(1, overrides(tmp_path / "run", tiny_data, *few, "model.moe.expert_backend=loop"))
-    more = ["parallel.ep=1", "train.steps=7", "schedule.warmup_steps=2"]
-    run(1, overrides(tmp_path / "run", tiny_data, *more, "model.moe.expert_backend=grouped_mm"))
-    starts = records(tmp_path / "run", "start")
-    assert [r["expert_backend"] for r in starts] == ["loop", "grouped_mm"]
-    assert [r["resumed_from_step"] for r in starts] == [0, 6]
+def test_a_measured_backend_is_kept_and_a_set_one_obeyed(tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    few = ["parallel.ep=1", "schedule.warmup_steps=2", "train.steps=6"]
+    run(1, overrides(folder, tiny_data, *few, "model.moe.expert_backend=auto"))
+    (first,) = records(folder, "start")
+    assert "measured" in first["expert_backend_reason"]
+    # As if the first start had measured the other way round.
+    other = "loop" if first["expert_backend"] == "grouped_mm" else "grouped_mm"
+    path = folder / "expert_backend.json"
+    path.write_text(path.read_text().replace(first["expert_backend"], other))
+    for step, setting, expected in (
+        (7, "auto", other),
+        (8, first["expert_backend"], first["expert_backend"]),
+    ):
+        more = ["parallel.ep=1", "schedule.warmup_steps=2", f"train.steps={step}"]
+        run(1, overrides(folder, tiny_data, *more, f"model.moe.expert_backend={setting}"))
+        assert records(folder, "start")[-1]["expert_backend"] == expected
+        assert records(folder, "start")[-1]["resumed_from_step"] == step - 1
 
 
 def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
