@@ -4,6 +4,7 @@ Rank and world size come from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RA
 process is a world of one.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,5 +66,8 @@ def process_group(device: str, timeout_s: float) -> Iterator[Process]:
             device=own_device,
             backend=backend,
         )
+        # A rank that leaves while another still talks to it can bring both down.
+        dist.barrier()
     finally:
+        gc.collect()  # groups that only cycles still hold must not outlive the interpreter
         dist.destroy_process_group()
