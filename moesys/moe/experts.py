@@ -6,10 +6,10 @@ Shapes: T tokens, D model, F hidden, L local experts, R rows in order of local e
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moesys.ops import swiglu
 from moesys.ops.grouped_linear import GroupedBackend, grouped_linear
+from moesys.parallel.gradients import local_tensor
 
 
 class SwiGLU(nn.Module):
@@ -37,12 +37,8 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
         """Return [R, D]; rows past tokens_per_expert_L.sum() are undefined."""
-        gate_up, down = _local(self.gate_up), _local(self.down)
+        gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
         hidden_R2F = grouped_linear(
             rows_RD, gate_up.flatten(1, 2), tokens_per_expert_L, self.backend
         )
         return grouped_linear(swiglu(hidden_R2F), down, tokens_per_expert_L, self.backend)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
