@@ -1,6 +1,7 @@
 """A training job from its overrides to its exit code: compose, check, join, agree, train."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from moesys.config.schema import RunConfig
 from moesys.config.validate import check
 from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group, world_size_from_env
+from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
 from moesys.train.trainer import Trainer
 
@@ -26,10 +28,12 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
         Transformer(config.model)
     with process_group(config.train.device, config.train.timeout_s) as process:
         agree_on(config)
-        if process.rank == 0:
+        is_writer = process.rank == 0
+        if is_writer:
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
-        status = Trainer(build_run(config, process)).train()
+        with sole_writer(Path(config.run.dir)) if is_writer else nullcontext():
+            status = Trainer(build_run(config, process)).train()
     return 0 if status == "done" else STOPPED_EXIT_CODE
 
 

@@ -69,6 +69,10 @@ class MetricsLog:
         for sink in tuple(self._sinks):
             self._guard(sink, lambda sink=sink: sink.write(complete))
 
+    def sync(self) -> None:
+        """Wait until every record is on the disk itself, safe from a node that loses power."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file and every sink. May be called twice."""
         self._file.close()

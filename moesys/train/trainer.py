@@ -4,7 +4,7 @@ import json
 import shutil
 import statistics
 import time
-from contextlib import nullcontext
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
 from moesys.train.evaluate import evaluate
-from moesys.train.folder import sole_writer, write_text
+from moesys.train.folder import write_text
 from moesys.train.metrics import MetricsLog, Sink
 from moesys.train.progress import console_view
 from moesys.train.record import eval_record, train_record
@@ -49,16 +49,14 @@ class Trainer:
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
         self.last_eval: Record = {}
         self.step_seconds: list[float] = []
+        self.unrecorded_checkpoint_ms = 0.0
+        """Waited for checkpoints since the last train record, which will say so."""
         self.tokens_per_s: float | None = None
         """By the median step of this start; before one, of the start before."""
 
     def train(self) -> str:
         """Train to the last step or until asked to stop; return "done" or "stopped"."""
         is_writer = self.run.process.rank == 0
-        with sole_writer(self.run.folder) if is_writer else nullcontext():
-            return self._train(is_writer)
-
-    def _train(self, is_writer: bool) -> str:
         resumed = self._resume()
         self._choose_backend(is_writer)
         self.peak_tflops, self.peak_source = self._peak()
@@ -70,7 +68,8 @@ class Trainer:
                 with StopRequest() as stop:
                     status = self._loop(stop)
             except BaseException as error:
-                self._write({"kind": "stop", "step": self.step, "reason": f"failed: {error}"})
+                with suppress(OSError):  # a full disk must not hide what failed first
+                    self._write({"kind": "stop", "step": self.step, "reason": f"failed: {error}"})
                 raise
             self._write({"kind": "stop", "step": self.step, "reason": status})
             if is_writer and (self.step_seconds or not self._summary_path.exists()):
@@ -82,20 +81,18 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> str:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps
-        checkpoint_ms = 0.0
         while self.step < steps:
-            stopping = self._one_step(stop.requested, checkpoint_ms)
-            checkpoint_ms = 0.0
+            stopping = self._one_step(stop.requested)
             last = self.step == steps
             if last or _due(self.step, self.config.train.eval_every_steps):
                 self._evaluate()
             if last or stopping or _due(self.step, every):
-                checkpoint_ms = self._save()
+                self._save()
             if stopping and not last:
                 return "stopped"
         return "done"
 
-    def _one_step(self, stop_requested: bool, checkpoint_ms: float) -> bool:
+    def _one_step(self, stop_requested: bool) -> bool:
         """Train one step and record it; return whether some rank was asked to stop."""
         began = time.perf_counter()
         with self.timer.section("data", on_host=True):
@@ -114,7 +111,7 @@ class Trainer:
         self.tokens_per_s = self.config.train.global_batch_tokens / statistics.median(
             self.step_seconds
         )
-        self._record_step(result, lr, step_s, checkpoint_ms)
+        self._record_step(result, lr, step_s)
         return result.stop_requested
 
     def _learning_rate(self) -> float:
@@ -131,10 +128,8 @@ class Trainer:
         """Trained on so far by all ranks; the batch may have changed at a resume."""
         return self.run.loader.consumed_samples * self.config.data.seq_len
 
-    def _record_step(
-        self, result: StepResult, lr: float, step_s: float, checkpoint_ms: float
-    ) -> None:
-        sections_ms = self.timer.read() | {"checkpoint": checkpoint_ms}
+    def _record_step(self, result: StepResult, lr: float, step_s: float) -> None:
+        sections_ms = self.timer.read()
         if not (_due(self.step, self.config.train.log_every_steps) or result.stop_requested):
             return
         self._write(
@@ -145,13 +140,14 @@ class Trainer:
                 tokens=self._tokens(),
                 lr=lr,
                 step_s=step_s,
-                sections_ms=sections_ms,
+                sections_ms=sections_ms | {"checkpoint": self.unrecorded_checkpoint_ms},
                 bytes_per_token=self.run.bytes_per_token,
                 flops_per_token=self.flops_per_token,
                 world_size=self.run.process.world_size,
                 peak_tflops=self.peak_tflops,
             )
         )
+        self.unrecorded_checkpoint_ms = 0.0
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
@@ -168,8 +164,9 @@ class Trainer:
         self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
         self._write(self.last_eval)
 
-    def _save(self) -> float:
-        """Write a checkpoint; return the milliseconds that the run waited for it."""
+    def _save(self) -> None:
+        if self.log is not None:
+            self.log.sync()  # the record on disk is never behind the checkpoint that a resume goes on from
         result = save(
             self.run.folder / "checkpoints",
             self.step,
@@ -193,7 +190,7 @@ class Trainer:
                 "bytes": result.bytes,
             }
         )
-        return result.seconds * 1e3
+        self.unrecorded_checkpoint_ms += result.seconds * 1e3
 
     def _resume(self) -> LoadedState | None:
         """Continue from the newest good checkpoint, if wanted and there; return what it said."""

@@ -59,6 +59,12 @@ def kill_all(process: subprocess.Popen) -> None:
         victim.kill()
 
 
+def one_rank(process: subprocess.Popen, rank: int) -> psutil.Process:
+    """The process of this rank."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    return next(c for c in children if c.environ().get("RANK") == str(rank))
+
+
 def finish(process: subprocess.Popen, timeout_s: float = 120.0) -> tuple[int, str]:
     try:
         output, _ = process.communicate(timeout=timeout_s)

@@ -315,3 +315,14 @@ def test_small_pictures() -> None:
     assert load_bar([0, 10, 20, 10], 8) == " ▄█▄"
     assert load_bar([1, 1, 0, 30], 2) == "▁█"
     assert load_bar([0, 0], 8) == ""
+
+
+def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(
+        "os.fsync", lambda number: synced.append(Path(f"/proc/self/fd/{number}").readlink().name)
+    )
+    with MetricsLog(tmp_path) as log:
+        log.write(train(1))
+        log.sync()
+    assert synced == ["metrics.jsonl"]

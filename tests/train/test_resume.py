@@ -2,13 +2,16 @@
 
 import json
 import signal
+import time
 
 import pytest
 
+from moesys.train.job import STOPPED_EXIT_CODE
 from tests.train.launched import (
     STEPS,
     finish,
     kill_all,
+    one_rank,
     overrides,
     records,
     run,
@@ -146,3 +149,26 @@ def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
     finish(first)
     assert code != 0
     assert f"run.dir={folder} is in use by another job" in output
+
+
+def test_a_rank_that_dies_takes_the_job_with_it_soon(tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    process = start(2, overrides(folder, tiny_data, "train.steps=4000"))
+    wait_for_step(process, folder, 3)
+    one_rank(process, 1).kill()
+    began = time.monotonic()
+    code, output = finish(process)
+    assert time.monotonic() - began < 10
+    assert code not in (0, STOPPED_EXIT_CODE), output
+    stop = records(folder, "stop")[-1]
+    assert stop["reason"].startswith("failed:"), "the survivor says why it left"
+    assert stop["step"] >= 3
+
+
+def test_time_in_checkpoints_is_recorded_though_steps_are_not(tiny_data, tmp_path):
+    folder = tmp_path / "run"
+    few = ["parallel.ep=1", "schedule.warmup_steps=2", "train.steps=13"]
+    run(1, overrides(folder, tiny_data, *few, "train.log_every_steps=4"))
+    saves = {r["step"]: r["checkpoint_ms"] for r in records(folder, "checkpoint")}
+    waited = {r["step"]: r["checkpoint_ms"] for r in records(folder, "train")}
+    assert waited == {4: 0.0, 8: saves[5], 12: saves[10]}
