@@ -26,7 +26,8 @@ def grouped_linear(
 ) -> Tensor:
     """Return [R, O] in rows' dtype. `tokens_per_expert_L` int64 sums to at most R; rows past the sum are undefined.
 
-    `loop` reads the counts on the host (one sync, L ints); `grouped_mm` does not.
+    `loop` reads the counts on the host (one sync, L ints); `grouped_mm` does not, but takes no fp64, and only
+    inputs and outputs whose rows are a multiple of 16 bytes.
     """
     weight_LOI = weight_LOI.to(rows_RI.dtype)
     if rows_RI.shape[0] == 0:

@@ -1,7 +1,9 @@
 """Every op in obvious torch: what the compiled ops are compared to, and what runs without them.
 
+Only rms_norm, cross_entropy_sum and grouped_linear then run torch's own ops instead of these.
 Differentiable by plain autograd on any device. Shapes: T tokens, K slots per token (slot t*K+k),
-N rows, D model, F expert hidden, E experts.
+N rows, D model, F expert hidden, E experts; V classes; R rows in expert order, L experts on this
+rank, I inputs, O outputs.
 """
 
 import torch
@@ -30,12 +32,10 @@ def expert_order(topk_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor,
 
 
 def permute(x_TD: Tensor, slot_of_row_N: Tensor, row_of_slot_TK: Tensor) -> Tensor:
-    top_k = row_of_slot_TK.shape[1]
-    if top_k == 0:
-        return x_TD.new_zeros(slot_of_row_N.shape[0], x_TD.shape[1])
-    token_of_row_N = slot_of_row_N.clamp(min=0) // top_k
-    has_slot_N1 = (slot_of_row_N >= 0)[:, None]
-    return torch.where(has_slot_N1, x_TD[token_of_row_N], x_TD.new_zeros(()))
+    # A row of zeros in front stands for "no slot": -1 // K + 1 = 0.
+    tokens = F_.pad(x_TD, (0, 0, 1, 0))
+    top_k = max(row_of_slot_TK.shape[1], 1)
+    return tokens[slot_of_row_N // top_k + 1]
 
 
 def unpermute(rows_ND: Tensor, weights_TK: Tensor, row_of_slot_TK: Tensor) -> Tensor:
@@ -49,6 +49,25 @@ def swiglu(gate_up_N2F: Tensor) -> Tensor:
     compute = torch.promote_types(gate_up_N2F.dtype, torch.float32)
     gate_NF, up_NF = gate_up_N2F.to(compute).chunk(2, dim=-1)
     return (F_.silu(gate_NF) * up_NF).to(gate_up_N2F.dtype)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    mean_square = x.square().mean(dim=-1, keepdim=True)
+    return x / (mean_square + eps).sqrt() * weight_D
+
+
+def cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    is_counted_T = targets_T != -100
+    logits, targets = logits_TV[is_counted_T], targets_T[is_counted_T]
+    return (logits.logsumexp(dim=1) - logits.gather(1, targets[:, None])[:, 0]).sum()
+
+
+def grouped_linear(rows_RI: Tensor, weight_LOI: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
+    counts_list = tokens_per_expert_L.tolist()
+    spare = rows_RI.shape[0] - sum(counts_list)
+    *rows_of_expert, _ = rows_RI.split([*counts_list, spare])
+    outs = [rows @ weight.t() for rows, weight in zip(rows_of_expert, weight_LOI, strict=True)]
+    return torch.cat([*outs, rows_RI.new_zeros(spare, weight_LOI.shape[1])])
 
 
 def _check_ids(ids: Tensor, num_experts: int) -> None:

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from moesys.ops import expert_order, reference, swiglu
 from tests.ops.cases import Case
-from tests.ops.test_permute import compare, compare_both
+from tests.ops.gradients import compare
+from tests.ops.test_permute import compare_both
 from tests.ops.test_swiglu import TYPES
 
 

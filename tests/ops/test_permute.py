@@ -1,11 +1,10 @@
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
 
 from moesys.ops import expert_order, permute, reference, unpermute
 from tests.ops.cases import TESTED, Case, inputs
+from tests.ops.gradients import compare
 
 each_device = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
@@ -21,20 +20,6 @@ def order_of(ids_TK: Tensor, num_experts: int, layout: str) -> tuple[Tensor, Ten
         return slot_of_row_N, row_of_slot_TK
     gapped_N = torch.stack([torch.full_like(slot_of_row_N, -1), slot_of_row_N], dim=1).flatten()
     return gapped_N, torch.where(row_of_slot_TK < 0, -1, 2 * row_of_slot_TK + 1)
-
-
-def compare(op: Callable, expected: Callable, leaves: list[Tensor], *rest: Tensor) -> None:
-    """Values and every gradient against `expected` in fp64, to the accuracy of the types."""
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    out, exact_out = op(*leaves, *rest), expected(*exact, *rest)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(exact_out.shape, generator=generator).to(out)
-    grads = torch.autograd.grad(out, leaves, grad)
-    exact_grads = torch.autograd.grad(exact_out, exact, grad.double())
-    for got, want in zip([out, *grads], [exact_out, *exact_grads], strict=True):
-        assert got.is_contiguous()
-        torch.testing.assert_close(got, want.to(got.dtype))
 
 
 def compare_both(case: Case, layout: str, device: str, seed: int = 0) -> None:
@@ -84,6 +69,19 @@ def test_rows_that_serve_no_slot(device: str) -> None:
     assert weights_TK.grad is not None
     assert rows_ND.grad.flatten().tolist() == [0, 2, 0.5, 0]
     assert weights_TK.grad.tolist() == [[4, 3], [0, 0]]
+
+
+@each_device
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (0, 0), (3, 0)])
+def test_rows_without_any_slot(num_tokens: int, top_k: int, device: str) -> None:
+    """A rank without tokens, its rows padded to a fixed number."""
+    slot_of_row_N = torch.full((3,), -1, device=device)
+    row_of_slot_TK = torch.empty(num_tokens, top_k, dtype=torch.int64, device=device)
+    x_TD = torch.ones(num_tokens, 5, device=device)
+    assert torch.equal(permute(x_TD, slot_of_row_N, row_of_slot_TK).cpu(), torch.zeros(3, 5))
+    compare(permute, reference.permute, [x_TD], slot_of_row_N, row_of_slot_TK)
+    leaves = [torch.ones(3, 5, device=device), torch.ones(num_tokens, top_k, device=device)]
+    compare(unpermute, reference.unpermute, leaves, row_of_slot_TK)
 
 
 @each_device

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moesys.ops import reference, swiglu
-from tests.ops.test_permute import compare
+from tests.ops.gradients import compare
 
 each_device = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
