@@ -32,7 +32,7 @@ from moesys.optim.build import build_optimizer
 from moesys.parallel.bootstrap import process_group
 from moesys.parallel.dims import ParallelDims
 from moesys.parallel.mesh import Meshes, build_meshes
-from moesys.parallelize.build import build_model
+from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
@@ -89,7 +89,7 @@ QUICK_SIZES = [_size("quick", vocab=512, layers=2, d=128, e=8, k=2, f=128, batch
 
 def run(quick: bool, progress: Callable[[str], None]) -> Result:
     with process_group("cpu", timeout_s=600.0) as process:
-        meshes = build_meshes(ParallelDims(world_size=1, ep=1), process.device.type)
+        meshes = build_meshes(ParallelDims(world_size=1), process.device.type)
         return compare(
             QUICK_SIZES if quick else SIZES,
             meshes,
@@ -141,13 +141,16 @@ class OurModel:
             metrics=MetricsConfig(),
         )
         device = torch.device(meshes.expert.device_type)
-        self.model = build_model(size.model, meshes, device, config.run.seed)
+        parallel = build_parallel_model(
+            size.model, config.parallel, meshes, device, config.run.seed
+        )
+        self.model = parallel.whole
         self.backend, _ = choose_expert_backend(
             size.model, meshes, micro_batch_tokens=tokens, dtype=torch.float32
         )
         set_expert_backend(self.model, self.backend)
         optimizer = build_optimizer(self.model, OPTIM)
-        self.train_step = TrainStep(self.model, optimizer, meshes, config, SectionTimer(device))
+        self.train_step = TrainStep(parallel, optimizer, meshes, config, SectionTimer(device))
 
     def step(self, input_ids_BS: torch.Tensor, target_ids_BS: torch.Tensor) -> tuple[float, float]:
         """One optimizer step; mean loss in nats per token, and the gradient norm before clipping."""

@@ -1,6 +1,5 @@
 """Tensors to safetensors files and back; every chunk is hashed before it is written and after it is read."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
@@ -11,15 +10,14 @@ import torch
 import xxhash
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 from moesys.checkpoint.errors import CheckpointError
 from moesys.checkpoint.folder import fsync
 from moesys.checkpoint.manifest import Chunk, Manifest
 from moesys.checkpoint.plan import ITEMSIZE_BYTES, ChunkWrite, Piece
 from moesys.checkpoint.region import Region
+from moesys.ops import shard
 
 _DTYPES = {getattr(torch, name): name for name in ITEMSIZE_BYTES}
 
@@ -27,7 +25,7 @@ _DTYPES = {getattr(torch, name): name for name in ITEMSIZE_BYTES}
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part, sharing memory with `tensor`."""
     with torch.no_grad():
-        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        return shard.local_tensor(tensor).detach()
 
 
 def local_piece(name: str, tensor: Tensor) -> Piece:
@@ -41,35 +39,15 @@ def local_piece(name: str, tensor: Tensor) -> Piece:
         raise CheckpointError(
             f"{name} is {tensor.dtype}, a checkpoint holds {', '.join(ITEMSIZE_BYTES)}: convert it"
         )
-    region = Region.whole(tuple(tensor.shape))
-    if isinstance(tensor, DTensor):
-        if not _local_is_box(tensor):
-            raise CheckpointError(
-                f"{name} is placed {tensor.placements}: redistribute it to Shard or Replicate"
-            )
-        shape, offsets = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
+    box = shard.local_box(tensor)
+    if box is None:
+        assert isinstance(tensor, DTensor)
+        raise CheckpointError(
+            f"{name} is placed {tensor.placements}: redistribute it to Shard or Replicate"
         )
-        # A rank outside of the mesh holds nothing.
-        outside = len(offsets) != tensor.ndim
-        none = Region(offsets=(0,) * tensor.ndim, shape=(0,) * tensor.ndim)
-        region = none if outside else Region(offsets=tuple(offsets), shape=tuple(shape))
-        assert outside or region.shape == tuple(local_tensor(tensor).shape), name
+    region = Region(offsets=box[0], shape=box[1])
+    assert not region.numel or region.shape == tuple(local_tensor(tensor).shape), name
     return Piece(dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape), region=region)
-
-
-def _local_is_box(tensor: DTensor) -> bool:
-    """Shard and Replicate give boxes. So does FSDP over TP: its strides are undone by the later mesh axes."""
-    mesh, placements = tensor.device_mesh, tensor.placements
-    for axis, placement in enumerate(placements):
-        if isinstance(placement, Partial):
-            return False
-        if isinstance(placement, _StridedShard):
-            later = range(axis + 1, mesh.ndim)
-            sizes = [mesh.size(a) for a in later if placements[a] == Shard(placement.dim)]
-            if math.prod(sizes) != placement.split_factor:
-                return False
-    return True
 
 
 def write_shards(

@@ -146,10 +146,23 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees over the world: dp == edp * ep, dp being all ranks."""
+    """Degrees over the world: world == dp * tp == edp * ep * etp.
 
+    dp, the ranks that read different samples, is what tp leaves over.
+    """
+
+    tp: int = 1
+    """Tensor parallel: ranks that share each dense matrix; divides heads, key/value heads, d_ffn, vocabulary."""
+    sequence_parallel: bool = True
+    """With tp: norms, routers and shared experts work on a share of the tokens, which tp must divide."""
     ep: int = 1
-    """Expert-parallel degree; divides the world size and moe.num_experts."""
+    """Expert parallel: ranks that share out the experts; divides moe.num_experts."""
+    etp: int = 1
+    """Expert tensor parallel: ranks that share each expert's matrices; divides moe.d_expert."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """What data and context ranks share out: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    dp_shard: int | None = None
+    """With zero: data ranks that share one copy; divides dp. null = all of dp."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +172,9 @@ class TrainConfig:
     steps: int
     """Optimizer steps."""
     global_batch_tokens: int
-    """Tokens per optimizer step over all ranks; a multiple of micro_batch_tokens * world size."""
+    """Tokens per optimizer step over all ranks; a multiple of micro_batch_tokens * dp."""
     micro_batch_tokens: int
-    """Tokens per forward on one rank; a multiple of data.seq_len."""
+    """Tokens per forward of a data rank, which its tp ranks share out; a multiple of data.seq_len."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute type. Parameters, gradients, optimizer state, routing and loss stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

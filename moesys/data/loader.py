@@ -23,9 +23,7 @@ from torch import Tensor
 
 from moesys.data.indexed import IndexedTokens
 from moesys.data.order import permute
-
-IGNORED_TARGET = -100
-"""A target that no loss counts (torch's `ignore_index`)."""
+from moesys.ops.cross_entropy import IGNORED_TARGET
 
 
 @dataclass(frozen=True, kw_only=True)

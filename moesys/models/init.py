@@ -6,9 +6,9 @@ A stacked expert parameter [E, ...] is drawn expert by expert, so that a rank dr
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import ModelConfig
+from moesys.ops.shard import local_box, local_tensor
 
 RESIDUAL_PROJECTIONS = ("attn.wo.weight", ".down")
 """Names that end so write into the residual stream; their std falls with depth (GPT-2)."""
@@ -18,7 +18,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill all parameters and buffers in place: norms 1, other vectors and buffers 0, the rest Normal(0, std)."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local = local_tensor(parameter)
             if parameter.ndim == 1:
                 local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             else:
@@ -34,16 +34,15 @@ def _std(name: str, config: ModelConfig) -> float:
 
 
 def _draw(name: str, parameter: Tensor, local: Tensor, std: float, seed: int) -> None:
+    box = local_box(parameter)
+    assert box is not None, f"{name}: this rank's part is no box of the whole"
+    inside = tuple(slice(at, at + length) for at, length in zip(*box, strict=True))
     if ".experts." not in name:
-        assert not isinstance(parameter, DTensor), f"{name}: only experts are sharded"
-        local.copy_(_normal(f"{seed}:{name}", parameter.shape, std))
+        local.copy_(_normal(f"{seed}:{name}", parameter.shape, std)[inside])
         return
-    first = 0
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        first = mesh.get_local_rank() * local.shape[0]
     for i in range(local.shape[0]):
-        local[i].copy_(_normal(f"{seed}:{name}:{first + i}", local.shape[1:], std))
+        expert = inside[0].start + i
+        local[i].copy_(_normal(f"{seed}:{name}:{expert}", parameter.shape[1:], std)[inside[1:]])
 
 
 def _normal(key: str, shape: torch.Size, std: float) -> Tensor:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(
-    seq_len: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions_S: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """fp32 cos and sin tables [S, H]; pair (i, i + H/2) turns by position / theta^(2i/H)."""
+    device = positions_S.device
     inv_frequency = theta ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angle = torch.outer(torch.arange(seq_len, device=device).float(), inv_frequency)
+    angle = torch.outer(positions_S.float(), inv_frequency)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
 

@@ -1,6 +1,6 @@
 """Losses and biases that keep expert load even. Separate from the router, which only decides.
 
-Shapes: T tokens, E experts, K experts per token, B sequences, S tokens per sequence (T = B * S).
+Shapes: T tokens, E experts, K experts per token, B sequences.
 
 With f_i = share of the slots that went to expert i and P_i = mean routing probability of i,
 
@@ -41,15 +41,22 @@ def balance_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(dim=0))
 
 
-def sequence_balance_loss(probs_TE: Tensor, topk_ids_TK: Tensor, num_sequences: int) -> Tensor:
-    """The mean over sequences of each sequence's own balance loss (DeepSeek-V3 eq. 17)."""
-    num_experts = probs_TE.shape[1]
-    ids_BN = topk_ids_TK.reshape(num_sequences, -1)
-    counts_BE = probs_TE.new_zeros(num_sequences, num_experts)
-    counts_BE.scatter_add_(1, ids_BN.clamp(min=0), (ids_BN >= 0).to(counts_BE.dtype))
+def sequence_counts(topk_ids_TK: Tensor, sequence_T: Tensor, counts_BE: Tensor) -> Tensor:
+    """Add each token's slots to its sequence's row of `counts_BE`, in place."""
+    kept_TK = (topk_ids_TK >= 0).to(counts_BE.dtype)
+    at_TK = sequence_T[:, None] * counts_BE.shape[1] + topk_ids_TK.clamp(min=0)
+    counts_BE.view(-1).scatter_add_(0, at_TK.flatten(), kept_TK.flatten())
+    return counts_BE
+
+
+def sequence_balance_loss(probs_TE: Tensor, sequence_T: Tensor, counts_BE: Tensor) -> Tensor:
+    """The mean over sequences of each sequence's own balance loss (DeepSeek-V3 eq. 17).
+
+    `sequence_T` says whose each token is, `counts_BE` are the slots of whole sequences. As P_i is a mean over tokens,
+    that mean is E * mean_t sum_i f_i(sequence of t) p_i(t), so ranks may share a sequence out.
+    """
     fractions_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-    probs_BE = probs_TE.view(num_sequences, -1, num_experts).mean(dim=1)
-    return num_experts * (fractions_BE * probs_BE).sum(dim=1).mean()
+    return probs_TE.shape[1] * (fractions_BE[sequence_T] * probs_TE).sum(dim=1).mean()
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
@@ -63,6 +70,16 @@ def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(load_E.mean() - load_E)
 
 
+class SequenceShare(NamedTuple):
+    """Which of the tokens of its ranks' common sequences this rank has."""
+
+    group: dist.ProcessGroup | None = None
+    """The ranks that share sequences; None = this rank alone has whole ones."""
+    tp_rank: int = 0
+    """This rank has the tp_rank-th of tp_size equal runs of tokens."""
+    tp_size: int = 1
+
+
 class Balance:
     """The balance rules of one MoE layer, with what they remember within an optimizer step."""
 
@@ -70,21 +87,27 @@ class Balance:
         self.config = config
         self.group: dist.ProcessGroup | None = None
         """Ranks over which the global level counts; None = this rank alone."""
+        self.sequence_share = SequenceShare()
         self._step_counts_E: Tensor | None = None
 
-    def losses(self, routing: RoutingResult, num_sequences: int, training: bool) -> RoutingLosses:
-        """The losses of one forward. With the global level this is a collective in training."""
-        balance = self._balance_loss(routing, num_sequences, training)
+    def losses(self, routing: RoutingResult, seq_len: int, training: bool) -> RoutingLosses:
+        """The losses of one forward. With the global and the sequence level this is a collective in training.
+
+        `seq_len` tokens in a row of the ranks that share the same stretches of sequences are one sequence's.
+        """
+        balance = self._balance_loss(routing, seq_len, training)
         z = z_loss(routing.logits_TE)
         total = self.config.aux_loss_coef * balance + self.config.z_loss_coef * z
         if routing.extra_loss is not None:
             total = total + routing.extra_loss
         return RoutingLosses(total, balance.detach(), z.detach())
 
-    def _balance_loss(self, routing: RoutingResult, num_sequences: int, training: bool) -> Tensor:
+    def _balance_loss(self, routing: RoutingResult, seq_len: int, training: bool) -> Tensor:
         if self.config.aux_loss_level == "sequence":
-            return sequence_balance_loss(routing.probs_TE, routing.topk_ids_TK, num_sequences)
+            return self._sequence_loss(routing, seq_len)
         counts_E = tokens_per_expert(routing.topk_ids_TK, routing.probs_TE.shape[1])
+        if self.config.aux_loss_level == "micro" and self.sequence_share.group is not None:
+            dist.all_reduce(counts_E, group=self.sequence_share.group)
         if self.config.aux_loss_level == "global" and training and self.config.aux_loss_coef:
             if self.group is not None:
                 dist.all_reduce(counts_E, group=self.group)
@@ -92,6 +115,18 @@ class Balance:
                 counts_E = counts_E + self._step_counts_E
             self._step_counts_E = counts_E
         return balance_loss(routing.probs_TE, counts_E)
+
+    def _sequence_loss(self, routing: RoutingResult, seq_len: int) -> Tensor:
+        share, num_tokens = self.sequence_share, routing.probs_TE.shape[0]
+        first = share.tp_rank * num_tokens
+        tokens_T = torch.arange(first, first + num_tokens, device=routing.probs_TE.device)
+        sequence_T = tokens_T // seq_len
+        num_sequences = num_tokens * share.tp_size // seq_len
+        counts_BE = routing.probs_TE.new_zeros(num_sequences, routing.probs_TE.shape[1])
+        sequence_counts(routing.topk_ids_TK, sequence_T, counts_BE)
+        if share.group is not None:
+            dist.all_reduce(counts_BE, group=share.group)
+        return sequence_balance_loss(routing.probs_TE, sequence_T, counts_BE)
 
     def end_step(self) -> None:
         """Forget the counts: the optimizer has stepped."""

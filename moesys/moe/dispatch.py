@@ -99,6 +99,8 @@ class ExchangeState:
     order: ExpertOrder
     send_splits_list: list[int]
     recv_splits_list: list[int]
+    slice_rows_list: list[int]
+    """Rows that came from each rank of `slices`."""
     arrival_of_row_R: Tensor | None
     """Which arrived row became row r in expert order; None when arrival order is expert order."""
     row_of_arrival_R: Tensor | None
@@ -109,9 +111,14 @@ class ExpertParallelDispatcher:
 
     dispatch: order by expert, tell counts, one device-to-host sync (2P ints; none with padded rows), exchange
     rows, order the arrivals (grouped by source rank) by local expert. combine is the mirror.
+
+    With `slices` (expert tensor parallelism) each expert's matrices are cut over a second group of ranks, each of which
+    has arrivals of its own: they are copied to all, and the partial results are summed where they came from.
     """
 
-    def __init__(self, num_experts: int, exchange: FlatExchange) -> None:
+    def __init__(
+        self, num_experts: int, exchange: FlatExchange, slices: FlatExchange | None = None
+    ) -> None:
         if num_experts % exchange.size:
             raise ValueError(
                 f"moe.num_experts={num_experts} must be a multiple of parallel.ep={exchange.size}"
@@ -119,25 +126,47 @@ class ExpertParallelDispatcher:
         self.num_experts = num_experts
         self.num_local_experts = num_experts // exchange.size
         self.exchange = exchange
+        self.slices = slices
+
+    def exchanges(self) -> list[FlatExchange]:
+        """All through which this layer's rows travel."""
+        return [self.exchange] if self.slices is None else [self.exchange, self.slices]
 
     def dispatch(
         self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
     ) -> tuple[Tensor, Tensor, ExchangeState]:
         order = ExpertOrder.of(routing, self.num_experts, padded_rows)
         send_counts_PL = order.counts_E.view(self.exchange.size, self.num_local_experts)
+        num_slices = 1 if self.slices is None else self.slices.size
         if padded_rows is None:
             recv_counts_PL = self.exchange.counts(send_counts_PL)
-            splits_2P = torch.stack([send_counts_PL.sum(1), recv_counts_PL.sum(1)])
-            send_splits_list, recv_splits_list = splits_2P.tolist()
+            counts_SPL = (
+                recv_counts_PL[None] if self.slices is None else self.slices.gather(recv_counts_PL)
+            )
+            sums = [send_counts_PL.sum(1), recv_counts_PL.sum(1), counts_SPL.sum((1, 2))]
+            splits = torch.cat(sums).tolist()
         else:
-            recv_counts_PL = send_counts_PL
-            send_splits_list = [padded_rows * self.num_local_experts] * self.exchange.size
-            recv_splits_list = send_splits_list
+            counts_SPL = send_counts_PL.expand(num_slices, -1, -1)
+            per_rank = padded_rows * self.num_local_experts
+            splits = [per_rank] * 2 * self.exchange.size + [
+                per_rank * self.exchange.size
+            ] * num_slices
+        size = self.exchange.size
+        send_splits_list, recv_splits_list, slice_rows_list = (
+            splits[:size],
+            splits[size : 2 * size],
+            splits[2 * size :],
+        )
 
         slot_of_row_N = order.slot_of_row_N[: sum(send_splits_list)]
         rows_ND = permute(x_TD, slot_of_row_N, order.row_of_slot_TK)
         rows_RD = self.exchange.rows(rows_ND, send_splits_list, recv_splits_list)
+        if self.slices is not None:
+            copies = rows_RD.repeat(num_slices, 1)
+            own_rows_list = [rows_RD.shape[0]] * num_slices
+            rows_RD = self.slices.rows(copies, own_rows_list, slice_rows_list)
 
+        recv_counts_PL = counts_SPL.flatten(0, 1)
         arrival_of_row_R, row_of_arrival_R = self._expert_major(recv_counts_PL, rows_RD.shape[0])
         if arrival_of_row_R is not None and row_of_arrival_R is not None:
             rows_RD = permute(rows_RD, arrival_of_row_R, row_of_arrival_R[:, None])
@@ -145,6 +174,7 @@ class ExpertParallelDispatcher:
             order=order,
             send_splits_list=send_splits_list,
             recv_splits_list=recv_splits_list,
+            slice_rows_list=slice_rows_list,
             arrival_of_row_R=arrival_of_row_R,
             row_of_arrival_R=row_of_arrival_R,
         )
@@ -153,6 +183,11 @@ class ExpertParallelDispatcher:
     def combine(self, rows_RD: Tensor, state: ExchangeState) -> Tensor:
         if state.arrival_of_row_R is not None and state.row_of_arrival_R is not None:
             rows_RD = permute(rows_RD, state.row_of_arrival_R, state.arrival_of_row_R[:, None])
+        if self.slices is not None:
+            own_rows = sum(state.recv_splits_list)
+            own_rows_list = [own_rows] * self.slices.size
+            parts = self.slices.rows(rows_RD, state.slice_rows_list, own_rows_list)
+            rows_RD = parts.unflatten(0, (self.slices.size, own_rows)).sum(0)
         rows_ND = self.exchange.rows(rows_RD, state.recv_splits_list, state.send_splits_list)
         return unpermute(rows_ND, state.order.weights_TK, state.order.row_of_slot_TK)
 
@@ -160,11 +195,12 @@ class ExpertParallelDispatcher:
         self, recv_counts_PL: Tensor, num_rows: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Arrivals are grouped by (source rank, expert); the experts want (expert, source rank)."""
-        if self.num_local_experts == 1 or self.exchange.size == 1:
+        num_sources = recv_counts_PL.shape[0]
+        if self.num_local_experts == 1 or num_sources == 1:
             return None, None
-        experts_PL = torch.arange(self.num_local_experts, device=recv_counts_PL.device)
+        experts_L = torch.arange(self.num_local_experts, device=recv_counts_PL.device)
         expert_of_arrival_R = torch.repeat_interleave(
-            experts_PL.repeat(self.exchange.size), recv_counts_PL.flatten(), output_size=num_rows
+            experts_L.repeat(num_sources), recv_counts_PL.flatten(), output_size=num_rows
         )
         row_of_arrival_R1, arrival_of_row_R, _ = expert_order(
             expert_of_arrival_R[:, None], self.num_local_experts

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moesys.ops import swiglu
 from moesys.ops.grouped_linear import GroupedBackend, grouped_linear
-from moesys.parallel.gradients import local_tensor
+from moesys.ops.shard import local_tensor
 
 
 class SwiGLU(nn.Module):
@@ -22,8 +22,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D], any leading shape."""
-        hidden_TF = swiglu(F.linear(x.flatten(0, -2), self.gate_up.flatten(0, 1)))
-        return F.linear(hidden_TF, self.down).view_as(x)
+        hidden_TF = swiglu(F.linear(x.flatten(0, -2), local_tensor(self.gate_up).flatten(0, 1)))
+        return F.linear(hidden_TF, local_tensor(self.down)).view_as(x)
 
 
 class Experts(nn.Module):

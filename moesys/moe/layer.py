@@ -1,6 +1,6 @@
 """The MoE layer: route, dispatch, experts, combine.
 
-Shapes: B sequences, S tokens each, T = B * S, D model, K experts per token, R rows received, L local experts.
+Shapes: T tokens on this rank, D model, K experts per token, R rows received, L local experts.
 """
 
 import torch
@@ -44,12 +44,15 @@ class MoELayer(nn.Module):
         self.load = ExpertLoad(config.num_experts)
 
     def forward(
-        self, x_BSD: Tensor, state: Tensor | None = None
+        self, x: Tensor, state: Tensor | None = None, seq_len: int | None = None
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
-        """Return y_BSD, the routing losses (means over this rank's tokens), and the router's state."""
-        x_TD = x_BSD.flatten(0, 1)
+        """Return y like x, the routing losses (means over this rank's tokens), and the router's state.
+
+        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other.
+        """
+        x_TD = x.flatten(0, -2)
         routed = self.router(x_TD, state)
-        losses = self.balance.losses(routed, x_BSD.shape[0], self.training)
+        losses = self.balance.losses(routed, seq_len or x.shape[-2], self.training)
         kept, padded_rows = self._limit(routed)
         if self.training:
             self.load.add(routed, kept)
@@ -60,7 +63,7 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.combine(rows_RD, dispatched)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x_BSD), losses, routed.state
+        return y_TD.view_as(x), losses, routed.state
 
     def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
         """Apply the expert capacity, if any; return the routing and the rows per expert if padded.

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from moesys.ops import library
 
+IGNORED_TARGET = -100
+"""A target that does not count, as torch's ignore_index."""
+
 
 def cross_entropy_sum(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """sum_t logsumexp(logits_t) - logits_t[target_t] in nats; a target of -100 does not count.

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimConfig
@@ -10,11 +11,12 @@ from moesys.config.schema import OptimConfig
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """torch's fused AdamW (2.x has it on CPU too). Matrices decay, vectors do not.
 
-    Sharded and whole parameters are in groups of their own: torch's fused update takes one kind at a time.
+    Parameters of different meshes are in groups of their own: torch's fused update takes one mesh at a time.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        key = (parameter.ndim > 1, isinstance(parameter, DTensor))
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        key = (parameter.ndim > 1, mesh)
         groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
         [

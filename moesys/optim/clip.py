@@ -1,30 +1,27 @@
-"""One gradient norm over parameters that live on different meshes."""
+"""One gradient norm over parameters that live on different meshes and pipeline stages."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from moesys.parallel.gradients import local_tensor
+from moesys.ops.shard import local_tensor, num_shards
 
 
 @torch.no_grad()
-def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together (fp32 scalar): sharded ones count each shard once.
+def gradient_norm(gradients: list[Tensor], stage_size: int) -> Tensor:
+    """The 2-norm of all gradients together (fp64 scalar), with each element counted once.
 
-    One all-reduce of a scalar per mesh on which something is sharded.
+    A pipeline stage has `stage_size` ranks; stage_size / num_shards of them hold the same shard, so each adds that part
+    of its square. One all-reduce of a scalar over all ranks.
     """
-    whole = [g for g in gradients if not isinstance(g, DTensor)]
-    squared = _squared_norm(whole) if whole else torch.zeros((), device=gradients[0].device)
-    by_mesh: dict[object, list[DTensor]] = {}
+    by_shards: dict[int, list[Tensor]] = {}
     for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            by_mesh.setdefault(gradient.device_mesh, []).append(gradient)
-    for sharded in by_mesh.values():
-        shard_squared = _squared_norm([local_tensor(g) for g in sharded])
-        dist.all_reduce(shard_squared, group=sharded[0].device_mesh.get_group())
-        squared = squared + shard_squared
-    return squared.sqrt()
+        by_shards.setdefault(num_shards(gradient), []).append(local_tensor(gradient))
+    squared = [_squared_norm(held) * (n / stage_size) for n, held in by_shards.items()]
+    total = torch.stack(squared).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.sqrt()
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.parallel.tensor import all_gather_single
+
 
 @dataclass
 class ExchangeMeter:
@@ -48,6 +50,12 @@ class FlatExchange:
         received_PL = torch.empty_like(counts_PL)
         self._timed_all_to_all(received_PL, counts_PL.contiguous(), None, None)
         return received_PL
+
+    def gather(self, counts: Tensor) -> Tensor:
+        """Every rank's `counts`, of one shape, stacked by rank."""
+        gathered = counts.new_empty(self.size * counts.shape[0], *counts.shape[1:])
+        all_gather_single(gathered, counts.contiguous(), group=self.group)
+        return gathered.unflatten(0, (self.size, -1))
 
     def rows(
         self, rows_ND: Tensor, send_splits_list: list[int], recv_splits_list: list[int]

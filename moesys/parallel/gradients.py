@@ -5,14 +5,10 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from moesys.ops.shard import local_tensor
 
 BUCKET_BYTES = 32 << 20
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's storage of a possibly sharded tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_replicas(gradients: Iterable[Tensor], group: dist.ProcessGroup) -> None:

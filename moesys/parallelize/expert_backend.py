@@ -17,12 +17,12 @@ def choose_expert_backend(
     moe = config.moe
     if moe.expert_backend != "auto":
         return moe.expert_backend, "set by model.moe.expert_backend"
-    device = torch.device(meshes.expert.device_type)
+    dims, device = meshes.dims, torch.device(meshes.expert.device_type)
     times = time_expert_backends(
-        num_rows=micro_batch_tokens * moe.top_k,
-        num_experts=moe.num_experts // meshes.dims.ep,
+        num_rows=micro_batch_tokens * moe.top_k * dims.etp // (dims.tp * dims.cp),
+        num_experts=moe.num_experts // dims.ep,
         d_model=config.d_model,
-        d_expert=moe.d_expert,
+        d_expert=moe.d_expert // dims.etp,
         dtype=dtype,
         device=device,
     )
@@ -31,7 +31,7 @@ def choose_expert_backend(
         dtype=torch.float64,
         device=device,
     )
-    dist.all_reduce(slowest_ms, op=dist.ReduceOp.MAX, group=meshes.dp_group)
+    dist.all_reduce(slowest_ms, op=dist.ReduceOp.MAX)
     measured = dict(zip(BACKENDS, slowest_ms.tolist(), strict=True))
     backend = min(measured, key=lambda name: measured[name])
     figures = ", ".join(f"{name} {ms:.1f} ms" for name, ms in measured.items())

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.data.loader import IGNORED_TARGET, EvalBatches
+from moesys.data.loader import EvalBatches
 from moesys.models.transformer import Transformer
+from moesys.ops.cross_entropy import IGNORED_TARGET
 from moesys.train.step import autocast
 
 
@@ -33,7 +34,7 @@ def evaluate(
     dtype: str,
     group: dist.ProcessGroup,
 ) -> EvalResult:
-    """Collective: every rank runs as many forwards. Leaves the model in eval mode.
+    """Collective: every rank runs as many forwards. Leaves the model in eval mode. `group` sees all tokens once.
 
     bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64).
     """

@@ -17,9 +17,9 @@ from moesys.data.manifest import DataManifest
 from moesys.models.transformer import Transformer
 from moesys.optim.build import build_optimizer
 from moesys.parallel.bootstrap import Process
-from moesys.parallel.dims import ParallelDims
+from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
-from moesys.parallelize.build import build_model
+from moesys.parallelize.build import ParallelModel, build_parallel_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,17 @@ class Run:
     process: Process
     meshes: Meshes
     manifest: DataManifest
-    model: Transformer
+    parallel: ParallelModel
     optimizer: torch.optim.AdamW
     loader: TokenLoader
     eval_batches: EvalBatches
     token_bytes_V: Tensor
     """int64 on the run's device: UTF-8 bytes that each token stands for."""
+
+    @property
+    def model(self) -> Transformer:
+        """What this rank has of the decoder."""
+        return self.parallel.whole
 
     @property
     def folder(self) -> Path:
@@ -50,6 +55,8 @@ class Run:
 
 def build_run(config: RunConfig, process: Process) -> Run:
     """Collective. Data files are checked before a model is built."""
+    dims = parallel_dims(config.parallel, process.world_size)
+    meshes = build_meshes(dims, process.device.type)
     data = Path(config.data.path)
     manifest = DataManifest.load(data)
     micro_batch_samples = config.train.micro_batch_tokens // config.data.seq_len
@@ -59,8 +66,8 @@ def build_run(config: RunConfig, process: Process) -> Run:
         seq_len=config.data.seq_len,
         global_batch_samples=config.train.global_batch_tokens // config.data.seq_len,
         micro_batch_samples=micro_batch_samples,
-        dp_rank=process.rank,
-        dp_size=process.world_size,
+        dp_rank=meshes.dp_rank,
+        dp_size=dims.dp,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
     )
@@ -68,21 +75,21 @@ def build_run(config: RunConfig, process: Process) -> Run:
         IndexedTokens(data / "val", vocab_size),
         seq_len=config.data.seq_len,
         micro_batch_samples=micro_batch_samples,
-        dp_rank=process.rank,
-        dp_size=process.world_size,
+        dp_rank=meshes.dp_rank,
+        dp_size=dims.dp,
         eval_tokens=config.train.eval_tokens,
     )
-    dims = ParallelDims(world_size=process.world_size, ep=config.parallel.ep)
-    meshes = build_meshes(dims, process.device.type)
-    model = build_model(config.model, meshes, process.device, config.run.seed)
+    parallel = build_parallel_model(
+        config.model, config.parallel, meshes, process.device, config.run.seed
+    )
     token_bytes_V = torch.from_numpy(np.load(data / "token_bytes.npy", allow_pickle=False))
     return Run(
         config=config,
         process=process,
         meshes=meshes,
         manifest=manifest,
-        model=model,
-        optimizer=build_optimizer(model, config.optim),
+        parallel=parallel,
+        optimizer=build_optimizer(parallel.whole, config.optim),
         loader=loader,
         eval_batches=eval_batches,
         token_bytes_V=token_bytes_V.to(process.device, torch.int64),

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
-from moesys.models.transformer import Transformer
 from moesys.moe.balance import updated_bias
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.optim.build import set_learning_rate
 from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.parallel.gradients import sum_over_replicas
 from moesys.parallel.mesh import Meshes
+from moesys.parallelize.build import ParallelModel
+from moesys.parallelize.data import begin_micro_step
 from moesys.train.timing import SectionTimer
 
 
@@ -50,30 +50,32 @@ class TrainStep:
 
     def __init__(
         self,
-        model: Transformer,
+        parallel: ParallelModel,
         optimizer: torch.optim.Optimizer,
         meshes: Meshes,
         config: RunConfig,
         timer: SectionTimer,
     ) -> None:
-        self.model = model
+        self.parallel = parallel
+        self.model = parallel.whole
         self.optimizer = optimizer
         self.meshes = meshes
         self.config = config
         self.timer = timer
-        self.device = next(model.parameters()).device
+        self.device = next(self.model.parameters()).device
 
     def __call__(
         self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool = False
     ) -> StepResult:
         self.model.train()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches):
+            self._begin_micro_step(is_last=index == len(micro_batches) - 1)
             sums += self._forward_backward(batch)
         with self.timer.section("optimizer"):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self._reduce(gradients)
-            norm = gradient_norm(gradients)
+            self._reduce()
+            norm = gradient_norm(gradients, self.meshes.dims.stage_size)
             if self.config.optim.clip_grad_norm:
                 scale_gradients(gradients, norm, self.config.optim.clip_grad_norm)
             set_learning_rate(self.optimizer, lr)
@@ -86,23 +88,33 @@ class TrainStep:
         """Add one micro-batch's gradients; return this rank's sums of loss, balance and z over its tokens."""
         input_ids_BS = batch.input_ids_BS.to(self.device, non_blocking=True)
         target_ids_BS = batch.target_ids_BS.to(self.device, non_blocking=True)
-        num_tokens = input_ids_BS.numel()
+        tp_size = self.meshes.dims.tp
+        routed_tokens = input_ids_BS.numel() // tp_size
         with self.timer.section("forward"):
             with autocast(self.device, self.config.train.dtype):
                 loss_sum, routing = self.model.loss_sum(input_ids_BS, target_ids_BS)
             # Sums over ranks and micro-steps, divided once by the global token count.
-            total = (loss_sum + routing.total * num_tokens) / self.config.train.global_batch_tokens
+            total = (
+                loss_sum + routing.total * routed_tokens
+            ) / self.config.train.global_batch_tokens
         with self.timer.section("backward"):
             total.backward()
         return torch.stack(
-            [loss_sum.detach(), routing.balance * num_tokens, routing.z * num_tokens]
+            # All ranks of tp have the same loss.
+            [
+                loss_sum.detach() / tp_size,
+                routing.balance * routed_tokens,
+                routing.z * routed_tokens,
+            ]
         ).double()
 
-    def _reduce(self, gradients: list[Tensor]) -> None:
-        whole = [g for g in gradients if not isinstance(g, DTensor)]
-        sharded = [g for g in gradients if isinstance(g, DTensor)]
-        sum_over_replicas(whole, self.meshes.dp_group)
-        sum_over_replicas(sharded, self.meshes.edp_group)
+    def _begin_micro_step(self, is_last: bool) -> None:
+        for part in self.parallel.parts:
+            begin_micro_step(part, self.config.parallel.zero, is_last)
+
+    def _reduce(self) -> None:
+        for group, parameters in self.parallel.gradient_sums:
+            sum_over_replicas([p.grad for p in parameters if p.grad is not None], group)
 
     @torch.no_grad()
     def _finish_balance(self) -> Tensor:
@@ -111,7 +123,7 @@ class TrainStep:
         if not layers:
             return torch.zeros(0, 1, dtype=torch.int64, device=self.device)
         load_MX = torch.stack([layer.load.take(self.device) for layer in layers])
-        dist.all_reduce(load_MX, group=self.meshes.dp_group)
+        dist.all_reduce(load_MX, group=self.meshes.stage_group)
         for layer, load_X in zip(layers, load_MX, strict=True):
             layer.balance.end_step()
             rate = layer.config.balance.bias_update_rate
@@ -129,7 +141,7 @@ class TrainStep:
             [float(sent_bytes), exchange_s, float(stop_requested)], dtype=torch.float64
         )
         numbers = torch.cat([sums, host.to(self.device)])
-        dist.all_reduce(numbers, group=self.meshes.dp_group)
+        dist.all_reduce(numbers)
         loss, balance, z, sent, seconds, stops = numbers.tolist()
         tokens = self.config.train.global_batch_tokens
         load = load_MX.tolist()
@@ -150,8 +162,9 @@ class TrainStep:
         sent_bytes, exchange_s = 0, 0.0
         for layer in self.model.moe_layers():
             if isinstance(layer.dispatcher, ExpertParallelDispatcher):
-                layer_bytes, layer_s = layer.dispatcher.exchange.meter.read()
-                sent_bytes, exchange_s = sent_bytes + layer_bytes, exchange_s + layer_s
+                for exchange in layer.dispatcher.exchanges():
+                    layer_bytes, layer_s = exchange.meter.read()
+                    sent_bytes, exchange_s = sent_bytes + layer_bytes, exchange_s + layer_s
         return sent_bytes, exchange_s
 
 

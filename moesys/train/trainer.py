@@ -14,6 +14,7 @@ import torch
 from moesys.checkpoint.store import LoadedState, load_latest_good, save
 from moesys.config.compose import to_dict, to_yaml
 from moesys.optim.schedule import learning_rate
+from moesys.parallelize.data import free_gathered
 from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
@@ -39,7 +40,7 @@ class Trainer:
         self.run = run
         self.config = run.config
         self.timer = SectionTimer(run.process.device)
-        self.train_step = TrainStep(run.model, run.optimizer, run.meshes, run.config, self.timer)
+        self.train_step = TrainStep(run.parallel, run.optimizer, run.meshes, run.config, self.timer)
         self.router_parameters = run.model.router_parameters()
         self.flops_per_token = training_flops_per_token(
             run.config.model, run.config.data.seq_len, self.router_parameters
@@ -156,8 +157,9 @@ class Trainer:
             self.run.eval_batches,
             self.run.token_bytes_V,
             self.config.train.dtype,
-            self.run.meshes.dp_group,
+            self.run.meshes.replica_group,
         )
+        free_gathered(self.run.model)
         eval_s = time.perf_counter() - began
         self.wall_s += eval_s
         self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
@@ -216,7 +218,8 @@ class Trainer:
     def _choose_backend(self, is_writer: bool) -> None:
         """Keep what this run folder's first start measured on this layout: another backend rounds differently."""
         path = self.run.folder / "expert_backend.json"
-        layout = [self.run.process.device.type, self.run.meshes.dims.ep]
+        dims = self.run.meshes.dims
+        layout = [self.run.process.device.type, dims.ep, dims.etp]
         saved = json.loads(path.read_text()) if path.exists() else {}
         is_auto = self.config.model.moe.expert_backend == "auto"
         if is_auto and self.config.checkpoint.resume and saved.get("layout") == layout:

@@ -3,6 +3,8 @@
 Shapes: T tokens, E experts, K experts per token, B sequences.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,8 +12,8 @@ import torch.distributed as dist
 from moesys.config.schema import BalanceConfig
 from moesys.moe.balance import (
     Balance,
+    SequenceShare,
     balance_loss,
-    sequence_balance_loss,
     updated_bias,
     z_loss,
 )
@@ -55,13 +57,34 @@ def test_micro_level_is_the_formula():
     assert losses.total.item() == pytest.approx(0.5 * losses.balance.item())
 
 
+def sequence_level(r: RoutingResult, ids_TK: torch.Tensor, seq_len: int) -> float:
+    config = BalanceConfig(aux_loss_coef=1.0, aux_loss_level="sequence")
+    return Balance(config).losses(replace(r, topk_ids_TK=ids_TK), seq_len, True).total.item()
+
+
+def _shared(rank: int, size: int) -> float:
+    balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="sequence"))
+    balance.sequence_share = SequenceShare(group=dist.group.WORLD, tp_rank=rank, tp_size=size)
+    own = slice(rank * 6, rank * 6 + 6)
+    r = routing(1)
+    part = replace(r, topk_ids_TK=r.topk_ids_TK[own], probs_TE=r.probs_TE[own])
+    return balance.losses(part, 4, True).total.item()
+
+
+def test_ranks_that_share_sequences_have_the_mean_of_whole_ones():
+    """Three sequences of 4 tokens over 2 ranks: the second is cut in the middle."""
+    r = routing(1)
+    whole = sequence_level(r, r.topk_ids_TK, 4)
+    assert sum(run_ranks(_shared, 2)) / 2 == pytest.approx(whole)
+
+
 def test_sequence_level_is_the_mean_of_each_sequences_formula():
     r = routing(1)
     expected = sum(
         spelled_out(r.topk_ids_TK[s], r.probs_TE[s])
         for s in (slice(0, 4), slice(4, 8), slice(8, 12))
     )
-    assert sequence_balance_loss(r.probs_TE, r.topk_ids_TK, 3).item() == pytest.approx(expected / 3)
+    assert sequence_level(r, r.topk_ids_TK, 4) == pytest.approx(expected / 3)
 
 
 def test_sequence_level_does_not_count_slots_without_an_expert():
@@ -70,7 +93,7 @@ def test_sequence_level_does_not_count_slots_without_an_expert():
     ids[:, 1] = -1
     counts = torch.bincount(ids[:, 0], minlength=E)
     expected = balance_loss(r.probs_TE, counts).item()
-    assert sequence_balance_loss(r.probs_TE, ids, 1).item() == pytest.approx(expected)
+    assert sequence_level(r, ids, 4) == pytest.approx(expected)
 
 
 def test_z_loss_and_its_gradient():

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from moesys.parallel.dims import ParallelDims
 from moesys.parallel.mesh import build_meshes
-from moesys.parallelize.build import shard_experts
+from moesys.parallelize.experts import shard_experts
 from moesys.testing.ranks import run_ranks
 from tests.moe.test_layer import CONFIG, make_input, make_layer
 

@@ -23,9 +23,9 @@ def _gradients(rank: int, size: int) -> tuple[list[torch.Tensor], torch.Tensor]:
 
 def _norm(rank: int, size: int, max_norm: float):
     gradients, everything = _gradients(rank, size)
-    norm = gradient_norm(gradients)
+    norm = gradient_norm(gradients, size)
     scale_gradients(gradients, norm, max_norm)
-    return norm.item(), gradient_norm(gradients).item(), everything.norm().item()
+    return norm.item(), gradient_norm(gradients, size).item(), everything.norm().item()
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])

@@ -33,9 +33,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "ops",
         "config.schema",
     ),
-    "data": ("data", "parallel", "plan", "config.schema"),
+    "data": ("data", "parallel", "plan", "ops", "config.schema"),
     "optim": ("optim", "parallel", "plan", "ops", "config.schema"),
-    "checkpoint": ("checkpoint", "models", "moe", "parallel", "config.schema"),
+    "checkpoint": ("checkpoint", "models", "moe", "parallel", "ops", "config.schema"),
     "report": ("report", "plan", "config.schema"),
     "integrations": (
         "integrations",

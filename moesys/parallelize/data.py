@@ -1,0 +1,77 @@
+"""Parameters, gradients and optimizer state sharded over data and context ranks, by torch's FSDP2 (2304.11277; the
+stages are ZeRO's, 1910.02054). Dense parameters lie on the dense mesh, experts on the expert mesh.
+
+    stage 1    optimizer state: parameters are gathered, and gradients reduced, once per optimizer step
+    stage 2    and gradients: reduced and kept as shards after every micro-step
+    stage 3    and parameters: gathered for each block, forward and backward
+"""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from moesys.models.transformer import MoEBlock, Transformer
+from moesys.parallel.mesh import Meshes
+
+
+def shard_data(part: Transformer, meshes: Meshes, zero: int) -> None:
+    """Wrap the blocks of one pipeline stage, then the stage. Before its parameters have storage."""
+    dense = _axes(meshes.dense, "dp_replicate", "shard")
+    expert = _axes(meshes.expert, "edp_replicate", "edp_shard")
+    for block in part.blocks():
+        if isinstance(block, MoEBlock):
+            _shard(block.moe.experts, expert, zero)
+        _shard(block, dense, zero)
+    if part.embed is not None and not part.config.tie_embeddings:
+        _shard(part.embed, dense, zero)
+    if part.head is not None and not part.config.tie_embeddings:
+        _shard(part.head, dense, zero)
+    _shard(part, dense, zero)
+
+
+def begin_micro_step(part: nn.Module, zero: int, is_last: bool) -> None:
+    """Communicate in this micro-step what the stage demands, and all that is left in the last."""
+    if not isinstance(part, FSDPModule):
+        return
+    part.set_requires_gradient_sync(is_last or zero > 1)
+    part.set_requires_all_reduce(is_last)
+    part.set_reshard_after_backward(is_last or zero > 2)
+    part.set_is_last_backward(is_last)
+
+
+def free_gathered(part: nn.Module) -> None:
+    """Back to shards after a forward without backward: what was gathered may be read no more."""
+    for module in part.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _axes(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
+    """FSDP takes one axis to shard over, or before it one to replicate over."""
+    return mesh[shard] if mesh[replicate].size() == 1 else mesh[replicate, shard]
+
+
+def _shard(module: nn.Module, mesh: DeviceMesh, zero: int) -> None:
+    wrapped = fully_shard(
+        module,
+        mesh=mesh,
+        reshard_after_forward=zero > 2,
+        shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
+    )
+    # Losses are sums divided by the global token count: gradients are summed, never averaged.
+    wrapped.set_gradient_divide_factor(1.0)
+    wrapped.set_force_sum_reduction_for_comms(True)
+
+
+def _placement(parameter: nn.Parameter, size: int) -> Shard:
+    """The first dim whose local length the ranks divide, so that no shard is padded; else dim 0."""
+    taken: set[int] = set()
+    local = parameter
+    if isinstance(parameter, DTensor):
+        taken = {p.dim for p in parameter.placements if isinstance(p, Shard)} - {0}
+        local = parameter.to_local()
+    for dim, length in enumerate(local.shape):
+        if dim not in taken and length % size == 0:
+            return Shard(dim)
+    return Shard(0)

@@ -1,0 +1,42 @@
+"""Experts spread over ranks: each keeps its experts (ep) and its slice of their hidden width (etp)."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+from moesys.moe.balance import SequenceShare
+from moesys.moe.dispatch import ExpertParallelDispatcher
+from moesys.moe.layer import MoELayer
+from moesys.parallel.exchange import FlatExchange
+from moesys.parallel.mesh import Meshes
+
+HIDDEN_DIM = {"gate_up": 2, "down": 2}
+"""Of [E, 2, F, D] and [E, D, F]: where F is."""
+
+
+def shard_experts(layer: MoELayer, meshes: Meshes) -> None:
+    """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens."""
+    dims = meshes.dims
+    layer.balance.group = meshes.stage_group
+    if dims.cp * dims.tp > 1:
+        layer.balance.sequence_share = SequenceShare(
+            group=meshes.sequence_group, tp_rank=meshes.dense.get_local_rank("tp"), tp_size=dims.tp
+        )
+    if dims.ep * dims.etp == 1:
+        return
+    layer.dispatcher = ExpertParallelDispatcher(
+        layer.config.num_experts,
+        FlatExchange(meshes.ep_group),
+        FlatExchange(meshes.etp_group) if dims.etp > 1 else None,
+    )
+    for name, parameter in list(layer.experts.named_parameters()):
+        layer.experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
+
+
+def _shard(parameter: nn.Parameter, hidden_dim: int, meshes: Meshes) -> nn.Parameter:
+    mesh, placements = meshes.expert["ep"], [Shard(0)]
+    local = parameter.chunk(meshes.dims.ep)[mesh.get_local_rank()]
+    if meshes.dims.etp > 1:
+        mesh, placements = meshes.expert["ep", "etp"], [Shard(0), Shard(hidden_dim)]
+        local = local.chunk(meshes.dims.etp, hidden_dim)[mesh.get_local_rank("etp")].contiguous()
+    return torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))

@@ -1,0 +1,49 @@
+"""Which gradients are still partial when backward is done, and over which ranks they are to be summed."""
+
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moesys.parallel.mesh import Meshes
+
+SEES_A_SHARE = (".moe.router.", ".moe.shared.", ".q_norm.", ".k_norm.")
+"""Whole parameters that, without sequence parallelism, still see only a tp rank's tokens or heads."""
+
+
+def gradient_sums(
+    parameters: Mapping[str, nn.Parameter], meshes: Meshes, *, zero: int, sequence_parallel: bool
+) -> list[tuple[dist.ProcessGroup, list[nn.Parameter]]]:
+    """(group, parameters whose gradients every rank of it holds a part of), in an order common to all ranks.
+
+    What FSDP reduces is left out. A parameter cut over tp has seen all of its tp ranks' tokens; a whole one, only
+    this rank's.
+    """
+    sums: dict[str, tuple[dist.ProcessGroup, list[nn.Parameter]]] = {
+        "experts": (meshes.edp_group, []),
+        "cut": (meshes.replica_group, []),
+        "whole": (meshes.stage_group, []),
+        "tp": (meshes.tp_group, []),
+    }
+    for name, parameter in parameters.items():
+        is_expert = ".experts." in name
+        is_cut = is_cut_over_tp(parameter)
+        is_partial_over_tp = not is_cut and (
+            sequence_parallel or any(part in name for part in SEES_A_SHARE)
+        )
+        if zero:
+            kind = "tp" if is_partial_over_tp and not is_expert else None
+        elif is_expert:
+            kind = "experts"
+        else:
+            kind = "whole" if is_partial_over_tp else "cut"
+        if kind is not None:
+            sums[kind][1].append(parameter)
+    return [
+        (group, found) for group, found in sums.values() if found and dist.get_world_size(group) > 1
+    ]
+
+
+def is_cut_over_tp(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and "tp" in (parameter.device_mesh.mesh_dim_names or ())

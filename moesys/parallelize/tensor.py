@@ -1,0 +1,71 @@
+"""Dense matrices cut over tp: attention by heads, feed-forwards by hidden width, embedding and head by vocabulary.
+
+With sequence parallelism the ranks share out the tokens between these regions; norms, routers, shared experts and
+the exchange work on a rank's own tokens. Shapes: T tokens, D model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from moesys.models.attention import Attention
+from moesys.models.transformer import DenseBlock, Transformer
+from moesys.moe.experts import SwiGLU
+from moesys.parallel.tensor import TensorParallel
+from moesys.parallel.vocabulary import VocabularyParallel
+
+
+def shard_tensors(model: Transformer, mesh: DeviceMesh, tp: TensorParallel) -> None:
+    """Cut the model over `mesh`, the one axis of `tp`'s ranks. Names and global shapes stay."""
+    for block in model.blocks():
+        _shard_attention(block.attn, mesh)
+        _region(block.attn, tp)
+        if isinstance(block, DenseBlock):
+            _shard_swiglu(block.ffn, mesh)
+            _region(block.ffn, tp)
+        elif not tp.sequence_parallel:
+            # Each rank routes its own share of the tokens, which all ranks have.
+            block.moe.register_forward_pre_hook(lambda _, args: (tp.split(args[0]), *args[1:]))
+            block.moe.register_forward_hook(lambda _, args, out: (tp.join(out[0]), *out[1:]))
+    vocabulary = VocabularyParallel(model.config.vocab_size, tp)
+    if model.embed is not None:
+        _cut(model.embed, "weight", 0, mesh)
+        model.embed.lookup = vocabulary.embed
+    if model.head is not None:
+        _cut(model.head, "weight", 0, mesh)
+        model.head.register_forward_pre_hook(lambda _, args: (tp.enter(args[0]),))
+        model.cross_entropy_sum = vocabulary.cross_entropy_sum
+    model.tie()
+
+
+def _shard_attention(attention: Attention, mesh: DeviceMesh) -> None:
+    for matrix in (attention.wq, attention.wk, attention.wv):
+        _cut(matrix, "weight", 0, mesh)
+    _cut(attention.wo, "weight", 1, mesh)
+
+
+def _shard_swiglu(ffn: SwiGLU, mesh: DeviceMesh) -> None:
+    _cut(ffn, "gate_up", 1, mesh)
+    _cut(ffn, "down", 1, mesh)
+
+
+def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+    local = module.get_parameter(name).chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
+    sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+    module.register_parameter(name, torch.nn.Parameter(sharded))
+
+
+def _region(module: nn.Module, tp: TensorParallel) -> None:
+    """Around a module of cut matrices: all tokens in, its own tokens' sums out."""
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tp.enter(args[0]), *args[1:]
+
+    def after(_: nn.Module, args: tuple[Any, ...], partial: Tensor) -> Tensor:
+        return tp.leave(partial)
+
+    module.register_forward_pre_hook(before)
+    module.register_forward_hook(after)
