@@ -141,9 +141,7 @@ class OurModel:
             metrics=MetricsConfig(),
         )
         device = torch.device(meshes.expert.device_type)
-        parallel = build_parallel_model(
-            size.model, config.parallel, meshes, device, config.run.seed
-        )
+        parallel = build_parallel_model(config, meshes, device)
         self.model = parallel.whole
         self.backend, _ = choose_expert_backend(
             size.model, meshes, micro_batch_tokens=tokens, dtype=torch.float32

@@ -146,11 +146,19 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees over the world: world == dp * tp == edp * ep * etp.
+    """Degrees over the world: world == pp * dp * tp, and in a pipeline stage dp * tp == edp * ep * etp.
 
-    dp, the ranks that read different samples, is what tp leaves over.
+    dp, the ranks that read different samples, is what the others leave over.
     """
 
+    pp: int = 1
+    """Pipeline parallel: ranks that share out the layers, by cost."""
+    pp_schedule: Literal[
+        "gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"
+    ] = "1f1b"
+    """With pp: the order of the micro-batches' forwards and backwards; zbv and dualpipev run two stages per rank."""
+    pp_virtual_stages: int = 2
+    """With an interleaved schedule: stages per rank."""
     tp: int = 1
     """Tensor parallel: ranks that share each dense matrix; divides heads, key/value heads, d_ffn, vocabulary."""
     sequence_parallel: bool = True

@@ -80,6 +80,10 @@ class Transformer(nn.Module):
         self.head = Linear(config.d_model, config.vocab_size) if is_last else None
         self.cross_entropy_sum: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
         self.positions: Callable[[int, torch.device], Tensor] = all_positions
+        self.seq_len: int | None = None
+        """S, which a stage without the embedding cannot see from its input."""
+        self.state_dim = 0
+        """Of what the routers hand on from layer to layer, if it has to cross a stage's end: numbers per token."""
         self.tie()
 
     def tie(self) -> None:
@@ -88,33 +92,39 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(
-        self,
-        x: Tensor,
-        seq_len: int | None = None,
-        losses: RoutingLosses | None = None,
-        state: Tensor | None = None,
-    ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
-        """From token ids [B, S], or what the stage before returned, to hidden states [T, D] (by the last stage, logits
-        [T, V] in fp32), the routing losses summed over layers, and the last router's state.
+        self, x: Tensor, losses_3: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """From token ids [B, S], or what the stage before returned, to what the next stage takes.
 
-        A stage without the embedding must be told `seq_len` = S.
+        Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
+        far as one fp32 tensor, and with `state_dim` the last router's state.
         """
-        seq_len = x.shape[-1] if seq_len is None else seq_len
+        if self.embed is not None:
+            self.seq_len = x.shape[-1]
+            x = self.embed(x.flatten())
+        assert self.seq_len is not None, "a stage without the embedding is told seq_len"
         rope_SH = rope_tables(
-            self.positions(seq_len, x.device), self.config.resolved_head_dim, self.config.rope_theta
+            self.positions(self.seq_len, x.device),
+            self.config.resolved_head_dim,
+            self.config.rope_theta,
         )
-        x_TD = x if self.embed is None else self.embed(x.flatten())
-        zero = torch.zeros((), device=x_TD.device)
-        total = RoutingLosses(zero, zero, zero) if losses is None else losses
+        if losses_3 is None:
+            # A leaf with a gradient, so that what a stage sends on always has one.
+            losses_3 = torch.zeros(3, device=x.device, requires_grad=torch.is_grad_enabled())
+        losses = RoutingLosses(*losses_3.unbind())
         for block in self.blocks():
             if isinstance(block, MoEBlock):
-                x_TD, block_losses, state = block(x_TD, rope_SH, state)
-                total = total + block_losses
+                x, block_losses, state = block(x, rope_SH, state)
+                losses = losses + block_losses
             else:
-                x_TD = block(x_TD, rope_SH)
-        if self.norm is None or self.head is None:
-            return x_TD, total, state
-        return self.head(self.norm(x_TD)).float(), total, state
+                x = block(x, rope_SH)
+        if self.norm is not None and self.head is not None:
+            return self.head(self.norm(x)).float(), torch.stack(losses)
+        if not self.state_dim:
+            return x, torch.stack(losses)
+        if state is None:  # no router yet
+            state = x.new_zeros(x.shape[0], self.state_dim, requires_grad=losses_3.requires_grad)
+        return x, torch.stack(losses), state
 
     def logits(self, input_ids_BS: Tensor) -> Tensor:
         """[B, S, V] in fp32, where no axis but those of data and experts cuts the model."""
@@ -122,8 +132,9 @@ class Transformer(nn.Module):
 
     def loss_sum(self, input_ids_BS: Tensor, target_ids_BS: Tensor) -> tuple[Tensor, RoutingLosses]:
         """Cross-entropy in nats summed over targets (fp32; a target of -100 does not count), and routing losses."""
-        logits_TV, losses, _ = self(input_ids_BS)
-        return self.cross_entropy_sum(logits_TV, target_ids_BS.flatten()), losses
+        logits_TV, losses_3 = self(input_ids_BS)
+        loss_sum = self.cross_entropy_sum(logits_TV, target_ids_BS.flatten())
+        return loss_sum, RoutingLosses(*losses_3.unbind())
 
     def blocks(self) -> list[DenseBlock | MoEBlock]:
         """The blocks from first to last."""

@@ -139,7 +139,9 @@ class ParallelDims:
 
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
     """The dims that a configuration means on `world_size` ranks. Raises ValueError as ParallelDims."""
-    dims = ParallelDims(world_size=world_size, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp)
+    dims = ParallelDims(
+        world_size=world_size, pp=parallel.pp, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp
+    )
     if parallel.zero == 0:
         return dims
     return replace(dims, dp_shard=parallel.dp_shard or dims.dp)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moesys.config.schema import ModelConfig, ParallelConfig
+from moesys.config.schema import ModelConfig, RunConfig
 from moesys.models.init import initialize
 from moesys.models.transformer import Transformer
 from moesys.parallel.mesh import Meshes
@@ -16,6 +16,7 @@ from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.data import shard_data
 from moesys.parallelize.experts import shard_experts
 from moesys.parallelize.gradients import gradient_sums
+from moesys.parallelize.pipeline import Pipeline
 from moesys.parallelize.tensor import shard_tensors
 
 
@@ -28,51 +29,74 @@ class ParallelModel:
     parts: list[Transformer]
     """Its pipeline stages; [whole] without a pipeline. Run these."""
     gradient_sums: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = field(default_factory=list)
+    pipeline: Pipeline | None = None
     tp: TensorParallel | None = None
 
 
 def build_model(
     config: ModelConfig, meshes: Meshes | None, device: torch.device, seed: int
 ) -> Transformer:
-    """The model with this rank's experts, on `device`, initialised. `meshes=None` = one process without groups."""
-    return build_parallel_model(config, ParallelConfig(), meshes, device, seed).whole
-
-
-def build_parallel_model(
-    config: ModelConfig,
-    parallel: ParallelConfig,
-    meshes: Meshes | None,
-    device: torch.device,
-    seed: int,
-) -> ParallelModel:
-    """Collective. The model with this rank's shards under every axis of `meshes`, on `device`, initialised."""
+    """The model on `device`, initialised; with `meshes`, this rank's experts of it. For one process or ep alone."""
     with torch.device("meta"):
         model = Transformer(config)
-    if meshes is None:
-        return ParallelModel(whole=_materialize(model, config, device, seed), parts=[model])
+    if meshes is not None:
+        for layer in model.moe_layers():
+            shard_experts(layer, meshes)
+    _materialize([model], device)
+    initialize(model, config, seed)
+    return model
 
-    for layer in model.moe_layers():
+
+def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device) -> ParallelModel:
+    """Collective. The model with this rank's shards under every axis of `meshes`, on `device`, initialised."""
+    parallel = config.parallel
+    with torch.device("meta"):
+        pipeline = _pipeline(config, meshes) if meshes.dims.pp > 1 else None
+        parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
+        whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
+    for layer in whole.moe_layers():
         shard_experts(layer, meshes)
     tp = None
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
-        shard_tensors(model, meshes.dense["tp"], tp)
+        for part in parts:
+            shard_tensors(part, meshes.dense["tp"], tp)
     if parallel.zero:
-        shard_data(model, meshes, parallel.zero)
-    whole = _materialize(model, config, device, seed)
+        for part in parts:
+            shard_data(part, meshes, parallel.zero)
+    _materialize(parts, device)
+    initialize(whole, config.model, config.run.seed)
     sums = gradient_sums(
         dict(whole.named_parameters()),
         meshes,
         zero=parallel.zero,
         sequence_parallel=parallel.sequence_parallel,
     )
-    return ParallelModel(whole=whole, parts=[model], gradient_sums=sums, tp=tp)
+    return ParallelModel(whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, tp=tp)
 
 
-def _materialize(
-    model: Transformer, config: ModelConfig, device: torch.device, seed: int
-) -> Transformer:
-    model.to_empty(device=device)
-    model.tie()
-    initialize(model, config, seed)
-    return model
+def _pipeline(config: RunConfig, meshes: Meshes) -> Pipeline:
+    return Pipeline(
+        config.model,
+        config.parallel,
+        meshes,
+        micro_batch_samples=config.train.micro_batch_tokens // config.data.seq_len,
+        seq_len=config.data.seq_len,
+    )
+
+
+def _whole(config: ModelConfig, parts: list[Transformer]) -> Transformer:
+    """One module with the modules of all parts, for their names."""
+    whole = Transformer(config, [int(i) for part in parts for i in part.layers])
+    for part in parts:
+        whole.layers.update(dict(part.layers.items()))
+        for name in ("embed", "norm", "head"):
+            if getattr(part, name) is not None:
+                setattr(whole, name, getattr(part, name))
+    return whole
+
+
+def _materialize(parts: list[Transformer], device: torch.device) -> None:
+    for part in parts:
+        part.to_empty(device=device)
+        part.tie()

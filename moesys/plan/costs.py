@@ -71,23 +71,30 @@ def forward_flops_per_token(
 
     Exact for a linear router; another kind counts as products of its parameters.
     """
-    if router_parameters is None:
-        router_parameters = linear_router_parameters(config)
-    num_moe = config.num_layers - config.num_dense_layers
-    head_dim = config.resolved_head_dim
-    products = (
-        config.num_layers * attention_parameters(config)
-        + config.num_dense_layers * 3 * config.d_model * config.d_ffn
-        + num_moe
-        * (
-            config.moe.top_k * expert_parameters(config)
-            + shared_parameters(config)
-            + router_parameters
-        )
-        + config.vocab_size * config.d_model
+    layers = range(config.num_layers)
+    return head_flops_per_token(config) + sum(
+        layer_flops_per_token(config, layer, seq_len, router_parameters) for layer in layers
     )
-    scores = config.num_layers * 2 * config.num_heads * head_dim * seq_len
-    return 2 * (products + scores)
+
+
+def layer_flops_per_token(
+    config: ModelConfig, layer: int, seq_len: int, router_parameters: int | None = None
+) -> int:
+    """The forward share of one layer."""
+    if layer < config.num_dense_layers:
+        feed_forward = 3 * config.d_model * config.d_ffn
+    else:
+        if router_parameters is None:
+            router_parameters = linear_router_parameters(config)
+        routed = config.moe.top_k * expert_parameters(config)
+        feed_forward = routed + shared_parameters(config) + router_parameters
+    scores = 2 * config.num_heads * config.resolved_head_dim * seq_len
+    return 2 * (attention_parameters(config) + feed_forward + scores)
+
+
+def head_flops_per_token(config: ModelConfig) -> int:
+    """The forward share of the output matrix."""
+    return 2 * config.vocab_size * config.d_model
 
 
 def training_flops_per_token(

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.data.loader import EvalBatches
-from moesys.models.transformer import Transformer
 from moesys.ops.cross_entropy import IGNORED_TARGET
+from moesys.parallelize.build import ParallelModel
+from moesys.parallelize.data import free_gathered
 from moesys.train.step import autocast
 
 
@@ -28,28 +29,37 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
-    batches: EvalBatches,
-    token_bytes_V: Tensor,
-    dtype: str,
-    group: dist.ProcessGroup,
+    parallel: ParallelModel, batches: EvalBatches, token_bytes_V: Tensor, dtype: str, tp_size: int
 ) -> EvalResult:
-    """Collective: every rank runs as many forwards. Leaves the model in eval mode. `group` sees all tokens once.
+    """Collective: every rank runs as many forwards. Leaves the model in eval mode, and nothing gathered.
 
-    bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64).
+    bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64). Ranks of tp have the
+    same tokens, and only those of the last pipeline stage see the loss.
     """
-    model.eval()
+    parallel.whole.eval()
     device = token_bytes_V.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     for batch in batches:
         target_ids_BS = batch.target_ids_BS.to(device)
         with autocast(device, dtype):
-            loss_sum, _ = model.loss_sum(batch.input_ids_BS.to(device), target_ids_BS)
-        targets = target_ids_BS[target_ids_BS != IGNORED_TARGET]
-        nbytes = token_bytes_V[targets].sum()
-        sums += torch.stack([loss_sum.double(), sums.new_tensor(targets.numel()), nbytes.double()])
-    dist.all_reduce(sums, group=group)
-    nats, tokens, nbytes = sums.tolist()
+            output = _forward(parallel, batch.input_ids_BS.to(device))
+        if output is not None:
+            last = parallel.parts[-1]
+            loss_sum = last.cross_entropy_sum(output[0], target_ids_BS.flatten())
+            targets = target_ids_BS[target_ids_BS != IGNORED_TARGET]
+            tokens, nbytes = sums.new_tensor(targets.numel()), token_bytes_V[targets].sum()
+            sums += torch.stack([loss_sum.double(), tokens, nbytes.double()])
+    for part in parallel.parts:
+        free_gathered(part)
+    dist.all_reduce(sums)
+    nats, tokens, nbytes = (sums / tp_size).tolist()
     return EvalResult(
-        loss=nats / tokens, bits_per_byte=nats / math.log(2) / nbytes, tokens=int(tokens)
+        loss=nats / tokens, bits_per_byte=nats / math.log(2) / nbytes, tokens=round(tokens)
     )
+
+
+def _forward(parallel: ParallelModel, input_ids_BS: Tensor) -> tuple[Tensor, ...] | None:
+    """What the last stage returns, where it is on this rank."""
+    if parallel.pipeline is not None:
+        return parallel.pipeline.forward(input_ids_BS)
+    return parallel.whole(input_ids_BS)

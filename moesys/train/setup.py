@@ -79,9 +79,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         dp_size=dims.dp,
         eval_tokens=config.train.eval_tokens,
     )
-    parallel = build_parallel_model(
-        config.model, config.parallel, meshes, process.device, config.run.seed
-    )
+    parallel = build_parallel_model(config, meshes, process.device)
     token_bytes_V = torch.from_numpy(np.load(data / "token_bytes.npy", allow_pickle=False))
     return Run(
         config=config,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
+from moesys.models.transformer import MoEBlock
 from moesys.moe.balance import updated_bias
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.optim.build import set_learning_rate
@@ -20,6 +21,7 @@ from moesys.parallel.gradients import sum_over_replicas
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.build import ParallelModel
 from moesys.parallelize.data import begin_micro_step
+from moesys.parallelize.pipeline import Pipeline
 from moesys.train.timing import SectionTimer
 
 
@@ -63,15 +65,20 @@ class TrainStep:
         self.config = config
         self.timer = timer
         self.device = next(self.model.parameters()).device
+        if parallel.pipeline is not None:
+            self._start_pipeline(parallel.pipeline)
 
     def __call__(
         self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool = False
     ) -> StepResult:
         self.model.train()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
-        for index, batch in enumerate(micro_batches):
-            self._begin_micro_step(is_last=index == len(micro_batches) - 1)
-            sums += self._forward_backward(batch)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
+        if self.parallel.pipeline is not None:
+            self._run_pipeline(self.parallel.pipeline, micro_batches)
+        else:
+            for index, batch in enumerate(micro_batches):
+                self._begin_micro_step(is_last=index == len(micro_batches) - 1)
+                self._forward_backward(batch)
         with self.timer.section("optimizer"):
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self._reduce()
@@ -82,31 +89,46 @@ class TrainStep:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             load_MX = self._finish_balance()
-        return self._result(sums, norm, load_MX, stop_requested)
+        return self._result(norm, load_MX, stop_requested)
 
-    def _forward_backward(self, batch: MicroBatch) -> Tensor:
-        """Add one micro-batch's gradients; return this rank's sums of loss, balance and z over its tokens."""
+    def _forward_backward(self, batch: MicroBatch) -> None:
+        """Add one micro-batch's gradients."""
         input_ids_BS = batch.input_ids_BS.to(self.device, non_blocking=True)
         target_ids_BS = batch.target_ids_BS.to(self.device, non_blocking=True)
-        tp_size = self.meshes.dims.tp
-        routed_tokens = input_ids_BS.numel() // tp_size
         with self.timer.section("forward"):
             with autocast(self.device, self.config.train.dtype):
-                loss_sum, routing = self.model.loss_sum(input_ids_BS, target_ids_BS)
-            # Sums over ranks and micro-steps, divided once by the global token count.
-            total = (
-                loss_sum + routing.total * routed_tokens
-            ) / self.config.train.global_batch_tokens
+                output = self.model(input_ids_BS)
+            total = self._loss(output, target_ids_BS)
         with self.timer.section("backward"):
             total.backward()
-        return torch.stack(
-            # All ranks of tp have the same loss.
-            [
-                loss_sum.detach() / tp_size,
-                routing.balance * routed_tokens,
-                routing.z * routed_tokens,
-            ]
-        ).double()
+
+    def _loss(self, output: tuple[Tensor, ...], target_ids_BS: Tensor) -> Tensor:
+        """What is minimised: sums over ranks and micro-steps, divided once by the global token count.
+
+        Adds to this rank's sums of loss, balance and z over its tokens.
+        """
+        logits_TV, losses_3 = output
+        tp_size = self.meshes.dims.tp
+        loss_sum = self.parallel.parts[-1].cross_entropy_sum(logits_TV, target_ids_BS.flatten())
+        routing_sums_3 = losses_3 * (target_ids_BS.numel() // tp_size)
+        # All ranks of tp have the same cross-entropy, and routed their own tokens.
+        sums = torch.stack([loss_sum / tp_size, *routing_sums_3[1:]])
+        self.sums += sums.detach().double()
+        return (loss_sum + routing_sums_3[0]) / self.config.train.global_batch_tokens
+
+    def _start_pipeline(self, pipeline: Pipeline) -> None:
+        train = self.config.train
+        for part in pipeline.parts:
+            part.forward = autocast(self.device, train.dtype)(part.forward)
+        micro_steps = train.global_batch_tokens // (train.micro_batch_tokens * self.meshes.dims.dp)
+        pipeline.start(self.device, micro_steps, self._loss)
+
+    def _run_pipeline(self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch]) -> None:
+        """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
+        inputs = torch.cat([batch.input_ids_BS for batch in micro_batches])
+        targets = torch.cat([batch.target_ids_BS for batch in micro_batches])
+        with self.timer.section("forward"):
+            pipeline.step(inputs.to(self.device), targets.to(self.device))
 
     def _begin_micro_step(self, is_last: bool) -> None:
         for part in self.parallel.parts:
@@ -118,29 +140,35 @@ class TrainStep:
 
     @torch.no_grad()
     def _finish_balance(self) -> Tensor:
-        """Sum the step's expert load over ranks, move the selection biases; return int64 [M, E + 1]."""
-        layers = self.model.moe_layers()
-        if not layers:
-            return torch.zeros(0, 1, dtype=torch.int64, device=self.device)
-        load_MX = torch.stack([layer.load.take(self.device) for layer in layers])
-        dist.all_reduce(load_MX, group=self.meshes.stage_group)
-        for layer, load_X in zip(layers, load_MX, strict=True):
+        """Sum the step's expert load over ranks, move the selection biases; return int64 [M, E + 1] of all stages."""
+        model = self.config.model
+        num_moe = model.num_layers - model.num_dense_layers
+        load_MX = torch.zeros(
+            num_moe, model.moe.num_experts + 1, dtype=torch.int64, device=self.device
+        )
+        layers = {
+            int(index) - model.num_dense_layers: block.moe
+            for index, block in self.model.layers.items()
+            if isinstance(block, MoEBlock)
+        }
+        for index, layer in layers.items():
+            load_MX[index] = layer.load.take(self.device)
+        dist.all_reduce(load_MX)
+        for index, layer in layers.items():
             layer.balance.end_step()
             rate = layer.config.balance.bias_update_rate
             if rate:
                 bias_E = layer.router.get_buffer("selection_bias_E")
-                bias_E.copy_(updated_bias(bias_E, load_X[:-1], rate))
+                bias_E.copy_(updated_bias(bias_E, load_MX[index, :-1], rate))
         return load_MX
 
-    def _result(
-        self, sums: Tensor, norm: Tensor, load_MX: Tensor, stop_requested: bool
-    ) -> StepResult:
+    def _result(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> StepResult:
         """One all-reduce of a few numbers, and the step's only reads on the host."""
         sent_bytes, exchange_s = self.read_exchange_meters()
         host = torch.tensor(
             [float(sent_bytes), exchange_s, float(stop_requested)], dtype=torch.float64
         )
-        numbers = torch.cat([sums, host.to(self.device)])
+        numbers = torch.cat([self.sums, host.to(self.device)])
         dist.all_reduce(numbers)
         loss, balance, z, sent, seconds, stops = numbers.tolist()
         tokens = self.config.train.global_batch_tokens

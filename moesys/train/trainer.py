@@ -13,8 +13,8 @@ import torch
 
 from moesys.checkpoint.store import LoadedState, load_latest_good, save
 from moesys.config.compose import to_dict, to_yaml
+from moesys.models.transformer import Transformer
 from moesys.optim.schedule import learning_rate
-from moesys.parallelize.data import free_gathered
 from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
@@ -41,7 +41,8 @@ class Trainer:
         self.config = run.config
         self.timer = SectionTimer(run.process.device)
         self.train_step = TrainStep(run.parallel, run.optimizer, run.meshes, run.config, self.timer)
-        self.router_parameters = run.model.router_parameters()
+        with torch.device("meta"):  # this rank may have no MoE layer
+            self.router_parameters = Transformer(run.config.model).router_parameters()
         self.flops_per_token = training_flops_per_token(
             run.config.model, run.config.data.seq_len, self.router_parameters
         )
@@ -153,13 +154,12 @@ class Trainer:
     def _evaluate(self) -> None:
         began = time.perf_counter()
         result = evaluate(
-            self.run.model,
+            self.run.parallel,
             self.run.eval_batches,
             self.run.token_bytes_V,
             self.config.train.dtype,
-            self.run.meshes.replica_group,
+            self.run.meshes.dims.tp,
         )
-        free_gathered(self.run.model)
         eval_s = time.perf_counter() - began
         self.wall_s += eval_s
         self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
@@ -224,7 +224,7 @@ class Trainer:
         is_auto = self.config.model.moe.expert_backend == "auto"
         if is_auto and self.config.checkpoint.resume and saved.get("layout") == layout:
             self.backend, self.backend_reason = saved["backend"], f"kept from {path.name}"
-        elif not self.run.model.moe_layers():
+        elif self.config.model.num_dense_layers == self.config.model.num_layers:
             self.backend, self.backend_reason = "grouped_mm", "no MoE layers"
         else:
             self.backend, self.backend_reason = choose_expert_backend(
@@ -276,7 +276,7 @@ class Trainer:
             "kind": "start",
             "world_size": process.world_size,
             "dp": dims.dp,
-            "ep": dims.ep,
+            **{axis: getattr(dims, axis) for axis in ("pp", "cp", "tp", "ep", "etp", "dp_shard")},
             "device": str(process.device),
             "dtype": self.config.train.dtype,
             "backend": process.backend,

@@ -5,35 +5,47 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 
+from moesys.config.schema import ParallelConfig
 from moesys.data.indexed import IndexedTokens
 from moesys.data.loader import EvalBatches
-from moesys.parallel.dims import ParallelDims
+from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import build_meshes
-from moesys.parallelize.build import build_model
+from moesys.parallelize.build import build_parallel_model
 from moesys.testing.ranks import run_ranks
 from moesys.train.evaluate import evaluate
 from tests.train.test_parity import CONFIG
 
 
-def _evaluate(rank: int, size: int, prefix, eval_tokens: int, capacity_factor: float | None = None):
+def _evaluate(
+    rank: int,
+    size: int,
+    prefix,
+    eval_tokens: int,
+    capacity_factor: float | None = None,
+    **degrees,
+):
     tokens = IndexedTokens(prefix, 512)
-    meshes = build_meshes(ParallelDims(world_size=size, ep=size), "cpu")
     moe = replace(CONFIG.model.moe, capacity_factor=capacity_factor)
-    config = replace(CONFIG.model, vocab_size=512, moe=moe)
-    model = build_model(config, meshes, torch.device("cpu"), 0)
+    config = replace(
+        CONFIG,
+        model=replace(CONFIG.model, vocab_size=512, num_layers=4, moe=moe),
+        parallel=ParallelConfig(**(degrees or {"ep": size})),
+        train=replace(CONFIG.train, micro_batch_tokens=32),
+    )
+    meshes = build_meshes(parallel_dims(config.parallel, size), "cpu")
+    parallel = build_parallel_model(config, meshes, torch.device("cpu"))
     batches = EvalBatches(
         tokens,
         seq_len=16,
         micro_batch_samples=2,
-        dp_rank=rank,
-        dp_size=size,
+        dp_rank=meshes.dp_rank,
+        dp_size=meshes.dims.dp,
         eval_tokens=eval_tokens,
     )
     token_bytes_V = torch.arange(512) % 5 + 1
-    result = evaluate(model, batches, token_bytes_V, "fp32", dist.group.WORLD)
-    taken = model.moe_layers()[0].load.take(torch.device("cpu")).sum().item()
+    result = evaluate(parallel, batches, token_bytes_V, "fp32", meshes.dims.tp)
+    taken = parallel.whole.moe_layers()[0].load.take(torch.device("cpu")).sum().item()
     return result, taken
 
 
@@ -46,6 +58,24 @@ def test_any_number_of_ranks_gives_one_process_result(tiny_data, eval_tokens):
         assert math.isclose(result.loss, one.loss, rel_tol=1e-6)
         assert math.isclose(result.bits_per_byte, one.bits_per_byte, rel_tol=1e-6)
         assert taken == 0  # evaluation is not load
+
+
+def _under(rank: int, size: int, prefix, degrees: dict):
+    return _evaluate(rank, size, prefix, 100, **degrees)
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [{"tp": 2}, {"pp": 2}, {"pp": 2, "pp_schedule": "zbv"}, {"zero": 3}],
+    ids=["tp", "pp", "a V", "zero"],
+)
+def test_any_axis_gives_one_process_result(tiny_data, degrees):
+    one, _ = run_ranks(_evaluate, 1, tiny_data / "val", 100)[0]
+    for result, taken in run_ranks(_under, 2, tiny_data / "val", degrees):
+        assert result.tokens == 100
+        assert math.isclose(result.loss, one.loss, rel_tol=1e-6)
+        assert math.isclose(result.bits_per_byte, one.bits_per_byte, rel_tol=1e-6)
+        assert taken == 0
 
 
 def test_a_capacity_does_not_touch_evaluation(tiny_data):

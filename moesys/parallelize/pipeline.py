@@ -1,0 +1,158 @@
+"""A decoder cut into pipeline stages, run by torch.distributed.pipelining's schedules.
+
+A stage hands on hidden states [T, D], the routing losses so far and, where the router has one, its state. The last
+stage turns them into the loss; gradients of all three flow back, so that every auxiliary loss is optimised as on one
+rank. Shapes: n micro-batches of B sequences of S tokens, T tokens of this rank in one, D model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import get_schedule_class
+
+from moesys.config.schema import ModelConfig, ParallelConfig
+from moesys.models.transformer import Transformer
+from moesys.parallel.mesh import Meshes
+from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
+from moesys.plan.pipeline import split_layers, stages_of_rank, stages_per_rank
+
+TORCH_NAMES = {
+    "gpipe": "GPipe",
+    "1f1b": "1F1B",
+    "interleaved": "Interleaved1F1B",
+    "interleaved_zero_bubble": "InterleavedZeroBubble",
+    "zbv": "ZBVZeroBubble",
+    "dualpipev": "DualPipeV",
+}
+
+LossFunction = Callable[[tuple[Tensor, Tensor], Tensor], Tensor]
+"""(logits_TV and losses_3 of the last stage, target_ids_BS) -> what is minimised."""
+
+
+def layers_of_stages(
+    config: ModelConfig, parallel: ParallelConfig, seq_len: int
+) -> list[list[int]]:
+    """The layers of each stage, by cost, the head's included."""
+    costs = [layer_flops_per_token(config, i, seq_len) for i in range(config.num_layers)]
+    num_stages = parallel.pp * stages_per_rank(parallel.pp_schedule, parallel.pp_virtual_stages)
+    return split_layers(costs, num_stages, last_cost=head_flops_per_token(config))
+
+
+class Pipeline:
+    """The stages of this rank, and the schedule that runs them with those of the other ranks. Made on the meta device."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        parallel: ParallelConfig,
+        meshes: Meshes,
+        *,
+        micro_batch_samples: int,
+        seq_len: int,
+    ) -> None:
+        self.parallel = parallel
+        self.meshes = meshes
+        self.micro_batch_samples = micro_batch_samples
+        self.seq_len = seq_len // meshes.dims.cp
+        """Of the slices that this rank sees."""
+        self.layers = layers_of_stages(config, parallel, seq_len)
+        rank = meshes.dense.get_local_rank("pp")
+        self.stage_ids = stages_of_rank(
+            parallel.pp_schedule, rank, parallel.pp, parallel.pp_virtual_stages
+        )
+        routers = [layer.router for layer in Transformer(config).moe_layers()]
+        self.state_dim: int = max((getattr(r, "state_dim", 0) for r in routers), default=0)
+        self.parts: list[Transformer] = []
+        for stage in self.stage_ids:
+            part = Transformer(config, self.layers[stage])
+            part.seq_len, part.state_dim = self.seq_len, self.state_dim
+            self.parts.append(part)
+        self._schedule: Any = None
+
+    @property
+    def has_last(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.stage_ids[-1] == len(self.layers) - 1
+
+    def rank_of_stage(self, stage: int) -> int:
+        """The pp rank that runs it."""
+        schedule, pp = self.parallel.pp_schedule, self.parallel.pp
+        virtual = self.parallel.pp_virtual_stages
+        return next(r for r in range(pp) if stage in stages_of_rank(schedule, r, pp, virtual))
+
+    def start(
+        self, device: torch.device, num_micro_batches: int, loss_function: LossFunction
+    ) -> None:
+        """Build the schedule, once the parts have storage. Raises ValueError if it cannot run so many."""
+        metas = self._metas()
+        stages = [
+            PipelineStage(
+                part,
+                stage,
+                len(self.layers),
+                device,
+                input_args=metas if stage else self._ids_meta(),
+                output_args=metas,
+                group=self.meshes.pp_group,
+            )
+            for stage, part in zip(self.stage_ids, self.parts, strict=True)
+        ]
+        kind = get_schedule_class(TORCH_NAMES[self.parallel.pp_schedule])
+        one_stage = stages_per_rank(self.parallel.pp_schedule, 1) == 1 and len(stages) == 1
+        self._schedule = kind(
+            stages[0] if one_stage else stages,
+            num_micro_batches,
+            loss_fn=loss_function,
+            scale_grads=False,
+        )
+
+    def step(self, input_ids: Tensor, target_ids: Tensor) -> None:
+        """Forward and backward of all micro-batches [n * B, S]; gradients are added to the parameters'."""
+        inputs = (input_ids,) if 0 in self.stage_ids else ()
+        self._schedule.step(
+            *inputs, target=target_ids if self.has_last else None, return_outputs=False
+        )
+
+    @torch.no_grad()
+    def forward(self, input_ids_BS: Tensor) -> tuple[Tensor, ...] | None:
+        """One micro-batch through all stages; the last stage's output where it is, else None.
+
+        A rank hands on and goes to its next micro-batch, so that successive ones follow each other through the stages.
+        """
+        here = self.meshes.dense.get_local_rank("pp")
+        output: tuple[Tensor, ...] = ()
+        for stage, part in zip(self.stage_ids, self.parts, strict=True):
+            if stage == 0:
+                output = part(input_ids_BS)
+            elif (source := self.rank_of_stage(stage - 1)) == here:
+                output = part(*output)
+            else:
+                output = part(*self._receive(source, input_ids_BS.device))
+            if stage < len(self.layers) - 1 and (target := self.rank_of_stage(stage + 1)) != here:
+                for tensor in output:
+                    dist.send(tensor.contiguous(), group=self.meshes.pp_group, group_dst=target)
+        return output if self.has_last else None
+
+    def _receive(self, source: int, device: torch.device) -> list[Tensor]:
+        buffers = [torch.empty(m.shape, dtype=m.dtype, device=device) for m in self._metas()]
+        for buffer in buffers:
+            dist.recv(buffer, group=self.meshes.pp_group, group_src=source)
+        return buffers
+
+    def _metas(self) -> tuple[Tensor, ...]:
+        """What travels from stage to stage."""
+        all_tokens = self.micro_batch_samples * self.seq_len
+        routed_tokens = all_tokens // self.meshes.dims.tp
+        tokens = routed_tokens if self.parallel.sequence_parallel else all_tokens
+        shapes: list[tuple[int, ...]] = [(tokens, self.parts[0].config.d_model), (3,)]
+        if self.state_dim:
+            shapes.append((routed_tokens, self.state_dim))
+        return tuple(torch.empty(s, device="meta", requires_grad=True) for s in shapes)
+
+    def _ids_meta(self) -> tuple[Tensor, ...]:
+        shape = (self.micro_batch_samples, self.seq_len)
+        return (torch.empty(shape, dtype=torch.int64, device="meta"),)
