@@ -203,6 +203,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0 = only at the end and on SIGTERM."""
     keep_last: int = 2
     """How many of the newest checkpoints stay, at least 1."""
+    asynchronous: bool = True
+    """Write in the background from a copy of this rank's share in host memory. false = steps wait for the disk."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run folder, if there is one."""
 
