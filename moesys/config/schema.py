@@ -173,6 +173,9 @@ class ParallelConfig:
     """With zero: data ranks that share one copy; divides dp. null = all of dp."""
 
 
+Recompute = Literal["none", "moe", "attention", "selective", "layer"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The loop. Batch sizes are in tokens."""
@@ -185,6 +188,9 @@ class TrainConfig:
     """Tokens per forward of a data rank, which its tp ranks share out; a multiple of data.seq_len."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Compute type. Parameters, gradients, optimizer state, routing and loss stay fp32."""
+    recompute: Recompute = "none"
+    """Activations made again in backward: of the experts (no row travels again), of attention from its input,
+    of both (selective), or all of a layer but what its router decided."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU for each local rank where torch sees one."""
     eval_every_steps: int = 0

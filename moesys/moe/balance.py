@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moesys.config.schema import BalanceConfig
 from moesys.moe.routing import RoutingResult
-from moesys.ops import tokens_per_expert
 
 
 class RoutingLosses(NamedTuple):
@@ -90,27 +89,34 @@ class Balance:
         self.sequence_share = SequenceShare()
         self._step_counts_E: Tensor | None = None
 
-    def losses(self, routing: RoutingResult, seq_len: int, training: bool) -> RoutingLosses:
-        """The losses of one forward. With the global and the sequence level this is a collective in training.
+    def losses(
+        self, routing: RoutingResult, counts_E: Tensor, seq_len: int, training: bool
+    ) -> RoutingLosses:
+        """The losses of one forward, `counts_E` being its slots per expert; without a coefficient, figures only.
 
-        `seq_len` tokens in a row of the ranks that share the same stretches of sequences are one sequence's.
+        With the global and the sequence level this is a collective in training. `seq_len` tokens in a row of the ranks
+        that share the same stretches of sequences are one sequence's.
         """
-        balance = self._balance_loss(routing, seq_len, training)
-        z = z_loss(routing.logits_TE)
-        total = self.config.aux_loss_coef * balance + self.config.z_loss_coef * z
+        config = self.config
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.aux_loss_coef != 0):
+            balance = self._balance_loss(routing, counts_E, seq_len, training)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.z_loss_coef != 0):
+            z = z_loss(routing.logits_TE)
+        total = config.aux_loss_coef * balance + config.z_loss_coef * z
         if routing.extra_loss is not None:
             total = total + routing.extra_loss
         return RoutingLosses(total, balance.detach(), z.detach())
 
-    def _balance_loss(self, routing: RoutingResult, seq_len: int, training: bool) -> Tensor:
+    def _balance_loss(
+        self, routing: RoutingResult, counts_E: Tensor, seq_len: int, training: bool
+    ) -> Tensor:
         if self.config.aux_loss_level == "sequence":
             return self._sequence_loss(routing, seq_len)
-        counts_E = tokens_per_expert(routing.topk_ids_TK, routing.probs_TE.shape[1])
         if self.config.aux_loss_level == "micro" and self.sequence_share.group is not None:
-            dist.all_reduce(counts_E, group=self.sequence_share.group)
+            counts_E = _summed(counts_E, self.sequence_share.group)
         if self.config.aux_loss_level == "global" and training and self.config.aux_loss_coef:
             if self.group is not None:
-                dist.all_reduce(counts_E, group=self.group)
+                counts_E = _summed(counts_E, self.group)
             if self._step_counts_E is not None:
                 counts_E = counts_E + self._step_counts_E
             self._step_counts_E = counts_E
@@ -131,3 +137,9 @@ class Balance:
     def end_step(self) -> None:
         """Forget the counts: the optimizer has stepped."""
         self._step_counts_E = None
+
+
+def _summed(counts_E: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed_E = counts_E.clone()
+    dist.all_reduce(summed_E, group=group)
+    return summed_E

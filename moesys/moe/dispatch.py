@@ -10,25 +10,35 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moesys.moe.routing import RoutingResult
 from moesys.ops import expert_order, permute, unpermute
 from moesys.parallel.exchange import FlatExchange
+
+
+class DispatchPlan(Protocol):
+    """Where rows go and come from: integers only, so a recomputation goes by the plan of the first pass."""
+
+    @property
+    def slots_per_expert_E(self) -> Tensor:
+        """int64, this rank's slots that have the expert."""
+        ...
 
 
 class Dispatcher(Protocol):
     """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
 
-    def dispatch(
-        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return rows_RD in order of local expert, tokens_per_expert_L (int64), and what `combine` needs.
+    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> DispatchPlan:
+        """Decide where each slot's row goes. With ranks a collective.
 
         With `padded_rows` every expert gets exactly that many rows from each rank, zeros where it has no token.
         """
         ...
 
-    def combine(self, rows_RD: Tensor, state: Any) -> Tensor:
-        """Return x_TD: for each token the weighted sum of its slots' rows, 0 where it has none."""
+    def dispatch(self, x_TD: Tensor, plan: Any) -> tuple[Tensor, Tensor]:
+        """Return rows_RD in order of local expert, and tokens_per_expert_L (int64)."""
+        ...
+
+    def combine(self, rows_RD: Tensor, weights_TK: Tensor, plan: Any) -> Tensor:
+        """Return x_TD: for each token the sum of its slots' rows times `weights_TK`, 0 where it has none."""
         ...
 
 
@@ -40,30 +50,30 @@ class ExpertOrder:
     """int64, -1 = no row."""
     slot_of_row_N: Tensor
     """int64, -1 = a zero row."""
-    counts_E: Tensor
-    """int64 rows per expert, zero rows included."""
-    weights_TK: Tensor
-    """fp32."""
+    slots_per_expert_E: Tensor
+    """int64."""
+    rows_per_expert_E: Tensor
+    """int64, zero rows included."""
 
     @classmethod
-    def of(cls, routing: RoutingResult, num_experts: int, padded_rows: int | None) -> "ExpertOrder":
+    def of(cls, topk_ids_TK: Tensor, num_experts: int, padded_rows: int | None) -> "ExpertOrder":
         """Stable order by expert, or with `padded_rows` a fixed number of rows per expert. No host sync."""
-        row_of_slot_TK, slot_of_row_N, counts_E = expert_order(routing.topk_ids_TK, num_experts)
+        row_of_slot_TK, slot_of_row_N, counts_E = expert_order(topk_ids_TK, num_experts)
         order = cls(
             row_of_slot_TK=row_of_slot_TK,
             slot_of_row_N=slot_of_row_N,
-            counts_E=counts_E,
-            weights_TK=routing.topk_weights_TK,
+            slots_per_expert_E=counts_E,
+            rows_per_expert_E=counts_E,
         )
-        return order if padded_rows is None else order._padded(routing.topk_ids_TK, padded_rows)
+        return order if padded_rows is None else order._padded(topk_ids_TK, padded_rows)
 
     def _padded(self, topk_ids_TK: Tensor, padded_rows: int) -> "ExpertOrder":
-        first_E = self.counts_E.cumsum(0) - self.counts_E
+        first_E = self.slots_per_expert_E.cumsum(0) - self.slots_per_expert_E
         ids_TK = topk_ids_TK.clamp(min=0)
         row_TK = ids_TK * padded_rows + self.row_of_slot_TK - first_E[ids_TK]
         row_TK = torch.where(topk_ids_TK >= 0, row_TK, -1)
         # One spare row takes the writes of slots without an expert.
-        num_rows = self.counts_E.numel() * padded_rows
+        num_rows = first_E.numel() * padded_rows
         slot_of_row_N = row_TK.new_full((num_rows + 1,), -1)
         slots_TK = torch.arange(row_TK.numel(), device=row_TK.device).view_as(row_TK)
         slot_of_row_N[torch.where(row_TK >= 0, row_TK, num_rows)] = slots_TK
@@ -71,7 +81,7 @@ class ExpertOrder:
             self,
             row_of_slot_TK=row_TK,
             slot_of_row_N=slot_of_row_N[:num_rows],
-            counts_E=torch.full_like(self.counts_E, padded_rows),
+            rows_per_expert_E=torch.full_like(first_E, padded_rows),
         )
 
 
@@ -81,35 +91,40 @@ class LocalDispatcher:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
-    def dispatch(
-        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
-    ) -> tuple[Tensor, Tensor, ExpertOrder]:
-        order = ExpertOrder.of(routing, self.num_experts, padded_rows)
-        rows_ND = permute(x_TD, order.slot_of_row_N, order.row_of_slot_TK)
-        return rows_ND, order.counts_E, order
+    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> ExpertOrder:
+        return ExpertOrder.of(topk_ids_TK, self.num_experts, padded_rows)
 
-    def combine(self, rows_RD: Tensor, state: ExpertOrder) -> Tensor:
-        return unpermute(rows_RD, state.weights_TK, state.row_of_slot_TK)
+    def dispatch(self, x_TD: Tensor, plan: ExpertOrder) -> tuple[Tensor, Tensor]:
+        return permute(x_TD, plan.slot_of_row_N, plan.row_of_slot_TK), plan.rows_per_expert_E
+
+    def combine(self, rows_RD: Tensor, weights_TK: Tensor, plan: ExpertOrder) -> Tensor:
+        return unpermute(rows_RD, weights_TK, plan.row_of_slot_TK)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExchangeState:
-    """What the way back needs."""
+class ExchangePlan:
+    """There, by expert and by rank, and back."""
 
     order: ExpertOrder
     send_splits_list: list[int]
     recv_splits_list: list[int]
     slice_rows_list: list[int]
-    """Rows that came from each rank of `slices`."""
+    """Rows that come from each rank of `slices`."""
+    tokens_per_expert_L: Tensor
+    """int64, of all ranks' rows."""
     arrival_of_row_R: Tensor | None
-    """Which arrived row became row r in expert order; None when arrival order is expert order."""
+    """Which arrived row becomes row r in expert order; None when arrival order is expert order."""
     row_of_arrival_R: Tensor | None
+
+    @property
+    def slots_per_expert_E(self) -> Tensor:
+        return self.order.slots_per_expert_E
 
 
 class ExpertParallelDispatcher:
     """Experts spread over the ranks of a group, rank p owning experts p*L .. p*L + L-1; dropless.
 
-    dispatch: order by expert, tell counts, one device-to-host sync (2P ints; none with padded rows), exchange
+    plan: order by expert, tell counts, one device-to-host sync (2P ints; none with padded rows). dispatch: exchange
     rows, order the arrivals (grouped by source rank) by local expert. combine is the mirror.
 
     With `slices` (expert tensor parallelism) each expert's matrices are cut over a second group of ranks, each of which
@@ -132,12 +147,11 @@ class ExpertParallelDispatcher:
         """All through which this layer's rows travel."""
         return [self.exchange] if self.slices is None else [self.exchange, self.slices]
 
-    def dispatch(
-        self, x_TD: Tensor, routing: RoutingResult, padded_rows: int | None = None
-    ) -> tuple[Tensor, Tensor, ExchangeState]:
-        order = ExpertOrder.of(routing, self.num_experts, padded_rows)
-        send_counts_PL = order.counts_E.view(self.exchange.size, self.num_local_experts)
+    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> ExchangePlan:
+        order = ExpertOrder.of(topk_ids_TK, self.num_experts, padded_rows)
+        size = self.exchange.size
         num_slices = 1 if self.slices is None else self.slices.size
+        send_counts_PL = order.rows_per_expert_E.view(size, self.num_local_experts)
         if padded_rows is None:
             recv_counts_PL = self.exchange.counts(send_counts_PL)
             counts_SPL = (
@@ -148,48 +162,46 @@ class ExpertParallelDispatcher:
         else:
             counts_SPL = send_counts_PL.expand(num_slices, -1, -1)
             per_rank = padded_rows * self.num_local_experts
-            splits = [per_rank] * 2 * self.exchange.size + [
-                per_rank * self.exchange.size
-            ] * num_slices
-        size = self.exchange.size
+            splits = [per_rank] * 2 * size + [per_rank * size] * num_slices
         send_splits_list, recv_splits_list, slice_rows_list = (
             splits[:size],
             splits[size : 2 * size],
             splits[2 * size :],
         )
-
+        counts_PL = counts_SPL.flatten(0, 1)
+        arrival_of_row_R, row_of_arrival_R = self._expert_major(counts_PL, sum(slice_rows_list))
         slot_of_row_N = order.slot_of_row_N[: sum(send_splits_list)]
-        rows_ND = permute(x_TD, slot_of_row_N, order.row_of_slot_TK)
-        rows_RD = self.exchange.rows(rows_ND, send_splits_list, recv_splits_list)
-        if self.slices is not None:
-            copies = rows_RD.repeat(num_slices, 1)
-            own_rows_list = [rows_RD.shape[0]] * num_slices
-            rows_RD = self.slices.rows(copies, own_rows_list, slice_rows_list)
-
-        recv_counts_PL = counts_SPL.flatten(0, 1)
-        arrival_of_row_R, row_of_arrival_R = self._expert_major(recv_counts_PL, rows_RD.shape[0])
-        if arrival_of_row_R is not None and row_of_arrival_R is not None:
-            rows_RD = permute(rows_RD, arrival_of_row_R, row_of_arrival_R[:, None])
-        state = ExchangeState(
-            order=order,
+        return ExchangePlan(
+            order=replace(order, slot_of_row_N=slot_of_row_N),
             send_splits_list=send_splits_list,
             recv_splits_list=recv_splits_list,
             slice_rows_list=slice_rows_list,
+            tokens_per_expert_L=counts_PL.sum(0),
             arrival_of_row_R=arrival_of_row_R,
             row_of_arrival_R=row_of_arrival_R,
         )
-        return rows_RD, recv_counts_PL.sum(0), state
 
-    def combine(self, rows_RD: Tensor, state: ExchangeState) -> Tensor:
-        if state.arrival_of_row_R is not None and state.row_of_arrival_R is not None:
-            rows_RD = permute(rows_RD, state.row_of_arrival_R, state.arrival_of_row_R[:, None])
+    def dispatch(self, x_TD: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
+        rows_ND = permute(x_TD, plan.order.slot_of_row_N, plan.order.row_of_slot_TK)
+        rows_RD = self.exchange.rows(rows_ND, plan.send_splits_list, plan.recv_splits_list)
         if self.slices is not None:
-            own_rows = sum(state.recv_splits_list)
+            copies = rows_RD.repeat(self.slices.size, 1)
+            own_rows_list = [rows_RD.shape[0]] * self.slices.size
+            rows_RD = self.slices.rows(copies, own_rows_list, plan.slice_rows_list)
+        if plan.arrival_of_row_R is not None and plan.row_of_arrival_R is not None:
+            rows_RD = permute(rows_RD, plan.arrival_of_row_R, plan.row_of_arrival_R[:, None])
+        return rows_RD, plan.tokens_per_expert_L
+
+    def combine(self, rows_RD: Tensor, weights_TK: Tensor, plan: ExchangePlan) -> Tensor:
+        if plan.arrival_of_row_R is not None and plan.row_of_arrival_R is not None:
+            rows_RD = permute(rows_RD, plan.row_of_arrival_R, plan.arrival_of_row_R[:, None])
+        if self.slices is not None:
+            own_rows = sum(plan.recv_splits_list)
             own_rows_list = [own_rows] * self.slices.size
-            parts = self.slices.rows(rows_RD, state.slice_rows_list, own_rows_list)
+            parts = self.slices.rows(rows_RD, plan.slice_rows_list, own_rows_list)
             rows_RD = parts.unflatten(0, (self.slices.size, own_rows)).sum(0)
-        rows_ND = self.exchange.rows(rows_RD, state.recv_splits_list, state.send_splits_list)
-        return unpermute(rows_ND, state.order.weights_TK, state.order.row_of_slot_TK)
+        rows_ND = self.exchange.rows(rows_RD, plan.recv_splits_list, plan.send_splits_list)
+        return unpermute(rows_ND, weights_TK, plan.order.row_of_slot_TK)
 
     def _expert_major(
         self, recv_counts_PL: Tensor, num_rows: int

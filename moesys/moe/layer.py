@@ -1,4 +1,4 @@
-"""The MoE layer: route, dispatch, experts, combine.
+"""The MoE layer: decide (route, count, plan), dispatch, experts, combine.
 
 Shapes: T tokens on this rank, D model, K experts per token, R rows received, L local experts.
 """
@@ -10,10 +10,12 @@ from moesys.config.schema import MoEConfig
 from moesys.moe.balance import Balance, RoutingLosses
 from moesys.moe.capacity import capacity_rows, within_capacity
 from moesys.moe.component import build_component
+from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import Experts, SwiGLU
 from moesys.moe.load import ExpertLoad
 from moesys.moe.routing import RoutingResult
+from moesys.ops import tokens_per_expert
 
 
 class MoELayer(nn.Module):
@@ -42,6 +44,7 @@ class MoELayer(nn.Module):
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
         self.balance = Balance(config.balance)
         self.load = ExpertLoad(config.num_experts)
+        self.memory = DecisionMemory()
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, seq_len: int | None = None
@@ -50,20 +53,34 @@ class MoELayer(nn.Module):
 
         x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other.
         """
+        seq_len = seq_len or x.shape[-2]
         x_TD = x.flatten(0, -2)
-        routed = self.router(x_TD, state)
-        losses = self.balance.losses(routed, seq_len or x.shape[-2], self.training)
-        kept, padded_rows = self._limit(routed)
-        if self.training:
-            self.load.add(routed, kept)
-
+        decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, seq_len), x_TD)
         x_TD = _compute_type(x_TD)
-        rows_RD, tokens_per_expert_L, dispatched = self.dispatcher.dispatch(x_TD, kept, padded_rows)
+        rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(x_TD, decision.plan)
         rows_RD = self.experts(rows_RD, tokens_per_expert_L)
-        y_TD = self.dispatcher.combine(rows_RD, dispatched)
+        y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view_as(x), losses, routed.state
+        return y_TD.view_as(x), decision.losses, decision.state
+
+    def _decide(self, x_TD: Tensor, state: Tensor | None, seq_len: int) -> Decision:
+        """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""
+        routed = self.router(x_TD, state)
+        kept, padded_rows = self._limit(routed)
+        plan = self.dispatcher.plan(kept.topk_ids_TK, padded_rows)
+        kept_E = plan.slots_per_expert_E
+        routed_E = (
+            kept_E
+            if kept is routed
+            else tokens_per_expert(routed.topk_ids_TK, self.config.num_experts)
+        )
+        losses = self.balance.losses(routed, routed_E, seq_len, self.training)
+        if self.training:
+            self.load.add(routed_E, kept_E)
+        return Decision(
+            weights_TK=kept.topk_weights_TK, plan=plan, losses=losses, state=routed.state
+        )
 
     def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
         """Apply the expert capacity, if any; return the routing and the rows per expert if padded.

@@ -1,13 +1,10 @@
 """How many slots each expert was given: counted once per trained token, read once per optimizer step.
 
-Shapes: T tokens, E experts, K experts per token.
+Shapes: E experts.
 """
 
 import torch
 from torch import Tensor
-
-from moesys.moe.routing import RoutingResult
-from moesys.ops import tokens_per_expert
 
 
 class ExpertLoad:
@@ -18,13 +15,11 @@ class ExpertLoad:
         self._counts_E: Tensor | None = None
         self._dropped: Tensor | None = None
 
-    def add(self, routed: RoutingResult, kept: RoutingResult) -> None:
-        """Count a training forward: what the router chose and what the capacity left of it."""
-        with torch.no_grad():
-            counts_E = tokens_per_expert(routed.topk_ids_TK, self.num_experts)
-            dropped = (routed.topk_ids_TK >= 0).sum() - (kept.topk_ids_TK >= 0).sum()
-            self._counts_E = counts_E if self._counts_E is None else self._counts_E + counts_E
-            self._dropped = dropped if self._dropped is None else self._dropped + dropped
+    def add(self, routed_E: Tensor, kept_E: Tensor) -> None:
+        """Count a training forward: the slots that the router gave each expert, and those that the capacity left."""
+        dropped = (routed_E - kept_E).sum()
+        self._counts_E = routed_E if self._counts_E is None else self._counts_E + routed_E
+        self._dropped = dropped if self._dropped is None else self._dropped + dropped
 
     def take(self, device: torch.device) -> Tensor:
         """Return int64 [E + 1], the counts and then the dropped slots, and start over."""

@@ -18,6 +18,7 @@ from moesys.moe.balance import (
     z_loss,
 )
 from moesys.moe.routing import RoutingResult
+from moesys.ops import tokens_per_expert
 from moesys.testing.ranks import run_ranks
 
 T, E, K = 12, 4, 2
@@ -30,6 +31,10 @@ def routing(seed: int, tokens: int = T) -> RoutingResult:
     return RoutingResult(
         topk_ids_TK=ids_TK, topk_weights_TK=weights_TK, logits_TE=logits_TE, probs_TE=probs_TE
     )
+
+
+def losses(balance: Balance, r: RoutingResult, seq_len: int, training: bool):
+    return balance.losses(r, tokens_per_expert(r.topk_ids_TK, E), seq_len, training)
 
 
 def spelled_out(ids_TK, probs_TE) -> float:
@@ -52,14 +57,14 @@ def test_even_load_gives_one_and_one_expert_gives_its_share():
 
 def test_micro_level_is_the_formula():
     r = routing(0)
-    losses = Balance(BalanceConfig(aux_loss_coef=0.5, aux_loss_level="micro")).losses(r, 1, True)
-    assert losses.balance.item() == pytest.approx(spelled_out(r.topk_ids_TK, r.probs_TE))
-    assert losses.total.item() == pytest.approx(0.5 * losses.balance.item())
+    level = losses(Balance(BalanceConfig(aux_loss_coef=0.5, aux_loss_level="micro")), r, 1, True)
+    assert level.balance.item() == pytest.approx(spelled_out(r.topk_ids_TK, r.probs_TE))
+    assert level.total.item() == pytest.approx(0.5 * level.balance.item())
 
 
 def sequence_level(r: RoutingResult, ids_TK: torch.Tensor, seq_len: int) -> float:
     config = BalanceConfig(aux_loss_coef=1.0, aux_loss_level="sequence")
-    return Balance(config).losses(replace(r, topk_ids_TK=ids_TK), seq_len, True).total.item()
+    return losses(Balance(config), replace(r, topk_ids_TK=ids_TK), seq_len, True).total.item()
 
 
 def _shared(rank: int, size: int) -> float:
@@ -68,7 +73,7 @@ def _shared(rank: int, size: int) -> float:
     own = slice(rank * 6, rank * 6 + 6)
     r = routing(1)
     part = replace(r, topk_ids_TK=r.topk_ids_TK[own], probs_TE=r.probs_TE[own])
-    return balance.losses(part, 4, True).total.item()
+    return losses(balance, part, 4, True).total.item()
 
 
 def test_ranks_that_share_sequences_have_the_mean_of_whole_ones():
@@ -112,7 +117,7 @@ def _global(rank: int, size: int, micro_steps: int):
     balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="global"))
     balance.group = dist.group.WORLD
     return [
-        balance.losses(routing(10 * m + rank), 1, True).balance.item() for m in range(micro_steps)
+        losses(balance, routing(10 * m + rank), 1, True).balance.item() for m in range(micro_steps)
     ]
 
 
@@ -129,17 +134,17 @@ def test_global_level_counts_all_ranks_and_the_micro_steps_so_far():
 
 
 def test_the_mean_of_the_ranks_global_losses_is_the_loss_of_all_tokens():
-    losses = [rank_losses[0] for rank_losses in run_ranks(_global, 2, 1)]
+    of_ranks = [rank_losses[0] for rank_losses in run_ranks(_global, 2, 1)]
     both = [routing(0), routing(1)]
     ids, probs = (torch.cat([getattr(r, k) for r in both]) for k in ("topk_ids_TK", "probs_TE"))
-    assert sum(losses) / 2 == pytest.approx(spelled_out(ids, probs))
+    assert sum(of_ranks) / 2 == pytest.approx(spelled_out(ids, probs))
 
 
 def test_counts_are_forgotten_after_the_step_and_never_made_in_evaluation():
     balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="global"))
-    first = balance.losses(routing(0), 1, True).balance
-    balance.losses(routing(1), 1, False)
-    assert balance.losses(routing(0), 1, True).balance == first  # counts of the same batch twice
-    balance.losses(routing(2), 1, True)
+    first = losses(balance, routing(0), 1, True).balance
+    losses(balance, routing(1), 1, False)
+    assert losses(balance, routing(0), 1, True).balance == first  # counts of the same batch twice
+    losses(balance, routing(2), 1, True)
     balance.end_step()
-    assert balance.losses(routing(0), 1, True).balance == first
+    assert losses(balance, routing(0), 1, True).balance == first

@@ -62,8 +62,9 @@ def _there_and_back(rank: int, size: int, case: str, local: bool, padded_rows: i
         dispatcher = LocalDispatcher(num_experts)
     else:
         dispatcher = ExpertParallelDispatcher(num_experts, FlatExchange(dist.group.WORLD))
-    rows_RD, counts_L, state = dispatcher.dispatch(x_TD, routing, padded_rows)
-    y_TD = dispatcher.combine(rows_RD, state)
+    plan = dispatcher.plan(routing.topk_ids_TK, padded_rows)
+    rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
+    y_TD = dispatcher.combine(rows_RD, routing.topk_weights_TK, plan)
     gradient_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
     y_TD.backward(gradient_TD)
     return {
