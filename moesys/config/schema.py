@@ -102,6 +102,8 @@ class DataConfig:
     """Tokens per training sample (inputs; targets are the same shifted by one)."""
     shuffle: bool = True
     """A new order each epoch, fixed by run.seed."""
+    mask_documents: bool = False
+    """Attention stays inside a document, where a sample holds several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees over the world: world == pp * dp * tp, and in a pipeline stage dp * tp == edp * ep * etp.
+    """Degrees over the world: world == pp * dp * cp * tp, and in a pipeline stage dp * cp * tp == edp * ep * etp.
 
     dp, the ranks that read different samples, is what the others leave over.
     """
@@ -159,6 +161,10 @@ class ParallelConfig:
     """With pp: the order of the micro-batches' forwards and backwards; zbv and dualpipev run two stages per rank."""
     pp_virtual_stages: int = 2
     """With an interleaved schedule: stages per rank."""
+    cp: int = 1
+    """Context parallel: ranks that share each sequence; 2 * cp divides data.seq_len."""
+    cp_attention: Literal["ring", "ulysses"] = "ring"
+    """With cp: keys and values go around, or each rank gets whole sequences of some heads (cp divides them)."""
     tp: int = 1
     """Tensor parallel: ranks that share each dense matrix; divides heads, key/value heads, d_ffn, vocabulary."""
     sequence_parallel: bool = True

@@ -14,7 +14,7 @@ P data-parallel ranks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,8 @@ class MicroBatch:
     """int64, on the CPU."""
     target_ids_BS: Tensor
     """int64: the token after each input, or IGNORED_TARGET where there is none (evaluation only)."""
+    document_ids_BS: Tensor | None = None
+    """int64, if asked for: the document of each input, numbered through the stream."""
 
 
 class TokenLoader:
@@ -47,6 +49,7 @@ class TokenLoader:
         dp_rank, dp_size: this rank among those that read different samples (P of them).
         seed: fixes the order of every epoch, if `shuffle`.
         shuffle: False reads the stream front to back in every epoch.
+        with_documents: say which document each token belongs to.
 
     Memory: one step of this rank; the order is computed, not stored. Up to 2**62 samples.
 
@@ -65,6 +68,7 @@ class TokenLoader:
         dp_size: int,
         seed: int,
         shuffle: bool,
+        with_documents: bool = False,
     ) -> None:
         problems = _problems(seq_len, micro_batch_samples, dp_rank, dp_size)
         per_micro_step = micro_batch_samples * dp_size
@@ -88,6 +92,7 @@ class TokenLoader:
         self._global_batch_samples = global_batch_samples
         self._seed = seed
         self._shuffle = shuffle
+        self._with_documents = with_documents
         self._micro_steps = global_batch_samples // per_micro_step
         # Rows of this rank inside a step, [micro_steps, B].
         first = (np.arange(self._micro_steps) * dp_size + dp_rank) * micro_batch_samples
@@ -105,8 +110,11 @@ class TokenLoader:
         batches = []
         for rows_B in self._rows:
             samples_B = self.samples_at(self.consumed_samples + rows_B)
-            windows = _read(self._tokens, samples_B * self._seq_len, self._seq_len + 1)
-            batches.append(_shifted(windows))
+            starts_B = samples_B * self._seq_len
+            batch = _shifted(_read(self._tokens, starts_B, self._seq_len + 1))
+            if self._with_documents:
+                batch = _told_documents(batch, self._tokens, starts_B)
+            batches.append(batch)
         self.consumed_samples += self._global_batch_samples
         return batches
 
@@ -194,6 +202,7 @@ class EvalBatches:
         dp_rank: int,
         dp_size: int,
         eval_tokens: int = 0,
+        with_documents: bool = False,
     ) -> None:
         problems = _problems(seq_len, micro_batch_samples, dp_rank, dp_size)
         if eval_tokens < 0:
@@ -208,6 +217,7 @@ class EvalBatches:
         self._tokens = tokens
         self._seq_len = seq_len
         self._rows_per_batch = micro_batch_samples
+        self._with_documents = with_documents
         self._dp_rank = dp_rank
         self._dp_size = dp_size
         self._num_windows = -(-self.num_targets // seq_len)
@@ -222,16 +232,19 @@ class EvalBatches:
             first = (step * self._dp_size + self._dp_rank) * self._rows_per_batch
             windows = np.zeros((self._rows_per_batch, self._seq_len + 1), dtype=np.int64)
             targets_per_row = np.zeros(self._rows_per_batch, dtype=np.int64)
+            starts_B = np.zeros(self._rows_per_batch, dtype=np.int64)
             for row, window in enumerate(range(first, first + self._rows_per_batch)):
                 if window >= self._num_windows:
                     break
                 count = min(self._seq_len, self.num_targets - window * self._seq_len)
                 start = window * available // self._num_windows * self._seq_len
                 windows[row, : count + 1] = self._tokens.tokens_N[start : start + count + 1]
-                targets_per_row[row] = count
+                targets_per_row[row], starts_B[row] = count, start
             batch = _shifted(windows)
             padding_BS = np.arange(self._seq_len) >= targets_per_row[:, None]
             batch.target_ids_BS[torch.from_numpy(padding_BS)] = IGNORED_TARGET
+            if self._with_documents:
+                batch = _told_documents(batch, self._tokens, starts_B)
             yield batch
 
 
@@ -241,6 +254,13 @@ def _read(tokens: IndexedTokens, starts_B: np.ndarray, length: int) -> np.ndarra
     for row, start in enumerate(starts_B.tolist()):
         windows[row] = tokens.tokens_N[start : start + length]
     return windows
+
+
+def _told_documents(batch: MicroBatch, tokens: IndexedTokens, starts_B: np.ndarray) -> MicroBatch:
+    """The batch with the document of each of its inputs, of which row b begins at token starts_B[b]."""
+    positions_BS = starts_B[:, None] + np.arange(batch.input_ids_BS.shape[1])
+    ids_BS = np.searchsorted(tokens.document_offsets, positions_BS, side="right") - 1
+    return replace(batch, document_ids_BS=torch.from_numpy(ids_BS.astype(np.int64)))
 
 
 def _shifted(windows: np.ndarray) -> MicroBatch:

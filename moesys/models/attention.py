@@ -3,8 +3,10 @@
 Shapes: B sequences, S positions, T = B * S tokens, D model, N query heads, M key/value heads, H head dim.
 """
 
+from itertools import pairwise
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,21 +14,34 @@ from moesys.config.schema import ModelConfig
 from moesys.models.linear import Linear
 from moesys.models.norm import RMSNorm
 from moesys.models.rope import apply_rope
+from moesys.parallel.context import DocumentEnds, check_documents
 
 
 class AttentionCore(Protocol):
     """softmax(q k^T / sqrt(H)) v over the positions that a query may see."""
 
-    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
-        """Return [B, N, S, H]."""
+    def __call__(
+        self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, ends: DocumentEnds | None = None
+    ) -> Tensor:
+        """Return [B, N, S, H]; with `ends` a token sees its own document only."""
         ...
 
 
-def causal_attention(q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor) -> Tensor:
-    """Each position sees itself and those before it."""
-    return F.scaled_dot_product_attention(
-        q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=q_BNSH.shape[1] != k_BMSH.shape[1]
-    )
+def causal_attention(
+    q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, ends: DocumentEnds | None = None
+) -> Tensor:
+    """Each position sees itself and those before it, in its own document if `ends` are given (one call for each)."""
+    if ends is None:
+        return F.scaled_dot_product_attention(
+            q_BNSH, k_BMSH, v_BMSH, is_causal=True, enable_gqa=q_BNSH.shape[1] != k_BMSH.shape[1]
+        )
+    check_documents(ends, q_BNSH.shape[0], q_BNSH.shape[2])
+    samples = []
+    for sample, sample_ends in enumerate(ends):
+        lengths = [end - begin for begin, end in pairwise((0, *sample_ends))]
+        pieces = [x[sample : sample + 1].split(lengths, dim=2) for x in (q_BNSH, k_BMSH, v_BMSH)]
+        samples.append(torch.cat([causal_attention(*qkv) for qkv in zip(*pieces, strict=True)], 2))
+    return torch.cat(samples)
 
 
 class Attention(nn.Module):
@@ -44,8 +59,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.core: AttentionCore = causal_attention
 
-    def forward(self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor]) -> Tensor:
-        """Whole sequences, one after the other, to [T, D]."""
+    def forward(
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+    ) -> Tensor:
+        """Sequences one after the other, each of as many positions as the rotary tables, to [T, D]."""
         seq_len = rope_SH[0].shape[0]
         q_BSNH, k_BSMH, v_BSMH = (
             w(x_TD).unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
@@ -56,5 +73,5 @@ class Attention(nn.Module):
             k_BSMH = self.k_norm(k_BSMH).to(v_BSMH.dtype)
         q_BNSH = apply_rope(q_BSNH.transpose(1, 2), rope_SH)
         k_BMSH = apply_rope(k_BSMH.transpose(1, 2), rope_SH)
-        out_BNSH = self.core(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2))
+        out_BNSH = self.core(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), ends)
         return self.wo(out_BNSH.transpose(1, 2).flatten(2).flatten(0, 1))

@@ -17,6 +17,7 @@ from moesys.moe.balance import RoutingLosses
 from moesys.moe.experts import SwiGLU
 from moesys.moe.layer import MoELayer
 from moesys.ops.cross_entropy import cross_entropy_sum
+from moesys.parallel.context import DocumentEnds, document_ends
 
 
 def all_positions(seq_len: int, device: torch.device) -> Tensor:
@@ -34,8 +35,10 @@ class DenseBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ffn)
 
-    def forward(self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor]) -> Tensor:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH)
+    def forward(
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+    ) -> Tensor:
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
         return x_TD + self.ffn(self.ffn_norm(x_TD))
 
 
@@ -50,9 +53,13 @@ class MoEBlock(nn.Module):
         self.moe = MoELayer(config.moe, config.d_model)
 
     def forward(
-        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], state: Tensor | None
+        self,
+        x_TD: Tensor,
+        rope_SH: tuple[Tensor, Tensor],
+        ends: DocumentEnds | None = None,
+        state: Tensor | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH)
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
         y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0])
         return x_TD + y_TD, losses, state
 
@@ -92,9 +99,17 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(
-        self, x: Tensor, losses_3: Tensor | None = None, state: Tensor | None = None
+        self,
+        x: Tensor,
+        losses_3: Tensor | None = None,
+        state: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """From token ids [B, S], or what the stage before returned, to what the next stage takes.
+
+        `documents` (integers on the CPU) says which document each token of the whole sequences belongs to: attention
+        then stays inside it.
 
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
         far as one fp32 tensor, and with `state_dim` the last router's state.
@@ -112,12 +127,13 @@ class Transformer(nn.Module):
             # A leaf with a gradient, so that what a stage sends on always has one.
             losses_3 = torch.zeros(3, device=x.device, requires_grad=torch.is_grad_enabled())
         losses = RoutingLosses(*losses_3.unbind())
+        ends = None if documents is None else document_ends(documents.tolist())
         for block in self.blocks():
             if isinstance(block, MoEBlock):
-                x, block_losses, state = block(x, rope_SH, state)
+                x, block_losses, state = block(x, rope_SH, ends, state)
                 losses = losses + block_losses
             else:
-                x = block(x, rope_SH)
+                x = block(x, rope_SH, ends)
         if self.norm is not None and self.head is not None:
             return self.head(self.norm(x)).float(), torch.stack(losses)
         if not self.state_dim:

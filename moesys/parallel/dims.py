@@ -140,7 +140,12 @@ class ParallelDims:
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
     """The dims that a configuration means on `world_size` ranks. Raises ValueError as ParallelDims."""
     dims = ParallelDims(
-        world_size=world_size, pp=parallel.pp, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp
+        world_size=world_size,
+        pp=parallel.pp,
+        cp=parallel.cp,
+        tp=parallel.tp,
+        ep=parallel.ep,
+        etp=parallel.etp,
     )
     if parallel.zero == 0:
         return dims

@@ -1,5 +1,5 @@
 """From a configuration to a model on this rank. The one place that fixes the order in which axes are applied:
-experts, tensors, context, data, pipeline; then storage and weights.
+pipeline cut, experts, tensors, context, recompute, data; then storage and weights.
 """
 
 from dataclasses import dataclass, field
@@ -13,10 +13,12 @@ from moesys.models.init import initialize
 from moesys.models.transformer import Transformer
 from moesys.parallel.mesh import Meshes
 from moesys.parallel.tensor import TensorParallel
+from moesys.parallelize.context import shard_context
 from moesys.parallelize.data import shard_data
 from moesys.parallelize.experts import shard_experts
 from moesys.parallelize.gradients import gradient_sums
 from moesys.parallelize.pipeline import Pipeline
+from moesys.parallelize.recompute import apply_recompute
 from moesys.parallelize.tensor import shard_tensors
 
 
@@ -61,6 +63,11 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
             shard_tensors(part, meshes.dense["tp"], tp)
+    if meshes.dims.cp > 1:
+        for part in parts:
+            shard_context(part, meshes, parallel.cp_attention)
+    for part in parts:
+        apply_recompute(part, config.train.recompute)
     if parallel.zero:
         for part in parts:
             shard_data(part, meshes, parallel.zero)

@@ -110,15 +110,17 @@ class Pipeline:
             scale_grads=False,
         )
 
-    def step(self, input_ids: Tensor, target_ids: Tensor) -> None:
+    def step(self, input_ids: Tensor, target_ids: Tensor, documents: Tensor | None) -> None:
         """Forward and backward of all micro-batches [n * B, S]; gradients are added to the parameters'."""
         inputs = (input_ids,) if 0 in self.stage_ids else ()
-        self._schedule.step(
-            *inputs, target=target_ids if self.has_last else None, return_outputs=False
-        )
+        options = {} if documents is None else {"documents": documents}
+        target = target_ids if self.has_last else None
+        self._schedule.step(*inputs, target=target, return_outputs=False, **options)
 
     @torch.no_grad()
-    def forward(self, input_ids_BS: Tensor) -> tuple[Tensor, ...] | None:
+    def forward(
+        self, input_ids_BS: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, ...] | None:
         """One micro-batch through all stages; the last stage's output where it is, else None.
 
         A rank hands on and goes to its next micro-batch, so that successive ones follow each other through the stages.
@@ -127,11 +129,12 @@ class Pipeline:
         output: tuple[Tensor, ...] = ()
         for stage, part in zip(self.stage_ids, self.parts, strict=True):
             if stage == 0:
-                output = part(input_ids_BS)
+                output = part(input_ids_BS, documents=documents)
             elif (source := self.rank_of_stage(stage - 1)) == here:
-                output = part(*output)
+                output = part(*output, documents=documents)
             else:
-                output = part(*self._receive(source, input_ids_BS.device))
+                received = self._receive(source, input_ids_BS.device)
+                output = part(*received, documents=documents)
             if stage < len(self.layers) - 1 and (target := self.rank_of_stage(stage + 1)) != here:
                 for tensor in output:
                     dist.send(tensor.contiguous(), group=self.meshes.pp_group, group_dst=target)

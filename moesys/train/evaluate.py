@@ -12,7 +12,9 @@ from torch import Tensor
 
 from moesys.data.loader import EvalBatches
 from moesys.ops.cross_entropy import IGNORED_TARGET
+from moesys.parallel.mesh import Meshes
 from moesys.parallelize.build import ParallelModel
+from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import free_gathered
 from moesys.train.step import autocast
 
@@ -29,7 +31,7 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    parallel: ParallelModel, batches: EvalBatches, token_bytes_V: Tensor, dtype: str, tp_size: int
+    parallel: ParallelModel, batches: EvalBatches, token_bytes_V: Tensor, dtype: str, meshes: Meshes
 ) -> EvalResult:
     """Collective: every rank runs as many forwards. Leaves the model in eval mode, and nothing gathered.
 
@@ -40,9 +42,10 @@ def evaluate(
     device = token_bytes_V.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     for batch in batches:
-        target_ids_BS = batch.target_ids_BS.to(device)
+        input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
+        target_ids_BS = local_slice(batch.target_ids_BS, meshes).to(device)
         with autocast(device, dtype):
-            output = _forward(parallel, batch.input_ids_BS.to(device))
+            output = _forward(parallel, input_ids_BS, batch.document_ids_BS)
         if output is not None:
             last = parallel.parts[-1]
             loss_sum = last.cross_entropy_sum(output[0], target_ids_BS.flatten())
@@ -52,14 +55,16 @@ def evaluate(
     for part in parallel.parts:
         free_gathered(part)
     dist.all_reduce(sums)
-    nats, tokens, nbytes = (sums / tp_size).tolist()
+    nats, tokens, nbytes = (sums / meshes.dims.tp).tolist()
     return EvalResult(
         loss=nats / tokens, bits_per_byte=nats / math.log(2) / nbytes, tokens=round(tokens)
     )
 
 
-def _forward(parallel: ParallelModel, input_ids_BS: Tensor) -> tuple[Tensor, ...] | None:
+def _forward(
+    parallel: ParallelModel, input_ids_BS: Tensor, documents: Tensor | None
+) -> tuple[Tensor, ...] | None:
     """What the last stage returns, where it is on this rank."""
     if parallel.pipeline is not None:
-        return parallel.pipeline.forward(input_ids_BS)
-    return parallel.whole(input_ids_BS)
+        return parallel.pipeline.forward(input_ids_BS, documents)
+    return parallel.whole(input_ids_BS, documents=documents)

@@ -70,6 +70,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         dp_size=dims.dp,
         seed=config.run.seed,
         shuffle=config.data.shuffle,
+        with_documents=config.data.mask_documents,
     )
     eval_batches = EvalBatches(
         IndexedTokens(data / "val", vocab_size),
@@ -78,6 +79,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         dp_rank=meshes.dp_rank,
         dp_size=dims.dp,
         eval_tokens=config.train.eval_tokens,
+        with_documents=config.data.mask_documents,
     )
     parallel = build_parallel_model(config, meshes, process.device)
     token_bytes_V = torch.from_numpy(np.load(data / "token_bytes.npy", allow_pickle=False))

@@ -20,6 +20,7 @@ from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.parallel.gradients import sum_over_replicas
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.build import ParallelModel
+from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import begin_micro_step
 from moesys.parallelize.pipeline import Pipeline
 from moesys.train.timing import SectionTimer
@@ -93,11 +94,15 @@ class TrainStep:
 
     def _forward_backward(self, batch: MicroBatch) -> None:
         """Add one micro-batch's gradients."""
-        input_ids_BS = batch.input_ids_BS.to(self.device, non_blocking=True)
-        target_ids_BS = batch.target_ids_BS.to(self.device, non_blocking=True)
+        input_ids_BS = local_slice(batch.input_ids_BS, self.meshes).to(
+            self.device, non_blocking=True
+        )
+        target_ids_BS = local_slice(batch.target_ids_BS, self.meshes).to(
+            self.device, non_blocking=True
+        )
         with self.timer.section("forward"):
             with autocast(self.device, self.config.train.dtype):
-                output = self.model(input_ids_BS)
+                output = self.model(input_ids_BS, documents=batch.document_ids_BS)
             total = self._loss(output, target_ids_BS)
         with self.timer.section("backward"):
             total.backward()
@@ -125,10 +130,15 @@ class TrainStep:
 
     def _run_pipeline(self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch]) -> None:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
-        inputs = torch.cat([batch.input_ids_BS for batch in micro_batches])
-        targets = torch.cat([batch.target_ids_BS for batch in micro_batches])
+        inputs = torch.cat([local_slice(b.input_ids_BS, self.meshes) for b in micro_batches])
+        targets = torch.cat([local_slice(b.target_ids_BS, self.meshes) for b in micro_batches])
+        documents = [b.document_ids_BS for b in micro_batches if b.document_ids_BS is not None]
         with self.timer.section("forward"):
-            pipeline.step(inputs.to(self.device), targets.to(self.device))
+            pipeline.step(
+                inputs.to(self.device),
+                targets.to(self.device),
+                torch.cat(documents) if documents else None,
+            )
 
     def _begin_micro_step(self, is_last: bool) -> None:
         for part in self.parallel.parts:

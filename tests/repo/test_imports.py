@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS: dict[str, tuple[str, ...]] = {
     "moesys": (),
     "config.schema": (),
-    "config": ("config",),
+    "config": ("config", "parallel.dims"),  # integers: the rules ask the equations themselves
     "ops": ("ops",),
     "plan": ("plan", "config.schema"),
     "parallel": ("parallel", "plan", "ops", "config.schema"),
     "profile": ("profile", "parallel", "plan", "ops", "config.schema"),
     "moe": ("moe", "parallel", "plan", "ops", "config.schema"),
-    "models": ("models", "moe", "ops", "config.schema"),
+    "models": ("models", "moe", "ops", "parallel.context", "config.schema"),
     "parallelize": (
         "parallelize",
         "models",
@@ -47,7 +47,10 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "ops",
         "config",
     ),
-    "testing": ("testing", "models", "moe", "parallel", "data", "plan", "ops", "config"),
+    "testing": (
+        *("testing", "train", "optim", "parallelize", "models", "moe", "parallel", "data", "plan"),
+        *("ops", "config"),
+    ),
     "train": (
         *(
             "train",

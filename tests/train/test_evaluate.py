@@ -44,7 +44,7 @@ def _evaluate(
         eval_tokens=eval_tokens,
     )
     token_bytes_V = torch.arange(512) % 5 + 1
-    result = evaluate(parallel, batches, token_bytes_V, "fp32", meshes.dims.tp)
+    result = evaluate(parallel, batches, token_bytes_V, "fp32", meshes)
     taken = parallel.whole.moe_layers()[0].load.take(torch.device("cpu")).sum().item()
     return result, taken
 
@@ -66,8 +66,8 @@ def _under(rank: int, size: int, prefix, degrees: dict):
 
 @pytest.mark.parametrize(
     "degrees",
-    [{"tp": 2}, {"pp": 2}, {"pp": 2, "pp_schedule": "zbv"}, {"zero": 3}],
-    ids=["tp", "pp", "a V", "zero"],
+    [{"tp": 2}, {"pp": 2}, {"pp": 2, "pp_schedule": "zbv"}, {"zero": 3}, {"cp": 2}],
+    ids=["tp", "pp", "a V", "zero", "cp"],
 )
 def test_any_axis_gives_one_process_result(tiny_data, degrees):
     one, _ = run_ranks(_evaluate, 1, tiny_data / "val", 100)[0]

@@ -7,8 +7,6 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
-from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import (
     BalanceConfig,
@@ -25,18 +23,9 @@ from moesys.config.schema import (
     ScheduleConfig,
     TrainConfig,
 )
-from moesys.data.loader import MicroBatch
-from moesys.optim.build import build_optimizer
-from moesys.parallel.dims import parallel_dims
-from moesys.parallel.mesh import build_meshes
-from moesys.parallelize.build import build_parallel_model
-from moesys.parallelize.expert_backend import set_expert_backend
-from moesys.testing.ranks import run_ranks
-from moesys.train.step import TrainStep
-from moesys.train.timing import SectionTimer
+from moesys.testing.parity import compare, parity
 
 STEPS, SEQ_LEN, SEQUENCES = 20, 16, 8
-CPU = torch.device("cpu")
 
 CONFIG = RunConfig(
     run=RunSection(name="parity", dir="unused", seed=7),
@@ -73,95 +62,33 @@ CONFIG = RunConfig(
 )
 
 
-def micro_batches(step: int, rank: int, size: int, micro_steps: int) -> list[MicroBatch]:
-    """The same SEQUENCES sequences of a step, whatever the layout; text with something to learn."""
-    generator = torch.Generator().manual_seed(step)
-    start = torch.randint(0, 64, (SEQUENCES, 1), generator=generator)
-    stream = (start + 7 * torch.arange(SEQ_LEN + 1)) % 64
-    batches = []
-    for ids in stream.chunk(micro_steps * size)[rank::size]:
-        batches.append(MicroBatch(input_ids_BS=ids[:, :-1], target_ids_BS=ids[:, 1:]))
-    return batches
-
-
-def train(rank: int, size: int, config: RunConfig, micro_steps: int = 1):
-    """Losses, gradient norms, loads per step; and every whole gradient and weight at the end."""
-    meshes = build_meshes(parallel_dims(config.parallel, size), "cpu")
-    batch = micro_batches(0, 0, meshes.dims.dp, micro_steps)[0].input_ids_BS
-    config = replace(config, train=replace(config.train, micro_batch_tokens=batch.numel()))
-    parallel = build_parallel_model(config, meshes, CPU)
-    model = parallel.whole
-    set_expert_backend(model, "loop")
-    optimizer = build_optimizer(model, config.optim)
-    step = TrainStep(parallel, optimizer, meshes, config, SectionTimer(CPU))
-    kept = []
-
-    def keep_gradients(*_) -> None:
-        kept.append({n: _whole(p.grad) for n, p in model.named_parameters()})
-
-    optimizer.register_step_pre_hook(keep_gradients)
-    samples = meshes.dp_rank, meshes.dims.dp, micro_steps
-    results = [step(micro_batches(s, *samples), 3e-3) for s in range(STEPS)]
-    weights = {n: _whole(p.detach()) for n, p in model.named_parameters()}
-    biases = {n: b.clone() for n, b in model.named_buffers()}
-    return results, kept, weights, biases
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-
-
 @pytest.fixture(scope="module")
 def one_process():
-    return run_ranks(train, 1, CONFIG)[0]
+    return parity(CONFIG, 1, 1)[0]
 
 
-def assert_all_same(ranks, reference) -> None:
-    """Each rank's numbers are those of one process, and together the ranks have all of them."""
-    for result in ranks:
-        assert_same(result, reference)
-    for figures in (1, 2, 3):
-        names = [result[figures][0] if figures == 1 else result[figures] for result in ranks]
-        whole = reference[figures][0] if figures == 1 else reference[figures]
-        assert set().union(*names) == set(whole)
-
-
-def assert_same(result, reference, bound: float = 1e-5) -> None:
-    """Losses, norms, loads and all gradients of all steps that the rank has; the biases bit for bit."""
-    results, grads, weights, biases = result
-    ref_results, ref_grads, ref_weights, ref_biases = reference
-    for ours, theirs in zip(results, ref_results, strict=True):
-        for figure in ("loss", "grad_norm", "balance_loss", "z_loss"):
-            pair = getattr(ours, figure), getattr(theirs, figure)
-            assert math.isclose(*pair, rel_tol=bound), (figure, pair)
-        assert ours.expert_load_ME == theirs.expert_load_ME
-    for step, (ours, theirs) in enumerate(zip(grads, ref_grads, strict=True)):
-        for name, gradient in ours.items():
-            assert relative_error(gradient, theirs[name]) < bound, (step, name)
-    for name, weight in weights.items():
-        assert relative_error(weight, ref_weights[name]) < 10 * bound, name
-    for name, bias in biases.items():
-        assert torch.equal(bias, ref_biases[name]), name
+def assert_same(ranks, reference) -> None:
+    difference = compare(ranks, reference)
+    assert difference.worst < 1e-5, difference
+    assert difference.weights < 1e-4, difference
 
 
 @pytest.mark.parametrize(("size", "ep"), [(2, 1), (2, 2), (4, 2), (4, 4)])
 def test_losses_and_gradients_are_those_of_one_process(one_process, size, ep):
     config = replace(CONFIG, parallel=ParallelConfig(ep=ep))
-    assert_all_same(run_ranks(train, size, config), one_process)
+    assert_same(parity(config, size, 1), one_process)
 
 
 def test_micro_steps_over_ranks_are_those_of_one_process():
     """The global balance level counts the micro-steps so far, so their number is part of the mathematics."""
     config = replace(CONFIG, parallel=ParallelConfig(ep=2))
-    reference = run_ranks(train, 1, CONFIG, 2)[0]
-    for result in run_ranks(train, 2, config, 2):
-        assert_same(result, reference)
+    assert_same(parity(config, 2, 2), parity(CONFIG, 1, 2)[0])
 
 
 def test_without_a_balance_loss_micro_steps_change_nothing():
     config = with_moe(balance=replace(CONFIG.model.moe.balance, aux_loss_coef=0.0))
-    whole, cut = (run_ranks(train, 1, config, micro_steps)[0] for micro_steps in (1, 4))
-    for ours, theirs in zip(cut[0], whole[0], strict=True):
+    whole, cut = (parity(config, 1, micro_steps)[0] for micro_steps in (1, 4))
+    for ours, theirs in zip(cut.results, whole.results, strict=True):
         assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5)
         assert math.isclose(ours.grad_norm, theirs.grad_norm, rel_tol=1e-5)
 
@@ -194,29 +121,23 @@ SIGMOID = ComponentConfig(
     ids=["sigmoid and bias", "sequence level", "padded", "capacity that suffices", "tied"],
 )
 def test_every_option_keeps_one_process_numbers(variant):
-    reference = run_ranks(train, 1, variant)[0]
-    for result in run_ranks(train, 2, replace(variant, parallel=ParallelConfig(ep=2))):
-        assert_same(result, reference)
+    spread = replace(variant, parallel=ParallelConfig(ep=2))
+    assert_same(parity(spread, 2, 1), parity(variant, 1, 1)[0])
 
 
 def test_bf16_learns_and_ep_changes_only_its_rounding():
     bf16 = replace(CONFIG, train=replace(CONFIG.train, dtype="bf16"))
-    one = run_ranks(train, 1, bf16)[0][0]
-    two = run_ranks(train, 2, replace(bf16, parallel=ParallelConfig(ep=2)))[0][0]
+    one = parity(bf16, 1, 1)[0].results
+    two = parity(replace(bf16, parallel=ParallelConfig(ep=2)), 2, 1)[0].results
     assert one[-1].loss < 0.8 * one[0].loss
     for ours, theirs in zip(two, one, strict=True):
         assert math.isclose(ours.loss, theirs.loss, rel_tol=2e-2)
 
 
-def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """|ours - theirs| / |theirs| over the whole tensor."""
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
-
-
 def test_training_learns_and_the_bias_moves(one_process):
-    results, _, _, biases = one_process
+    results = one_process.results
     assert results[-1].loss < 0.8 * results[0].loss
-    assert all(bias.abs().max() > 0.01 for bias in biases.values())
+    assert all(bias.abs().max() > 0.01 for bias in one_process.buffers.values())
 
 
 def test_bytes_sent_are_the_rows_that_leave_each_rank_four_times():
@@ -225,5 +146,5 @@ def test_bytes_sent_are_the_rows_that_leave_each_rank_four_times():
     moe = replace(CONFIG.model.moe, top_k=8)
     config = replace(CONFIG, parallel=ParallelConfig(ep=4), model=replace(CONFIG.model, moe=moe))
     rows = 2 * SEQUENCES * SEQ_LEN * 8 * 3 // 4
-    for result in run_ranks(train, 4, config)[0][0]:
+    for result in parity(config, 4, 1)[0].results:
         assert result.sent_bytes == 4 * rows * 32 * 4

@@ -1,0 +1,170 @@
+"""Does a layout train with one process's numbers? Trains a small model under it on gloo ranks and compares.
+
+    reference = parity(config, world_size=1, micro_steps=4)
+    ranks = parity(replace(config, parallel=ParallelConfig(tp=2, ep=2)), world_size=4, micro_steps=4)
+    compare(ranks, reference[0]).worst          # relative, over losses and all gradients of all steps
+
+Shapes: B sequences of S tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moesys.config.schema import RunConfig
+from moesys.data.loader import MicroBatch
+from moesys.optim.build import build_optimizer
+from moesys.parallel.dims import parallel_dims
+from moesys.parallel.mesh import build_meshes
+from moesys.parallelize.build import build_parallel_model
+from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.testing.ranks import run_ranks
+from moesys.train.step import StepResult, TrainStep
+from moesys.train.timing import SectionTimer
+
+FIGURES = ("loss", "grad_norm", "balance_loss", "z_loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """What one rank saw of a run; tensors are whole, names are the decoder's."""
+
+    results: list[StepResult]
+    gradients: list[dict[str, Tensor]]
+    """Of each step, before clipping."""
+    weights: dict[str, Tensor]
+    """After the last step."""
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far a layout's numbers are from one process's, as |ours - theirs| / |theirs|."""
+
+    figures: float
+    """Largest over loss, gradient norm, balance and z loss of all steps and ranks."""
+    gradients: float
+    """Largest over all parameters, steps and ranks."""
+    gradient_name: str
+    """Step and parameter of that one."""
+    weights: float
+    are_counters_equal: bool
+    """Expert load of all steps, and buffers, bit for bit."""
+    missing: frozenset[str]
+    """Names that no rank has."""
+
+    @property
+    def worst(self) -> float:
+        """Of what must be the same; infinite if a counter differs or a parameter is missing."""
+        whole = self.are_counters_equal and not self.missing
+        return max(self.figures, self.gradients) if whole else float("inf")
+
+
+def parity(
+    config: RunConfig, world_size: int, micro_steps: int, timeout_s: float = 240.0
+) -> list[Numbers]:
+    """Train `config.train.steps` steps on that many ranks of this machine; the numbers of each rank."""
+    return run_ranks(train_small, world_size, config, micro_steps, timeout_s=timeout_s)
+
+
+def train_small(rank: int, world_size: int, config: RunConfig, micro_steps: int) -> Numbers:
+    """Collective. Train on `samples_of_step`; the micro-batch follows from the layout and `micro_steps`."""
+    meshes = build_meshes(parallel_dims(config.parallel, world_size), "cpu")
+    micro_tokens = config.train.global_batch_tokens // (micro_steps * meshes.dims.dp)
+    config = replace(config, train=replace(config.train, micro_batch_tokens=micro_tokens))
+    parallel = build_parallel_model(config, meshes, torch.device("cpu"))
+    set_expert_backend(parallel.whole, "loop")
+    optimizer = build_optimizer(parallel.whole, config.optim)
+    step = TrainStep(parallel, optimizer, meshes, config, SectionTimer(torch.device("cpu")))
+    gradients: list[dict[str, Tensor]] = []
+
+    def keep_gradients(*_: object) -> None:
+        named = parallel.whole.named_parameters()
+        gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep_gradients)
+    results = [
+        step(
+            samples_of_step(config, s, meshes.dp_rank, meshes.dims.dp, micro_steps), config.optim.lr
+        )
+        for s in range(config.train.steps)
+    ]
+    return Numbers(
+        results=results,
+        gradients=gradients,
+        weights={n: whole(p.detach()) for n, p in parallel.whole.named_parameters()},
+        buffers={n: b.clone() for n, b in parallel.whole.named_buffers()},
+    )
+
+
+def samples_of_step(
+    config: RunConfig, step: int, dp_rank: int, dp_size: int, micro_steps: int
+) -> list[MicroBatch]:
+    """The same sequences of a step whatever the layout, cut as the loader cuts them; text with something to learn.
+
+    With `data.mask_documents`, two documents in every sequence.
+    """
+    seq_len, vocab_size = config.data.seq_len, config.model.vocab_size
+    num_sequences = config.train.global_batch_tokens // seq_len
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, vocab_size, (num_sequences, 1), generator=generator)
+    stream = (start + 7 * torch.arange(seq_len + 1)) % vocab_size
+    cut = torch.randint(1, seq_len, (num_sequences, 1), generator=generator)
+    documents = (torch.arange(seq_len) >= cut).long()
+    pieces = zip(
+        *(x.chunk(micro_steps * dp_size)[dp_rank::dp_size] for x in (stream, documents)),
+        strict=True,
+    )
+    return [
+        MicroBatch(
+            input_ids_BS=ids[:, :-1],
+            target_ids_BS=ids[:, 1:],
+            document_ids_BS=document_ids if config.data.mask_documents else None,
+        )
+        for ids, document_ids in pieces
+    ]
+
+
+def compare(ranks: Sequence[Numbers], reference: Numbers) -> Difference:
+    """The largest differences between any rank's numbers and the reference's."""
+    figures, gradients, weights = 0.0, (0.0, ""), 0.0
+    are_counters_equal, seen = True, set[str]()
+    for numbers in ranks:
+        seen |= numbers.weights.keys() & numbers.gradients[0].keys()
+        for step, (ours, theirs) in enumerate(zip(numbers.results, reference.results, strict=True)):
+            pairs = [(getattr(ours, name), getattr(theirs, name)) for name in FIGURES]
+            figures = max([figures, *(abs(a - b) / max(abs(b), 1e-30) for a, b in pairs)])
+            are_counters_equal &= ours.expert_load_ME == theirs.expert_load_ME
+            errors = _errors(numbers.gradients[step], reference.gradients[step])
+            gradients = max(
+                [gradients, *((e, f"step {step}: {name}") for name, e in errors.items())]
+            )
+        weights = max([weights, *_errors(numbers.weights, reference.weights).values()])
+        are_counters_equal &= all(
+            torch.equal(buffer, reference.buffers[name]) for name, buffer in numbers.buffers.items()
+        )
+    return Difference(
+        figures=figures,
+        gradients=gradients[0],
+        gradient_name=gradients[1],
+        weights=weights,
+        are_counters_equal=are_counters_equal,
+        missing=frozenset(reference.weights.keys() - seen),
+    )
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs| over the whole tensor."""
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Collective for a DTensor: all of it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def _errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: relative_error(tensor, theirs[name]) for name, tensor in ours.items()}
