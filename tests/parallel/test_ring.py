@@ -1,0 +1,171 @@
+"""Ring attention against one process's attention: values, all gradients, pairs computed, bytes sent."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from moesys.parallel import ring as ring_module
+from moesys.parallel.context import local_positions
+from moesys.parallel.ring import RingAttention
+from moesys.parallel.tile import reference_attention
+from moesys.testing.ranks import run_ranks
+
+SAMPLES, HEADS, KV_HEADS, SEQ_LEN, HEAD_DIM = 2, 4, 2, 48, 16
+# Within a chunk, over a rank's border, over all ranks; and some that end where a chunk does.
+DOCUMENTS = ((5, 6, 17, 40, 48), (12, 48))
+
+
+def _whole(dtype):
+    """q, k, v and the gradient of the output, of whole sequences."""
+    draw = torch.Generator().manual_seed(1)
+    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    return [torch.randn(SAMPLES, n, SEQ_LEN, HEAD_DIM, generator=draw).to(dtype) for n in heads]
+
+
+def _share(x, rank, size):
+    """Of the sequence, laid out as the model does: heads beside their dims."""
+    x = x[:, :, local_positions(SEQ_LEN, rank, size)]
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _together(shares):
+    """From all ranks' shares back to the sequence."""
+    size = len(shares)
+    held = [p for rank in range(size) for p in local_positions(SEQ_LEN, rank, size)]
+    return torch.cat(shares, dim=2)[:, :, torch.tensor(held).argsort()]
+
+
+def _expected(dtype, ends):
+    """The output and the gradients of q, k and v in one process, from the same values in fp32."""
+    *qkv, grad = (x.float() for x in _whole(dtype))
+    qkv = [x.requires_grad_() for x in qkv]
+    if ends is None:
+        out = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+    else:
+        out = reference_attention(*qkv, ends)
+    return out.detach(), *torch.autograd.grad(out, qkv, grad)
+
+
+def _attend(rank, size, dtype, ends):
+    ring = RingAttention(dist.group.WORLD)
+    pairs = _count_pairs()
+    q, k, v, grad = (_share(x, rank, size) for x in _whole(dtype))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = ring(q, k, v, ends)
+    sent = [ring.meter.read()]
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    sent.append(ring.meter.read())
+    return [x.detach() for x in (out, *grads)], sent, pairs
+
+
+def _count_pairs():
+    """Let every kernel call of the ring note what it computes: [forward, backward], pairs times samples."""
+    counts = [0, 0]
+
+    def noting(function, index, q_at):
+        def call(*args):
+            q, k, is_causal = args[q_at], args[q_at + 1], args[-1]
+            length = q.shape[2]
+            assert not is_causal or length == k.shape[2]
+            counts[index] += len(q) * (
+                length * (length + 1) // 2 if is_causal else length * k.shape[2]
+            )
+            return function(*args)
+
+        return call
+
+    ring_module.attend = noting(ring_module.attend, 0, 0)
+    ring_module.attend_backward = noting(ring_module.attend_backward, 1, 1)
+    return counts
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+@pytest.mark.parametrize("ends", [None, DOCUMENTS], ids=["causal", "documents"])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_values_gradients_pairs_and_bytes(size, ends, dtype, tolerance):
+    results, sent, pairs = zip(*run_ranks(_attend, size, dtype, ends), strict=True)
+    for shares, expected in zip(zip(*results, strict=True), _expected(dtype, ends), strict=True):
+        together = _together(shares)
+        assert together.dtype == dtype
+        assert (together - expected).norm() <= tolerance * expected.norm()
+
+    if ends is None:
+        total = SAMPLES * SEQ_LEN * (SEQ_LEN + 1) // 2
+        assert all(counts == [total // size] * 2 for counts in pairs)
+    else:
+        lengths = (5, 1, 11, 23, 8, 12, 36)
+        total = sum(n * (n + 1) // 2 for n in lengths)
+        assert [sum(counts) for counts in zip(*pairs, strict=True)] == [total, total]
+
+    elements = 2 * SAMPLES * KV_HEADS * (SEQ_LEN // size) * HEAD_DIM
+    forward = (size - 1) * elements * dtype.itemsize
+    assert all(bytes_ == [forward, forward + (size - 1) * elements * 4] for bytes_ in sent)
+
+
+def _alone(rank, size):
+    *qkv, _ = _whole(torch.float32)
+    ring = RingAttention(dist.group.WORLD)
+    return ring(*qkv), F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+
+def test_one_rank_computes_plain_attention():
+    ((out, plain),) = run_ranks(_alone, 1)
+    assert torch.equal(out, plain)
+
+
+def _in_pairs(rank, size):
+    """Two rings in one group, one of them against the order of the ranks."""
+    peers = [0, 2] if rank in (0, 2) else [3, 1]
+    ring = RingAttention(dist.group.WORLD, peers)
+    q, k, v, grad = (_share(x, ring.rank, 2) for x in _whole(torch.float32))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = ring(q, k, v)
+    grads = torch.autograd.grad(out, (q, k, v), grad)
+    return [x.detach() for x in (out, *grads)]
+
+
+def test_any_ranks_of_a_group_can_be_a_ring():
+    results = run_ranks(_in_pairs, 4)
+    for first, second in [(0, 2), (3, 1)]:
+        for a, b, expected in zip(
+            results[first], results[second], _expected(torch.float32, None), strict=True
+        ):
+            assert (_together([a, b]) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def _order(rank, size):
+    """What happens in the forward pass, in order: "s" a transfer begins, "c" a tile is computed."""
+    events = []
+    ring = RingAttention(dist.group.WORLD)
+    shift, attend = ring.shift, ring_module.attend
+
+    def noting_shift(tensors):
+        events.append("s")
+        return shift(tensors)
+
+    def noting_attend(*args):
+        events.append("c")
+        return attend(*args)
+
+    ring.shift, ring_module.attend = noting_shift, noting_attend
+    ring(*(_share(x, rank, size) for x in _whole(torch.float32)[:3]))
+    return "".join(events)
+
+
+def test_the_next_block_is_under_way_before_the_current_one_is_computed():
+    assert run_ranks(_order, 4) == ["scscscc"] * 4
+
+
+def _refused(rank, size):
+    ring = RingAttention(dist.group.WORLD)
+    q, k, v = (x[:, :, :9] for x in _whole(torch.float32)[:3])
+    with pytest.raises(ValueError, match=r"18 tokens .* 2 \* 2 = 4"):
+        ring(q, k, v)
+    with pytest.raises(ValueError, match="length of the whole sequence, 16"):
+        ring(q[:, :, :8], k[:, :, :8], v[:, :, :8], ((8,), (8,)))
+    return ring.meter.read()
+
+
+def test_lengths_and_documents_that_do_not_fit_are_refused_before_anything_is_sent():
+    assert run_ranks(_refused, 2) == [0, 0]
