@@ -3,14 +3,15 @@
 Shapes: S stages, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Literal
+from math import inf
+from typing import Literal, NamedTuple, get_args
 
 ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
-
+SCHEDULES: tuple[str, ...] = get_args(ScheduleName)
 V_SHAPED: frozenset[str] = frozenset({"zbv", "dualpipev"})
 """Schedules in which rank r runs stages r and S-1-r, so that the first rank also runs the last stage."""
 LOOPED: frozenset[str] = frozenset({"interleaved", "interleaved_zero_bubble"})
@@ -57,22 +58,119 @@ def split_layers(
         )
         return ends[stop] - ends[start] + extra
 
-    # best[stop] = (costliest stage, sum of squares, starts) of the first stages over layers 0..stop-1.
-    best = {0: (0.0, 0.0, ())}
+    # Two searches: the best pace of a cut's first stages may rule out the evenest whole among those of the best pace.
+    pace, _ = _least(num_layers, num_stages, cost_of, max)
+    _, starts = _least(
+        num_layers,
+        num_stages,
+        cost_of,
+        lambda squares, cost: squares + cost**2 if cost <= pace else inf,
+    )
+    return [list(range(a, b)) for a, b in zip(starts, [*starts[1:], num_layers], strict=True)]
+
+
+def _least(
+    num_layers: int,
+    num_stages: int,
+    cost_of: Callable[[int, int, int], float],
+    add: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """The cut with the least total, where `add` takes a total and a stage's cost to the next total; its stages' starts."""
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # of the layers before the key
     for stage in range(num_stages):
-        reached: dict[int, tuple[float, float, tuple[int, ...]]] = {}
         layers_left = num_stages - stage - 1
-        for stop in range(stage + 1, num_layers - layers_left + 1):
-            options = [
-                (
-                    max(worst, cost_of(stage, start, stop)),
-                    squares + cost_of(stage, start, stop) ** 2,
-                    (*starts, start),
-                )
-                for start, (worst, squares, starts) in best.items()
+        best = {
+            stop: min(
+                (add(total, cost_of(stage, start, stop)), [*starts, start])
+                for start, (total, starts) in best.items()
                 if start < stop
-            ]
-            reached[stop] = min(options)
-        best = reached
-    starts = [*best[num_layers][2], num_layers]
-    return [list(range(starts[i], starts[i + 1])) for i in range(num_stages)]
+            )
+            for stop in range(stage + 1, num_layers - layers_left + 1)
+        }
+    return best[num_layers]
+
+
+class ScheduleProblem(NamedTuple):
+    """Why a schedule cannot run, and what can be changed so that this reason is gone."""
+
+    key: str
+    """Of parallel, or num_micro_batches: those of one data rank in a step."""
+    given: int
+    rule: str
+    """What must hold."""
+    works: tuple[int, ...]
+    """Values of the key near the given one that keep the rule, ascending."""
+    schedule: str
+    """One that runs as everything else is; "" if none does."""
+
+    @property
+    def fix(self) -> str:
+        """What to do: "use 4 or 8, or parallel.pp_schedule=1f1b"."""
+        other = f"parallel.pp_schedule={self.schedule}" if self.schedule else ""
+        return "use " + ", or ".join(filter(None, [" or ".join(map(str, self.works)), other]))
+
+
+def schedule_problems(
+    schedule: str, pp: int, virtual_stages: int, num_micro_batches: int, num_layers: int
+) -> list[ScheduleProblem]:
+    """What keeps torch's schedule from running, or leaves a stage without a layer; [] if nothing does."""
+    simple = next((s for s in ("1f1b", "gpipe") if _fits(s, pp, 1, num_micro_batches)), "")
+    simple = simple if pp <= num_layers else ""
+    problems: list[ScheduleProblem] = []
+
+    per_rank = stages_per_rank(schedule, virtual_stages)
+    if pp * per_rank > num_layers:
+        if schedule in LOOPED and pp <= num_layers:
+            key, given, most = "parallel.pp_virtual_stages", virtual_stages, num_layers // pp
+        else:
+            key, given, most = "parallel.pp", pp, num_layers // per_rank
+        rule = (
+            f"makes {pp} * {per_rank} = {pp * per_rank} stages with parallel.pp_schedule={schedule}, "
+            f"which must be at most model.num_layers={num_layers}"
+        )
+        works = (most,) if most else ()
+        problems.append(ScheduleProblem(key, given, rule, works, simple))
+
+    if not _fits(schedule, pp, virtual_stages, num_micro_batches):
+        problems.append(
+            ScheduleProblem(
+                "num_micro_batches",
+                num_micro_batches,
+                _micro_batch_rule(schedule, pp, num_micro_batches),
+                _near(num_micro_batches, pp, lambda n: _fits(schedule, pp, virtual_stages, n)),
+                simple,
+            )
+        )
+    return problems
+
+
+def _fits(schedule: str, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
+    """Whether torch's schedule takes so many micro-batches."""
+    if schedule in LOOPED:
+        return num_micro_batches % _rounds(pp, num_micro_batches) == 0
+    if schedule in ("1f1b", "dualpipev"):
+        return num_micro_batches >= pp * stages_per_rank(schedule, virtual_stages)
+    return True
+
+
+def _rounds(pp: int, num_micro_batches: int) -> int:
+    """A rank runs as many micro-batches through one of its stages as a round has, then turns to its next stage."""
+    return max(1, num_micro_batches // pp)
+
+
+def _micro_batch_rule(schedule: str, pp: int, num_micro_batches: int) -> str:
+    if schedule in LOOPED:
+        rounds = _rounds(pp, num_micro_batches)
+        return (
+            f"must be a multiple of its {rounds} rounds ({num_micro_batches} // parallel.pp={pp}) "
+            f"with parallel.pp_schedule={schedule}"
+        )
+    stages = pp * stages_per_rank(schedule, 1)
+    return f"must be at least the number of stages {stages} with parallel.pp_schedule={schedule}"
+
+
+def _near(value: int, step: int, fits: Callable[[int], bool]) -> tuple[int, ...]:
+    """The last below `value` that fits and the first above. A multiple of 2 `step` = 2 pp always fits."""
+    below = next(filter(fits, range(value - 1, 0, -1)), None)
+    above = next(filter(fits, range(value + 1, value + 2 * step + 1)))
+    return (above,) if below is None else (below, above)
