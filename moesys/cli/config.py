@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesys.cli import mesh, pipeline
+
 if TYPE_CHECKING:
     from moesys.config.schema import RunConfig
 
@@ -24,9 +26,21 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     check = actions.add_parser(
         "check", help="check every rule, component and file; exit 2 and list what is wrong"
     )
-    check.add_argument(
-        "--world-size", metavar="N", type=int, default=1, help="ranks of the run (default: 1)"
+
+    layout = actions.add_parser(
+        "mesh", help="show which rank does what: the groups of every parallel axis, node by node"
     )
+    layout.add_argument("--json", action="store_true", help="print the same facts as JSON")
+
+    for action in (check, layout):
+        action.add_argument(
+            "--world-size", metavar="N", type=int, default=1, help="ranks of the run (default: 1)"
+        )
+        action.add_argument(
+            "--ranks-per-node", metavar="R", type=int, help="ranks that share a node (default: all)"
+        )
+
+    pipeline.add_parser(actions)
 
     diff = actions.add_parser(
         "diff", help="keys in which two configurations differ; exit 1 if there are any"
@@ -44,18 +58,26 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "part", metavar="PART", nargs="?", default="", help="only keys with this in them"
     )
 
-    for action in (show, check, diff):
+    for action in (show, check, layout, diff):
         action.add_argument(
             "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups"
         )
-    for action in (show, check):
+    for action in (show, check, layout):
         action.add_argument(
             "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
         )
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"show": _show, "check": _check, "diff": _diff, "keys": _keys}[args.action](args)
+    actions = {
+        "show": _show,
+        "check": _check,
+        "mesh": mesh.run,
+        "pipeline": pipeline.run,
+        "diff": _diff,
+        "keys": _keys,
+    }
+    return actions[args.action](args)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -73,10 +95,9 @@ def _check(args: argparse.Namespace) -> int:
     from moesys.config.compose import compose, config_hash
     from moesys.config.validate import check
 
-    if args.world_size < 1:
-        raise ValueError(f"--world-size {args.world_size} must be at least 1")
+    mesh.check_counts(args)
     config = compose(args.overrides, args.config_dir)
-    for warning in check(config, args.world_size):
+    for warning in check(config, args.world_size, args.ranks_per_node):
         print(f"warning: {warning}")
     print(f"ok on {args.world_size} ranks, sha256 {config_hash(config)}")
     return 0

@@ -4,27 +4,15 @@ import pickle
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from moesys.config.compose import compose
-from moesys.config.errors import ConfigError, Problem
+from moesys.config.errors import ConfigError
 from moesys.config.validate import check
 from tests.config.prepared import prepared_data
-
-
-@dataclass(frozen=True)
-class Wrong:
-    overrides: str
-    """Separated by spaces."""
-    key: str
-    rule: str
-    fix: str
-    world_size: int = 2
-
+from tests.config.wrong import Wrong, refused
 
 UNKNOWN = "is not a configuration key"
 WRONG = [
@@ -160,7 +148,7 @@ WRONG = [
     Wrong(
         "train.global_batch_tokens=5000",
         "train.global_batch_tokens",
-        "train.micro_batch_tokens=1024 * world size 2 = 2048",
+        "train.micro_batch_tokens=1024 * dp=2 = 2048",
         "use 4096 or 6144",
     ),
     # Components.
@@ -233,18 +221,6 @@ WRONG = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepared_data(tmp_path_factory.mktemp("wrong") / "data")
-
-
-def refused(overrides: Sequence[str], world_size: int, data: Path) -> tuple[Problem, ...]:
-    """The problems that `moesys train` would print; () if there are none."""
-    given = [override.replace("DATA", str(data)) for override in overrides]
-    if not any(override.startswith(("data.path=", "~data")) for override in given):
-        given.append(f"data.path={data}")
-    try:
-        check(compose(given), world_size)
-    except ConfigError as error:
-        return error.problems
-    return ()
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.overrides)
@@ -345,6 +321,10 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
         ),
         ("schedule.power_a=3", "only with power"),
         ("model.num_dense_layers=2", "leaves no MoE layer"),
+        ("parallel.sequence_parallel=false", "no effect with parallel.tp=1"),
+        ("parallel.cp_attention=ulysses", "no effect with parallel.cp=1"),
+        ("parallel.tp=2 parallel.zero=3", "dp_shard=1 * cp=1 = 1 rank"),
+        ("parallel.zero=1 parallel.dp_shard=1", "zero=1 has no effect"),
         ("metrics.wandb_project=x", "has no effect with metrics.wandb=off"),
         ("train.eval_every_steps=101", "beyond train.steps=100"),
         ("checkpoint.every_steps=101", "beyond train.steps=100"),
