@@ -1,6 +1,6 @@
 """Compare two checkpoints tensor by tensor, whatever layouts saved them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +29,20 @@ class TensorDifference:
         return self.mismatch is None and self.num_different == 0
 
 
-def diff(a: Path, b: Path) -> Iterator[TensorDifference]:
-    """Compare the step folders `a` and `b`; one result per name of either, in order. Needs memory for two chunks.
+def diff(
+    a: Path, b: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[TensorDifference]:
+    """Compare the step folders `a` and `b`; one result per name of either, in order. Needs memory for three chunks.
 
-    Ranks' own tensors are left out. Raises CheckpointError if either is damaged.
+    Ranks' own tensors are left out. `on_progress(bytes_done, bytes_total)` of A is called after every chunk.
+    Raises CheckpointError if either is damaged.
     """
     manifest_a, manifest_b = read_manifest(a), read_manifest(b)
+    total_bytes = sum(
+        record.num_bytes
+        for name, record in manifest_a.tensors.items()
+        if not _mismatch(record, manifest_b.tensors.get(name)) and not name.startswith(RANK_PREFIX)
+    )
     with ShardReader(a, manifest_a) as reader_a, ShardReader(b, manifest_b) as reader_b:
         for name in sorted(manifest_a.tensors.keys() | manifest_b.tensors.keys()):
             if name.startswith(RANK_PREFIX):
@@ -50,6 +58,7 @@ def diff(a: Path, b: Path) -> Iterator[TensorDifference]:
                 values_b = torch.empty_like(values_a)
                 reader_b.fill(name, chunk.region, values_b)
                 parts.append(_compare(values_a, values_b))
+                on_progress(reader_a.bytes_read, total_bytes)
             yield TensorDifference(
                 name=name,
                 num_different=sum(part[0] for part in parts),

@@ -33,18 +33,22 @@ def latest(directory: Path) -> Path | None:
     return next(iter(step_folders(directory)), None)
 
 
+def clear(directory: Path) -> None:
+    """Remove what dead saves left. Only for the one who saves here."""
+    good = set(step_folders(directory))
+    for path in directory.iterdir() if directory.is_dir() else []:
+        superseded = _STEP.fullmatch(path.name) and path.is_dir() and path not in good
+        if superseded or _LEFTOVER.fullmatch(path.name):
+            remove(path)
+
+
 def start(directory: Path, step: int, needed_bytes: int) -> Path:
-    """Make the folder to write step `step` in, after clearing what dead saves left.
+    """Make the folder to write step `step` in.
 
     Raises:
         CheckpointError: fewer than `needed_bytes` are free.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    good = set(step_folders(directory))
-    for path in directory.iterdir():
-        superseded = _STEP.fullmatch(path.name) and path.is_dir() and path not in good
-        if superseded or _LEFTOVER.fullmatch(path.name):
-            remove(path)
     if shutil.disk_usage(directory).free < needed_bytes:
         raise CheckpointError("No space left on device (nothing was begun)")
     folder = directory / f"step_{step:08d}.tmp-{secrets.token_hex(4)}"

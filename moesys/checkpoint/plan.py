@@ -10,7 +10,7 @@ from moesys.checkpoint.region import Region
 MAX_CHUNK_BYTES = 64 << 20
 """A chunk is read and hashed whole, so this bounds what a rank reads beyond its own part."""
 MAX_FILE_BYTES = 1 << 30
-"""Chunks of one file are in host memory together when parameters live on a device."""
+"""What one damaged or lost file can take with it."""
 
 ITEMSIZE_BYTES: Mapping[str, int] = {
     "float64": 8,
@@ -102,7 +102,7 @@ def plan_save(
         mine[rank].append((num_bytes, name, part))
     return SavePlan(
         tensors=layouts,
-        writes=tuple(_into_files(rank, parts, max_file_bytes) for rank, parts in enumerate(mine)),
+        writes=tuple(into_files(rank, parts, max_file_bytes) for rank, parts in enumerate(mine)),
         bytes_of_rank=tuple(load_bytes),
     )
 
@@ -159,7 +159,7 @@ def tiling_problem(shape: tuple[int, ...], regions: Sequence[Region]) -> str | N
     return None
 
 
-def _into_files(
+def into_files(
     rank: int, parts: Sequence[tuple[int, str, Region]], max_file_bytes: int
 ) -> tuple[ChunkWrite, ...]:
     """shard-00003.safetensors, then shard-00003-001.safetensors and so on; a file has at least one chunk."""

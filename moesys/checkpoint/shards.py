@@ -1,22 +1,20 @@
 """Tensors to safetensors files and back; every chunk is hashed before it is written and after it is read."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import xxhash
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesys.checkpoint.errors import CheckpointError
-from moesys.checkpoint.folder import fsync
-from moesys.checkpoint.manifest import Chunk, Manifest
-from moesys.checkpoint.plan import ITEMSIZE_BYTES, ChunkWrite, Piece
+from moesys.checkpoint.manifest import Chunk, Manifest, TensorRecord
+from moesys.checkpoint.plan import ITEMSIZE_BYTES, ChunkWrite, Piece, TensorLayout
 from moesys.checkpoint.region import Region
+from moesys.checkpoint.tensor_file import Spec, TensorFile, bytes_of, write_tensors
 from moesys.ops import shard
 
 _DTYPES = {getattr(torch, name): name for name in ITEMSIZE_BYTES}
@@ -53,39 +51,34 @@ def local_piece(name: str, tensor: Tensor) -> Piece:
 def write_shards(
     folder: Path,
     writes: Sequence[ChunkWrite],
-    tensors: Mapping[str, Tensor],
-    pieces: Mapping[str, Piece],
+    tensors: Mapping[str, TensorLayout | TensorRecord],
+    chunk_of: Callable[[ChunkWrite], Tensor],
 ) -> tuple[list[str], dict[str, int]]:
-    """Write one rank's chunks. Return the hash of each, in order, and the size in bytes of each file."""
-    hashes: list[str] = []
+    """Write one rank's chunks. Return the hash of each, in order, and the size in bytes of each file.
+
+    `chunk_of` is asked for one chunk after the other, as a contiguous CPU tensor.
+    """
+    hash_of_write: dict[ChunkWrite, str] = {}
     file_bytes: dict[str, int] = {}
     for file, group in groupby(writes, key=lambda write: write.file):
-        specs: dict[str, TensorSpec] = {}
-        in_host_memory: list[Tensor] = []
-        for write in group:
-            index = write.region.within(pieces[write.name].region)
-            chunk = local_tensor(tensors[write.name])[index].cpu().contiguous()
-            in_host_memory.append(chunk)
-            hashes.append(hash_of(chunk))
-            specs[write.key] = TensorSpec(
-                dtype=_DTYPES[chunk.dtype],
-                shape=list(chunk.shape),
-                data_ptr=chunk.data_ptr(),
-                data_len=chunk.nbytes,
-            )
-        path = folder / file
-        try:
-            serialize_file(specs, path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        fsync(path)
-        file_bytes[file] = path.stat().st_size
-    return hashes, file_bytes
+        of_key = {write.key: write for write in group}
+
+        def take(key: str, of_key: Mapping[str, ChunkWrite] = of_key) -> Tensor:
+            chunk = chunk_of(of_key[key])
+            hash_of_write[of_key[key]] = hash_of(chunk)
+            return chunk
+
+        specs = {
+            key: Spec(dtype=tensors[write.name].dtype, shape=write.region.shape)
+            for key, write in of_key.items()
+        }
+        file_bytes[file] = write_tensors(folder / file, specs, take)
+    return [hash_of_write[write] for write in writes], file_bytes
 
 
 def hash_of(chunk: Tensor) -> str:
     """xxh3_128 of a contiguous CPU tensor's bytes, 32 hex digits."""
-    return xxhash.xxh3_128_hexdigest(chunk.reshape(-1).view(torch.uint8).numpy().data)
+    return xxhash.xxh3_128_hexdigest(bytes_of(chunk))
 
 
 class ShardReader:
@@ -95,15 +88,15 @@ class ShardReader:
         self.folder = folder
         self.manifest = manifest
         self.bytes_read = 0
-        self._open_files = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
         self._files.clear()
-        self._open_files.close()
 
     def size_problem(self, file: str) -> str | None:
         """What is wrong with a shard file before it is opened: missing, cut short, grown."""
@@ -115,9 +108,6 @@ class ShardReader:
             return f"{path}: {error.strerror}"
         return None if have == want else f"{path} has {have} bytes instead of {want}"
 
-    def keys(self, file: str) -> set[str]:
-        return set(self._file(file).keys())
-
     def chunk(self, name: str, chunk: Chunk) -> Tensor:
         """One chunk of tensor `name` as a CPU tensor of its own.
 
@@ -127,8 +117,8 @@ class ShardReader:
         where = f"{self.folder / chunk.file}: {name} at {list(chunk.region.offsets)}"
         try:
             # A copy: what is hashed is what is returned, also if the file changes meanwhile.
-            data: Tensor = self._file(chunk.file).get_tensor(chunk.key).clone()
-        except (SafetensorError, OSError) as error:
+            data = self._file(chunk.file).read(chunk.key)
+        except (CheckpointError, OSError) as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from error
         self.bytes_read += data.nbytes
         want = (self.manifest.tensors[name].dtype, chunk.region.shape, chunk.xxh3_128)
@@ -152,10 +142,9 @@ class ShardReader:
             data = self.chunk(name, chunk)
             out[common.within(region)].copy_(data[common.within(chunk.region)])
 
-    def _file(self, file: str) -> Any:
+    def _file(self, file: str) -> TensorFile:
         if file not in self._files:
-            opened = safe_open(self.folder / file, framework="pt")
-            self._files[file] = self._open_files.enter_context(opened)
+            self._files[file] = TensorFile(self.folder / file)
         return self._files[file]
 
 

@@ -4,8 +4,6 @@ A plain tensor is one that every rank holds alike; a DTensor is held in shards. 
 whole tensor, cut into chunks: any number of ranks in any layout reads what it needs of it.
 """
 
-import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,32 +16,14 @@ from torch import Tensor
 from moesys.checkpoint import folder as folders
 from moesys.checkpoint.errors import CheckpointError, CheckpointMismatch, itemize
 from moesys.checkpoint.folder import latest
-from moesys.checkpoint.manifest import (
-    RANK_PREFIX,
-    Chunk,
-    Manifest,
-    TensorRecord,
-    json_problems,
-    read_manifest,
-    write_manifest,
-)
-from moesys.checkpoint.plan import Piece, SavePlan, plan_save
+from moesys.checkpoint.manifest import RANK_PREFIX, Manifest, read_manifest
+from moesys.checkpoint.plan import Piece
 from moesys.checkpoint.ranks import Ranks
 from moesys.checkpoint.region import Region
-from moesys.checkpoint.shards import ShardReader, local_piece, local_tensor, write_shards
+from moesys.checkpoint.save import SaveResult, save
+from moesys.checkpoint.shards import ShardReader, local_piece, local_tensor
 
 __all__ = ["LoadedState", "SaveResult", "Skipped", "latest", "load", "load_latest_good", "save"]
-
-_OVERHEAD_BYTES_PER_CHUNK = 1024
-"""More than a chunk takes beside its data: its entries in a shard's header and in the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveResult:
-    path: Path
-    bytes: int
-    """On disk, all ranks together."""
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,63 +45,6 @@ class LoadedState:
     """Chunk bytes that this rank needed to fill its tensors."""
     skipped: tuple[Skipped, ...] = ()
     """Newer checkpoints that could not be loaded, newest first."""
-
-
-def save(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    state: dict[str, Any],
-    *,
-    rank_tensors: Mapping[str, Tensor] | None = None,
-    keep_last: int,
-    group: dist.ProcessGroup | None = None,
-) -> SaveResult:
-    """Write `directory/step_NNNNNNNN`, then remove all but the newest `keep_last` steps. Collective.
-
-    Args:
-        tensors: by name. Ranks may hold different names (pipeline stages). A plain tensor must be equal on
-            all ranks that hold it: one of them writes it.
-        state: JSON; rank 0's is kept. Tuples come back as lists.
-        rank_tensors: this rank's alone (RNG states); `load` returns them if as many ranks load.
-
-    The folder takes its name once all of it is on the disk: a crash before that leaves the earlier ones as
-    they were. All ranks must see the same file system.
-
-    Raises:
-        CheckpointError: the same on all ranks if any of them could not write; earlier checkpoints are
-            untouched and nothing of this one is left.
-    """
-    start_s = time.perf_counter()
-    ranks = Ranks(group)
-    mine = dict(tensors) | {
-        f"{RANK_PREFIX}{ranks.rank}/{name}": tensor for name, tensor in (rank_tensors or {}).items()
-    }
-    pieces = ranks.each(lambda: _describe(tensors, mine, state, keep_last))
-    plan = plan_save(ranks.gather(pieces))
-    needed_bytes = sum(plan.bytes_of_rank)
-    needed_bytes += _OVERHEAD_BYTES_PER_CHUNK * sum(len(writes) for writes in plan.writes)
-
-    unfinished: Path | None = None
-    try:
-        unfinished = ranks.first(lambda: folders.start(directory, step, needed_bytes))
-        written = ranks.each(lambda: _write(unfinished, plan.writes[ranks.rank], mine, pieces))
-        manifest = _manifest(step, state, plan, ranks.gather(written))
-        manifest_bytes = ranks.first(lambda: write_manifest(unfinished, manifest))
-        path = ranks.first(lambda: folders.commit(unfinished))
-    except CheckpointError as error:
-        free_bytes = ranks.first(lambda: _abandon(directory, unfinished))
-        raise CheckpointError(
-            f"cannot save step {step} in {directory}: {error}\n"
-            f"It needs {needed_bytes:,} bytes, {free_bytes:,} are free. Earlier checkpoints are untouched: "
-            "free space there or choose another run.dir"
-        ) from error
-    ranks.first(lambda: folders.prune(directory, step, keep_last))
-    return SaveResult(
-        path=path,
-        bytes=sum(manifest.file_bytes.values()) + manifest_bytes,
-        seconds=time.perf_counter() - start_s,
-    )
 
 
 def load(
@@ -182,77 +105,6 @@ def load_latest_good(
             + "\nRestore one of them, or start afresh in another run.dir"
         )
     return None
-
-
-def _describe(
-    tensors: Mapping[str, Tensor],
-    mine: Mapping[str, Tensor],
-    state: dict[str, Any],
-    keep_last: int,
-) -> dict[str, Piece]:
-    """This rank's pieces, or all that keeps them from being saved."""
-    problems = json_problems(state, "state")
-    if keep_last < 1:
-        problems.append(f"keep_last={keep_last} must be at least 1")
-    pieces: dict[str, Piece] = {}
-    for name, tensor in mine.items():
-        if name in tensors and name.startswith(RANK_PREFIX):
-            problems.append(f"{name}: names must not begin with {RANK_PREFIX}: rename it")
-        try:
-            pieces[name] = local_piece(name, tensor)
-        except CheckpointError as error:
-            problems.append(str(error))
-    if problems:
-        raise CheckpointError(itemize("cannot save", problems))
-    return pieces
-
-
-def _write(
-    folder: Path | None, writes: Any, mine: Mapping[str, Tensor], pieces: Mapping[str, Piece]
-) -> tuple[list[str], dict[str, int]]:
-    assert folder is not None
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} was made by rank 0 and is not here: use a shared file system"
-        )
-    return write_shards(folder, writes, mine, pieces)
-
-
-def _manifest(
-    step: int,
-    state: dict[str, Any],
-    plan: SavePlan,
-    written: list[tuple[list[str], dict[str, int]]],
-) -> Manifest:
-    chunks: dict[str, list[Chunk]] = {name: [] for name in plan.tensors}
-    for writes, (hashes, _) in zip(plan.writes, written, strict=True):
-        for write, digest in zip(writes, hashes, strict=True):
-            chunks[write.name].append(
-                Chunk(file=write.file, key=write.key, region=write.region, xxh3_128=digest)
-            )
-    return Manifest(
-        step=step,
-        world_size=len(plan.writes),
-        state=state,
-        tensors={
-            name: TensorRecord(
-                dtype=layout.dtype,
-                shape=layout.shape,
-                grid=layout.grid,
-                chunks=tuple(sorted(chunks[name], key=lambda chunk: chunk.region.offsets)),
-            )
-            for name, layout in sorted(plan.tensors.items())
-        },
-        file_bytes={file: size for _, sizes in written for file, size in sizes.items()},
-    )
-
-
-def _abandon(directory: Path, unfinished: Path | None) -> int:
-    """Remove what was written; return the bytes then free on the file system."""
-    if unfinished is not None:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def _check_request(

@@ -1,4 +1,4 @@
-"""moesys ckpt: look at checkpoints, check every byte of them, compare two."""
+"""moesys ckpt: look at checkpoints, check every byte of them, compare two, write one in other files."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ _PLAIN_INTERVAL_S = 5.0
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "ckpt",
-        help="list, show, verify and compare checkpoints",
+        help="list, show, verify, compare and reshard checkpoints",
         description="Checkpoints are folders step_NNNNNNNN, in RUN/checkpoints of a run. Where one is "
         "asked for, a run or checkpoint folder stands for its newest.",
     )
@@ -36,6 +36,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "verify", help="read and hash every byte; exit 1 and say what is bad, if anything is"
     )
     verify.add_argument("path", metavar="PATH|RUN", type=Path, help="of a run: all its checkpoints")
+    verify.add_argument("--json", action="store_true", help="print one JSON list")
 
     diff = actions.add_parser(
         "diff", help="differences per tensor, whatever layouts saved them; exit 1 if there are any"
@@ -44,9 +45,33 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     diff.add_argument("b", metavar="B", type=Path)
     diff.add_argument("--json", action="store_true", help="print one JSON list")
 
+    reshard = actions.add_parser(
+        "reshard",
+        help="write a checkpoint in other, even files",
+        description="Write the checkpoint SRC again, as DST/step_NNNNNNNN, in the files that N ranks would "
+        "write: each has an N-th of the bytes, cut where that exceeds 1 GiB. Tensors, training state and hashes "
+        "stay the same, and it resumes as SRC does. Every layout loads every checkpoint, so loading never needs "
+        "this: use it to merge many small files or to cut large ones. Every chunk is checked when it is read and "
+        "again when it is written; memory for one chunk (64 MiB) suffices.",
+    )
+    reshard.add_argument(
+        "source", metavar="SRC", type=Path, help="a checkpoint; of a run: its newest"
+    )
+    reshard.add_argument("directory", metavar="DST", type=Path, help="made if absent")
+    reshard.add_argument("--ranks", metavar="N", type=int, required=True, help="at least 1")
+    reshard.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    reshard.add_argument("--json", action="store_true", help="print one JSON object")
+
 
 def run(args: argparse.Namespace) -> int:
-    return {"list": _list, "show": _show, "verify": _verify, "diff": _diff}[args.action](args)
+    actions = {
+        "list": _list,
+        "show": _show,
+        "verify": _verify,
+        "diff": _diff,
+        "reshard": _reshard,
+    }
+    return actions[args.action](args)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -117,23 +142,28 @@ def _show(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from moesys.checkpoint.verify import verify
 
-    num_bad = 0
+    rows: list[dict[str, Any]] = []
     for path in _checkpoints(args.path):
         progress = _Progress(path.name)
         problems = verify(path, progress)
         progress.finish()
-        num_bad += bool(problems)
-        print(f"{path}: {'good' if not problems else 'BAD'}")
-        for problem in problems:
-            print(f"  - {problem}")
-    return 1 if num_bad else 0
+        rows.append({"path": str(path), "is_good": not problems, "problems": problems})
+        if not args.json:
+            print(f"{path}: {'good' if not problems else 'BAD'}")
+            for problem in problems:
+                print(f"  - {problem}")
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    return 0 if all(row["is_good"] for row in rows) else 1
 
 
 def _diff(args: argparse.Namespace) -> int:
     from moesys.checkpoint.diff import diff
 
     a, b = _newest(args.a), _newest(args.b)
-    results = list(diff(a, b))
+    progress = _Progress("diff")
+    results = list(diff(a, b, progress))
+    progress.finish()
     different = [result for result in results if not result.is_equal]
     if args.json:
         fields = ("name", "mismatch", "num_different", "max_abs", "max_rel")
@@ -152,6 +182,32 @@ def _diff(args: argparse.Namespace) -> int:
         _table(rows)
     print(f"{len(results) - len(different)} of {len(results)} tensors are equal")
     return 1 if different else 0
+
+
+def _reshard(args: argparse.Namespace) -> int:
+    from moesys.checkpoint.reshard import plan_reshard, reshard
+
+    source = _newest(args.source)
+    if args.ranks < 1:
+        raise ValueError(f"--ranks {args.ranks} must be at least 1")
+    plan = plan_reshard(source, args.ranks)
+    target = args.directory / f"step_{plan.manifest.step:08d}"
+    if not args.dry_run:
+        progress = _Progress(target.name)
+        target = reshard(plan, args.directory, progress)
+        progress.finish()
+    files = plan.file_bytes
+    if args.json:
+        told = {"source": str(source), "path": str(target), "written": not args.dry_run}
+        print(json.dumps({**told, "bytes": plan.num_bytes, "files": files}, indent=2))
+        return 0
+    was = plan.manifest.file_bytes
+    print(f"{source}: {_files(len(was))}, the largest {_size(max(was.values(), default=0))}")
+    print(f"{target}: {_files(len(files))} of {len(plan.chunks)} chunks, {_size(plan.num_bytes)}")
+    if args.dry_run:
+        _table([("file", "bytes"), *((name, f"{size:,}") for name, size in files.items())])
+        print("Nothing was written (--dry-run)")
+    return 0
 
 
 def _checkpoints(path: Path) -> list[Path]:
@@ -214,6 +270,10 @@ def _table(rows: list[tuple[str, ...]]) -> None:
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' if count > 1 else ''}"
 
 
 def _size(num_bytes: float) -> str:
