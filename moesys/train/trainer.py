@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from moesys.checkpoint.store import LoadedState, load_latest_good, save
+from moesys.checkpoint.saver import Saved, Saver
+from moesys.checkpoint.store import LoadedState, load_latest_good
 from moesys.config.compose import to_dict, to_yaml
 from moesys.models.transformer import Transformer
 from moesys.optim.schedule import learning_rate
@@ -46,13 +47,19 @@ class Trainer:
         self.flops_per_token = training_flops_per_token(
             run.config.model, run.config.data.seq_len, self.router_parameters
         )
+        self.saver = Saver(
+            run.folder / "checkpoints",
+            keep_last=run.config.checkpoint.keep_last,
+            asynchronous=run.config.checkpoint.asynchronous,
+            timeout_s=run.config.train.timeout_s,
+        )
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
         self.last_eval: Record = {}
         self.step_seconds: list[float] = []
         self.unrecorded_checkpoint_ms = 0.0
-        """Waited for checkpoints since the last train record, which will say so."""
+        """Waited for the checkpoints that ended since the last train record: the next one says so."""
         self.tokens_per_s: float | None = None
         """By the median step of this start; before one, of the start before."""
 
@@ -63,6 +70,11 @@ class Trainer:
         self._choose_backend(is_writer)
         self.peak_tflops, self.peak_source = self._peak()
         self._set_random_state(resumed)  # last, because measuring draws random numbers
+        if self.config.checkpoint.every_steps:
+            self.saver.reserve(
+                run_tensors(self.run.model, self.run.optimizer),
+                random_state(self.run.process.device),
+            )
         self.log = self._open_log() if is_writer else None
         try:
             self._write(self._start_record(resumed))
@@ -77,6 +89,7 @@ class Trainer:
             if is_writer and (self.step_seconds or not self._summary_path.exists()):
                 self._write_summary(status)
         finally:
+            self.saver.close()
             if self.log is not None:
                 self.log.close()
         return status
@@ -85,11 +98,14 @@ class Trainer:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps
         while self.step < steps:
             stopping = self._one_step(stop.requested)
+            self._record_save(self.saver.poll())
             last = self.step == steps
             if last or _due(self.step, self.config.train.eval_every_steps):
                 self._evaluate()
             if last or stopping or _due(self.step, every):
                 self._save()
+            if last or stopping:
+                self._record_save(self.saver.wait())
             if stopping and not last:
                 return "stopped"
         return "done"
@@ -158,7 +174,7 @@ class Trainer:
             self.run.eval_batches,
             self.run.token_bytes_V,
             self.config.train.dtype,
-            self.run.meshes.dims.tp,
+            self.run.meshes,
         )
         eval_s = time.perf_counter() - began
         self.wall_s += eval_s
@@ -167,10 +183,8 @@ class Trainer:
         self._write(self.last_eval)
 
     def _save(self) -> None:
-        if self.log is not None:
-            self.log.sync()  # the record on disk is never behind the checkpoint that a resume goes on from
-        result = save(
-            self.run.folder / "checkpoints",
+        self._record_save(self.saver.wait())
+        self.saver.begin(
             self.step,
             run_tensors(self.run.model, self.run.optimizer),
             {
@@ -180,19 +194,28 @@ class Trainer:
                 "last_eval": self.last_eval,
                 "tokens_per_s": self.tokens_per_s,
             },
-            rank_tensors=random_state(self.run.process.device),
-            keep_last=self.config.checkpoint.keep_last,
+            random_state(self.run.process.device),
+            # The record on disk is never behind the checkpoint that a resume goes on from.
+            before_commit=self.log.sync if self.log is not None else lambda: None,
         )
-        self.wall_s += result.seconds
+        if not self.config.checkpoint.asynchronous:
+            self._record_save(self.saver.wait())
+
+    def _record_save(self, saved: Saved | None) -> None:
+        if saved is None:
+            return
+        waited_ms = saved.waited_s * 1e3
+        self.wall_s += saved.waited_s
+        self.unrecorded_checkpoint_ms += waited_ms
         self._write(
             {
                 "kind": "checkpoint",
-                "step": self.step,
-                "checkpoint_ms": result.seconds * 1e3,
-                "bytes": result.bytes,
+                "step": saved.result.step,
+                "checkpoint_ms": waited_ms,
+                "save_ms": saved.result.seconds * 1e3,
+                "bytes": saved.result.bytes,
             }
         )
-        self.unrecorded_checkpoint_ms += result.seconds * 1e3
 
     def _resume(self) -> LoadedState | None:
         """Continue from the newest good checkpoint, if wanted and there; return what it said."""

@@ -168,7 +168,8 @@ def test_a_rank_that_dies_takes_the_job_with_it_soon(tiny_data, tmp_path):
 def test_time_in_checkpoints_is_recorded_though_steps_are_not(tiny_data, tmp_path):
     folder = tmp_path / "run"
     few = ["parallel.ep=1", "schedule.warmup_steps=2", "train.steps=13"]
-    run(1, overrides(folder, tiny_data, *few, "train.log_every_steps=4"))
+    few += ["train.log_every_steps=4", "checkpoint.asynchronous=false"]
+    run(1, overrides(folder, tiny_data, *few))
     saves = {r["step"]: r["checkpoint_ms"] for r in records(folder, "checkpoint")}
     waited = {r["step"]: r["checkpoint_ms"] for r in records(folder, "train")}
     assert waited == {4: 0.0, 8: saves[5], 12: saves[10]}
