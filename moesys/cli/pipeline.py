@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesys.config.errors import Problem
     from moesys.config.schema import RunConfig
     from moesys.plan.bubble import Timeline
-    from moesys.plan.pipeline import ScheduleProblem
 
 _FORMULA_RANKS = (2, 4, 8)
 _FORMULA_MICRO_BATCHES = (8, 16, 32)
@@ -51,14 +49,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
     from moesys.config.compose import compose
-    from moesys.config.errors import ConfigError
     from moesys.config.validate import validate
     from moesys.parallel.dims import parallel_dims
     from moesys.parallelize.pipeline import layers_of_stages
     from moesys.parallelize.schedules import action_table, with_torch_first_stage
     from moesys.plan.bubble import Durations, walk
     from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
-    from moesys.plan.pipeline import schedule_problems, stages_of_rank
+    from moesys.plan.pipeline import stages_of_rank
 
     config = compose(args.overrides, args.config_dir)
     parallel, model, seq_len = config.parallel, config.model, config.data.seq_len
@@ -67,12 +64,9 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
         raise ValueError(f"--world-size {world_size} must be at least 1")
     validate(config, world_size=world_size)
     dims = parallel_dims(parallel, world_size)
-    tokens = config.train.micro_batch_tokens * dims.dp
-    num_micro_batches = config.train.global_batch_tokens // tokens
+    per_micro_step = config.train.micro_batch_tokens * dims.dp
+    num_micro_batches = config.train.global_batch_tokens // per_micro_step
     schedule, pp, virtual = parallel.pp_schedule, parallel.pp, parallel.pp_virtual_stages
-    if problems := schedule_problems(schedule, pp, virtual, num_micro_batches, model.num_layers):
-        raise ConfigError([_in_tokens(problem, tokens) for problem in problems])
-
     layers = layers_of_stages(model, parallel, seq_len)
     costs = [
         float(sum(layer_flops_per_token(model, layer, seq_len) for layer in of_stage))
@@ -105,18 +99,6 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
         "step_forwards": timeline.makespan,
     }
     return facts, timeline
-
-
-def _in_tokens(problem: "ScheduleProblem", tokens: int) -> "Problem":
-    """A problem of the configuration; `tokens` of one micro-batch on all data ranks."""
-    from moesys.config.errors import Problem
-
-    key, given, rule = problem.key, problem.given, problem.rule
-    if key == "num_micro_batches":
-        key, rule = "train.global_batch_tokens", f"makes {given} micro-batches, which {rule}"
-        given *= tokens
-        problem = problem._replace(works=tuple(n * tokens for n in problem.works))
-    return Problem(key=key, given=given, rule=rule, fix=problem.fix)
 
 
 def _fewest_ranks(config: "RunConfig") -> int:

@@ -1,5 +1,7 @@
 """torch's schedules: what they refuse, what they compute, how long their ranks wait, in tables and on clocks."""
 
+import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -121,6 +123,25 @@ def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[st
     assert main(["config", "pipeline", "--formulas"]) == 0
     page = Path(__file__).parents[2] / "docs" / "pipeline.md"
     assert capsys.readouterr().out in page.read_text()
+
+
+def test_the_command_shows_stages_and_their_time(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["experiment=quickstart", "parallel.ep=1", "parallel.pp=2", "model.num_layers=8"]
+    assert main(["config", "pipeline", *options, "train.global_batch_tokens=8192", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["world_size"], facts["num_micro_batches"], facts["num_stages"]) == (2, 4, 2)
+    layers = [layer for rank in facts["ranks"] for of_stage in rank["layers"] for layer in of_stage]
+    assert layers == list(range(8))
+    assert sum(rank["cost_share"] for rank in facts["ranks"]) == pytest.approx(1)
+    assert facts["bubble_of_even_stages"] == pytest.approx(1 / 5)
+    assert facts["bubble"] >= facts["bubble_of_even_stages"]
+
+    assert main(["config", "pipeline", *options, "train.global_batch_tokens=8192"]) == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [re.findall(r"[FB]\d", row) for row in rows] == [
+        ["F0", "F1", "B0", "F2", "B1", "F3", "B2", "B3"],
+        ["F0", "B0", "F1", "B1", "F2", "B2", "F3", "B3"],
+    ]
 
 
 # --- On clocks: stages that sleep, so that ranks need no core of their own

@@ -45,6 +45,7 @@ def models(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
 @example(
     model=([1, 9, 1, 9, 4, 7, 4, 3, 5], 5, 5, 18)
 )  # the costly last stage leaves the others free
+@example(model=([1, 9, 3, 3, 2], 3, 0, 0))  # the evenest cut of all has not the best pace
 def test_no_cut_is_better(model: tuple[list[int], int, int, int]) -> None:
     costs, num_stages, first, last = model
     stages = split_layers(costs, num_stages, first_cost=first, last_cost=last)
