@@ -110,7 +110,8 @@ def _kept_but_for(held: Tensor) -> Iterator[None]:
     taken: list[Tensor] = []  # a checkpoint gives a tensor back once
 
     def pack(tensor: Tensor) -> Tensor | None:
-        return None if node is not None and _place(tensor) == place else tensor
+        # Detached: a node that held its own output would keep itself alive.
+        return None if node is not None and _place(tensor) == place else tensor.detach()
 
     def unpack(packed: Tensor | None) -> Tensor:
         if packed is not None:

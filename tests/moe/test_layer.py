@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from moesys.config.schema import BalanceConfig, ComponentConfig, MoEConfig
 from moesys.moe.capacity import capacity_rows
 from moesys.moe.layer import MoELayer
+from moesys.ops import tokens_per_expert
 
 B, S, D, F_HIDDEN = 2, 12, 16, 24
 
@@ -90,6 +91,30 @@ def test_losses_have_gradients_into_the_router_only():
     assert layer.experts.gate_up.grad is None
     expected = 0.01 * losses.balance + 0.001 * losses.z
     torch.testing.assert_close(losses.total.detach(), expected)
+
+
+def test_losses_without_a_coefficient_are_figures_without_gradient():
+    weighed = make_layer()
+    silent = make_layer(replace(CONFIG, balance=BalanceConfig(aux_loss_level="micro")))
+    _, figures, _ = silent(make_input())
+    _, losses, _ = weighed(make_input())
+    assert figures.total == 0 and not figures.total.requires_grad
+    assert (figures.balance, figures.z) == (losses.balance, losses.z)
+
+
+def test_experts_are_counted_once_per_forward(monkeypatch):
+    """The order of rows has the counts; only what a capacity drops is counted besides."""
+    counted = []
+
+    def count(ids_TK, num_experts):
+        counted.append(num_experts)
+        return tokens_per_expert(ids_TK, num_experts)
+
+    monkeypatch.setattr("moesys.moe.layer.tokens_per_expert", count)
+    make_layer()(make_input())
+    assert not counted
+    make_layer(replace(CONFIG, capacity_factor=0.75))(make_input())
+    assert counted == [CONFIG.num_experts]
 
 
 def test_capacity_drops_and_counts_what_is_over_it_and_both_policies_agree():

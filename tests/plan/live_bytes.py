@@ -1,0 +1,31 @@
+"""What a forward leaves in memory, whoever keeps it: autograd, a checkpoint or a memory of decisions."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within, sees every storage that an op makes; `total` are the bytes of those that live, `known` ones not."""
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.known = {StorageWeakRef(tensor.untyped_storage()) for tensor in known}
+        self.made: set[StorageWeakRef] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.made.add(StorageWeakRef(leaf.untyped_storage()))
+        return out
+
+    @property
+    def total(self) -> int:
+        made = self.made - self.known
+        storages = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in made)
+        return sum(storage.nbytes() for storage in storages if storage is not None)

@@ -1,0 +1,180 @@
+"""The formulas of activation memory against what a forward of our blocks leaves behind.
+
+Shapes: T tokens, D model, S positions.
+"""
+
+import gc
+from dataclasses import replace
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+
+from moesys.config.schema import (
+    BalanceConfig,
+    CheckpointConfig,
+    ComponentConfig,
+    DataConfig,
+    MetricsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSection,
+    ScheduleConfig,
+    TrainConfig,
+)
+from moesys.models.rope import rope_tables
+from moesys.models.transformer import DenseBlock, MoEBlock, Transformer
+from moesys.parallel.dims import parallel_dims
+from moesys.parallel.mesh import build_meshes
+from moesys.parallelize.build import build_parallel_model
+from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.parallelize.recompute import apply_recompute
+from moesys.plan.activations import (
+    ActivationCase,
+    dense_block_bytes,
+    moe_block_bytes,
+    paper_layer_bytes,
+)
+from moesys.testing.ranks import run_ranks
+from tests.plan.live_bytes import LiveBytes
+
+MODES = ("none", "moe", "attention", "selective", "layer")
+SEQ_LEN, SAMPLES = 32, 4
+
+MODEL = ModelConfig(
+    vocab_size=32,
+    num_layers=2,
+    num_dense_layers=1,
+    d_model=64,
+    num_heads=8,
+    num_kv_heads=2,
+    d_ffn=176,
+    moe=MoEConfig(
+        num_experts=12,
+        top_k=3,
+        d_expert=48,
+        num_shared_experts=1,
+        router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+        balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.01),
+    ),
+)
+
+
+def run_config(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
+    return RunConfig(
+        run=RunSection(name="weigh", dir="unused"),
+        model=model,
+        data=DataConfig(path="unused", seq_len=SEQ_LEN),
+        optim=OptimConfig(lr=1e-3),
+        schedule=ScheduleConfig(),
+        parallel=parallel,
+        train=TrainConfig(
+            steps=1, global_batch_tokens=SEQ_LEN * 64, micro_batch_tokens=SEQ_LEN * SAMPLES
+        ),
+        checkpoint=CheckpointConfig(),
+        metrics=MetricsConfig(),
+    )
+
+
+def left_behind(block: DenseBlock | MoEBlock, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes alive between forward and backward, the block's input included, its output not."""
+    rope_SH = rope_tables(torch.arange(SEQ_LEN), MODEL.resolved_head_dim, 1e4)
+    x_TD = torch.randn(tokens, MODEL.d_model, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with LiveBytes() as live:
+            out = block(x_TD * 1.0, rope_SH)
+        y_TD, losses = (out, []) if isinstance(out, torch.Tensor) else out[:2]
+        graph = [y_TD.grad_fn, *losses]
+        del out, y_TD
+        gc.collect()
+        total = live.total
+    del graph
+    return total
+
+
+def weigh(rank: int, size: int, model: ModelConfig, parallel: ParallelConfig, dtype) -> dict:
+    """(block, mode) -> bytes that a further SAMPLES samples leave, so that weights and tables do not count."""
+    config = run_config(model, parallel)
+    meshes = build_meshes(parallel_dims(parallel, size), "cpu")
+    found = {}
+    for mode in MODES:
+        torch.manual_seed(rank)
+        built = build_parallel_model(config, meshes, torch.device("cpu"))
+        apply_recompute(built.whole, mode)
+        set_expert_backend(built.whole, "loop" if dtype == torch.float32 else "grouped_mm")
+        tokens = SAMPLES * SEQ_LEN // (parallel.tp if parallel.sequence_parallel else 1)
+        for name, block in zip(("dense", "moe"), built.whole.blocks(), strict=True):
+            once, twice = (left_behind(block, n * tokens, dtype) for n in (1, 2))
+            found[name, mode] = twice - once
+    return found
+
+
+def assert_formulas(measured: list[dict], model: ModelConfig, parallel: ParallelConfig, width):
+    """Summed over ranks, so that an uneven load does not matter."""
+    for name, mode in product(("dense", "moe"), MODES):
+        case = ActivationCase(
+            model=model,
+            tokens=SAMPLES * SEQ_LEN,
+            activation_bytes=width,
+            tp=parallel.tp,
+            sequence_parallel=parallel.sequence_parallel,
+            ep=parallel.ep,
+            etp=parallel.etp,
+            recompute=mode,
+        )
+        formula = (dense_block_bytes if name == "dense" else moe_block_bytes)(case)
+        mean = sum(found[name, mode] for found in measured) / len(measured)
+        assert mean == pytest.approx(formula, rel=0.02), (name, mode, mean / formula)
+
+
+LAYOUTS = {
+    "one rank": (1, MODEL, ParallelConfig()),
+    "qk norm": (1, replace(MODEL, qk_norm=True), ParallelConfig()),
+    "ep": (2, MODEL, ParallelConfig(ep=2)),
+    "tp and sp": (2, MODEL, ParallelConfig(tp=2)),
+    "tp": (2, MODEL, ParallelConfig(tp=2, sequence_parallel=False)),
+    "etp": (2, MODEL, ParallelConfig(etp=2)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_formulas_are_what_a_forward_leaves(layout, dtype):
+    size, model, parallel = LAYOUTS[layout]
+    measured = run_ranks(weigh, size, model, parallel, dtype)
+    assert_formulas(measured, model, parallel, 4 if dtype == torch.float32 else 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_outlives_backward(mode):
+    model = Transformer(MODEL)
+    torch.nn.init.normal_(model.head.weight, 0, 0.1)
+    apply_recompute(model, mode)
+    set_expert_backend(model, "loop")
+    ids_BS = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
+    with LiveBytes([*model.parameters(), *model.buffers(), ids_BS]) as live:
+        model(ids_BS)[0].sum().backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        for layer in model.moe_layers():
+            layer.load.take(ids_BS.device)
+            layer.balance.end_step()
+        gc.collect()
+        assert live.total == 0
+
+
+def test_gpt3s_layer():
+    """175B on t = 8 (a = 96, s = 2048, h = 12288): 34/8 of sbh where tensor parallelism alone keeps 23."""
+    sbh = 2048 * 12288
+    layer = partial(paper_layer_bytes, seq_len=2048, samples=1, num_heads=96, d_model=12288, tp=8)
+    assert layer() == 23 * sbh
+    assert layer(sequence_parallel=True) == (34 + 80) / 8 * sbh
+    assert layer(recompute="selective") == 13 * sbh
+    both = layer(sequence_parallel=True, recompute="selective")
+    assert both == 34 / 8 * sbh
+    assert layer() / both > 4.5
+    assert layer(recompute="full") == 2 * sbh
