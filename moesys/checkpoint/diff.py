@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moesys.checkpoint.manifest import RANK_PREFIX, TensorRecord, read_manifest
+from moesys.checkpoint.manifest import RANK_PREFIX, Chunk, TensorRecord, read_manifest
 from moesys.checkpoint.shards import ShardReader
 
 
@@ -54,10 +54,7 @@ def diff(
                 continue
             parts = []
             for chunk in record_a.chunks:
-                values_a = reader_a.chunk(name, chunk)
-                values_b = torch.empty_like(values_a)
-                reader_b.fill(name, chunk.region, values_b)
-                parts.append(_compare(values_a, values_b))
+                parts.append(_compare_chunk(name, chunk, reader_a, reader_b))
                 on_progress(reader_a.bytes_read, total_bytes)
             yield TensorDifference(
                 name=name,
@@ -73,6 +70,15 @@ def _mismatch(a: TensorRecord | None, b: TensorRecord | None) -> str | None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return f"{a.dtype} {list(a.shape)} in A, {b.dtype} {list(b.shape)} in B"
     return None
+
+
+def _compare_chunk(
+    name: str, chunk: Chunk, reader_a: ShardReader, reader_b: ShardReader
+) -> tuple[int, float, float]:
+    values_a = reader_a.chunk(name, chunk)
+    values_b = torch.empty_like(values_a)
+    reader_b.fill(name, chunk.region, values_b)
+    return _compare(values_a, values_b)
 
 
 def _compare(a: Tensor, b: Tensor) -> tuple[int, float, float]:

@@ -139,8 +139,8 @@ class ShardReader:
         for chunk in self.overlapping(name, region):
             common = chunk.region.intersect(region)
             assert common is not None
-            data = self.chunk(name, chunk)
-            out[common.within(region)].copy_(data[common.within(chunk.region)])
+            # Without a name for the chunk, which would keep it while the next is read.
+            out[common.within(region)].copy_(self.chunk(name, chunk)[common.within(chunk.region)])
 
     def _file(self, file: str) -> TensorFile:
         if file not in self._files:

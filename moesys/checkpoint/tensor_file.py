@@ -70,9 +70,9 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], tensor_of: Callable[[st
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
-            content = bytes_of(tensor_of(key))
-            assert len(content) == specs[key].num_bytes, key
-            file.write(content)
+            # Without a name for the tensor, which would keep it while the next is asked for.
+            num_bytes = file.write(bytes_of(tensor_of(key)))
+            assert num_bytes == specs[key].num_bytes, key
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + end

@@ -14,6 +14,7 @@ import xxhash
 
 from moesys.checkpoint.errors import CheckpointError
 from moesys.checkpoint.manifest import read_manifest
+from moesys.checkpoint.reshard import plan_reshard, reshard
 from moesys.checkpoint.store import load, load_latest_good, save
 from moesys.checkpoint.verify import verify
 from moesys.testing.ranks import run_ranks
@@ -61,6 +62,29 @@ def test_every_single_flipped_bit_is_found(step: Path, file: str) -> None:
     assert load(step, request := tensors()).state == {"tokens": 12}
     assert torch.equal(request["a"], tensors(3.0)["a"])
     assert not verify(step)
+
+
+def test_1000_random_flips_in_all_files_are_found_and_none_is_loaded(tmp_path: Path) -> None:
+    """Each time the step before is loaded instead, and says why."""
+    save(tmp_path, 1, tensors(1.0), {}, keep_last=1)
+    whole = save(tmp_path / "whole", 2, tensors(2.0), {"tokens": 12}, keep_last=1).path
+    step = reshard(plan_reshard(whole, 3), tmp_path)
+    files = sorted(step.iterdir())
+    assert len(files) == 5
+    sizes = [path.stat().st_size * 8 for path in files]
+    rng = random.Random(1)
+    for position in rng.sample(range(sum(sizes)), 1000):
+        index, bit = 0, position
+        while bit >= sizes[index]:
+            index, bit = index + 1, bit - sizes[index]
+        flip_bit(files[index], bit)
+        loaded = load_latest_good(tmp_path, request := tensors())
+        assert loaded is not None
+        assert (loaded.step, request["a"][0, 0]) == (1, 1.0)
+        assert files[index].stem in loaded.skipped[0].reason
+        assert verify(step)
+        flip_bit(files[index], bit)
+    assert verify(step) == []
 
 
 def test_a_flipped_bit_names_file_and_tensor(step: Path) -> None:
