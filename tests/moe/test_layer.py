@@ -98,7 +98,8 @@ def test_losses_without_a_coefficient_are_figures_without_gradient():
     silent = make_layer(replace(CONFIG, balance=BalanceConfig(aux_loss_level="micro")))
     _, figures, _ = silent(make_input())
     _, losses, _ = weighed(make_input())
-    assert figures.total == 0 and not figures.total.requires_grad
+    assert figures.total == 0
+    assert not figures.total.requires_grad
     assert (figures.balance, figures.z) == (losses.balance, losses.z)
 
 
