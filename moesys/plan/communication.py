@@ -1,0 +1,402 @@
+"""Bytes that a rank sends in one optimizer step, by formula. Derived row by row in docs/communication.md.
+
+What a collective sends is the convention of profile/traffic.py, which counts the same bytes as they go.
+
+T tokens of a tensor-parallel group in one micro-batch (after cp), t = T / tp of them this rank's, D model, n ranks of a
+group. Residual stream, norms and routing are fp32, as are parameters and gradients; w is the compute type's width.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import NamedTuple
+
+from moesys.config.schema import RunConfig
+from moesys.plan.parameters import Parameter, block_parameters, outer_parameters
+from moesys.plan.pipeline import stages_of_rank
+
+FP32 = 4
+INT64 = 8
+FP64 = 8
+
+
+class Sent(NamedTuple):
+    """What a rank sends in a step for one purpose."""
+
+    group: str
+    """An axis, or stage, replica, sequence, edp, world as parallel/mesh.py has them."""
+    kind: str
+    """all_reduce, all_gather, reduce_scatter, all_to_all or send."""
+    purpose: str
+    bytes: Fraction
+
+
+class RowsSent(NamedTuple):
+    """Rows that one MoE layer of a rank sends in one forward; the backward sends as many, the other way."""
+
+    dispatched: int
+    """Of own tokens, to experts of other ep ranks."""
+    returned: int
+    """Of other ep ranks' tokens, back to them."""
+    copied: int
+    """What arrived here, to the other etp ranks."""
+    partial: int
+    """Partial results of what arrived at other etp ranks, back to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommunicationCase:
+    """One rank of a run. Its micro-batch is that of `config.train`."""
+
+    config: RunConfig
+    axes: Mapping[str, int]
+    """Degrees, by the names of ParallelDims: those of both grids."""
+    at: Mapping[str, int]
+    """This rank's index along each."""
+    stages: Sequence[Sequence[int]]
+    """The layers of each pipeline stage, of all ranks."""
+    orders: Mapping[int, str] | None = None
+    """With a pipeline and zero=3: of each of its stages, F and B in the order in which they run."""
+    state_dim: int = 0
+    """Numbers per token that routers hand on to the next stage."""
+
+    @property
+    def own_stages(self) -> list[int]:
+        parallel = self.config.parallel
+        if parallel.pp == 1:
+            return [0]
+        return stages_of_rank(
+            parallel.pp_schedule, self.at["pp"], parallel.pp, parallel.pp_virtual_stages
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for stage in self.own_stages for layer in self.stages[stage]]
+
+    @property
+    def has_first(self) -> bool:
+        return 0 in self.own_stages
+
+    @property
+    def has_last(self) -> bool:
+        return len(self.stages) - 1 in self.own_stages
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.config.model.num_dense_layers
+
+    @property
+    def dp(self) -> int:
+        return self.axes["dp_replicate"] * self.axes["dp_shard"]
+
+    @property
+    def micro_steps(self) -> int:
+        train = self.config.train
+        return train.global_batch_tokens // (train.micro_batch_tokens * self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.config.train.micro_batch_tokens // self.axes["cp"]
+
+    @property
+    def own_tokens(self) -> int:
+        """t."""
+        return self.tokens // self.axes["tp"]
+
+    @property
+    def width(self) -> int:
+        """w."""
+        return 2 if self.config.train.dtype == "bf16" else 4
+
+    @property
+    def world_size(self) -> int:
+        return self.axes["pp"] * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        return self.dp * self.axes["cp"] * self.axes["tp"]
+
+    def size(self, group: str) -> int:
+        """Ranks of the group."""
+        axes = self.axes
+        sizes = {
+            **axes,
+            "shard": axes["dp_shard"] * axes["cp"],
+            "edp": axes["edp_replicate"] * axes["edp_shard"],
+            "sequence": axes["cp"] * axes["tp"],
+            "replica": self.dp * axes["cp"],
+            "stage": self.stage_size,
+            "world": self.world_size,
+        }
+        return sizes[group]
+
+    def all_reduce(self, group: str, purpose: str, nbytes: int) -> Sent:
+        """Each rank has `nbytes`."""
+        n = self.size(group)
+        return Sent(group, "all_reduce", purpose, Fraction(2 * (n - 1) * nbytes, n))
+
+    def all_gather(self, group: str, purpose: str, nbytes: int) -> Sent:
+        """Each rank gives `nbytes`."""
+        return Sent(group, "all_gather", purpose, Fraction((self.size(group) - 1) * nbytes))
+
+    def reduce_scatter(self, group: str, purpose: str, nbytes: int) -> Sent:
+        """Each rank keeps `nbytes` of the sum."""
+        return Sent(group, "reduce_scatter", purpose, Fraction((self.size(group) - 1) * nbytes))
+
+
+def communication(case: CommunicationCase, rows: Sequence[RowsSent] = ()) -> list[Sent]:
+    """All that the rank sends, without what is nothing. `rows`: of each of its MoE layers and micro-steps, in any order."""
+    parts = (
+        *_tensor(case),
+        *_context(case),
+        *_pipeline(case),
+        *(_sharded(case) if case.config.parallel.zero else ()),
+        *_gradient_sums(case),
+        *_experts(case, rows),
+        *_balance(case),
+        *_step(case),
+    )
+    return [sent for sent in parts if sent.bytes]
+
+
+def rows_sent(
+    slots_per_expert: Sequence[Sequence[Sequence[int]]], ep_rank: int, etp_rank: int
+) -> RowsSent:
+    """From the routing of one layer: slots per expert of the ranks of an ep x etp group, [ep][etp][E]."""
+    ep, etp = len(slots_per_expert), len(slots_per_expert[0])
+    num_local = len(slots_per_expert[0][0]) // ep
+
+    def between(source: int, owner: int, slice_: int) -> int:
+        counts = slots_per_expert[source][slice_]
+        return sum(counts[owner * num_local : (owner + 1) * num_local])
+
+    arrived = [sum(between(p, ep_rank, s) for p in range(ep)) for s in range(etp)]
+    others = [p for p in range(ep) if p != ep_rank]
+    return RowsSent(
+        dispatched=sum(between(ep_rank, p, etp_rank) for p in others),
+        returned=sum(between(p, ep_rank, etp_rank) for p in others),
+        copied=(etp - 1) * arrived[etp_rank],
+        partial=sum(arrived) - arrived[etp_rank],
+    )
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def _tensor(case: CommunicationCase) -> Iterator[Sent]:
+    """Per micro-step: two moves each way around every region of cut matrices."""
+    if case.axes["tp"] == 1:
+        return
+    steps, recompute = case.micro_steps, case.config.train.recompute
+    again = recompute == "layer"
+    sequence_parallel = case.config.parallel.sequence_parallel
+    for layer in case.layers:
+        purpose = "attention"
+        yield from _region(case, purpose, steps, again=(again, again))
+        if not case.is_moe(layer):
+            # The recomputation ends where nothing more is missing: before the last sum.
+            yield from _region(case, "feed-forward", steps, again=(again, False))
+        elif not sequence_parallel:
+            row = case.own_tokens * case.config.model.d_model
+            yield case.all_gather("tp", "MoE's share of tokens", steps * FP32 * row)
+            yield case.all_gather("tp", "MoE's share of tokens", steps * case.width * row)
+    if case.has_first:
+        yield from _leave(case, "embedding", steps, steps, FP32)
+    if case.has_last:
+        yield from _enter(case, "head", steps, steps)
+        # The largest, then two sums: of exponentials and of the target's logit.
+        yield case.all_reduce("tp", "cross-entropy", steps * 3 * FP32 * case.tokens)
+
+
+def _region(
+    case: CommunicationCase, purpose: str, steps: int, again: tuple[bool, bool]
+) -> Iterator[Sent]:
+    yield from _enter(case, purpose, steps * (1 + again[0]), steps)
+    yield from _leave(case, purpose, steps * (1 + again[1]), steps, case.width)
+
+
+def _enter(case: CommunicationCase, purpose: str, forwards: int, backwards: int) -> Iterator[Sent]:
+    share = FP32 * case.own_tokens * case.config.model.d_model
+    if case.config.parallel.sequence_parallel:
+        yield case.all_gather("tp", purpose, forwards * share)
+        yield case.reduce_scatter("tp", purpose, backwards * share)
+    else:
+        yield case.all_reduce("tp", purpose, backwards * share * case.axes["tp"])
+
+
+def _leave(
+    case: CommunicationCase, purpose: str, forwards: int, backwards: int, width: int
+) -> Iterator[Sent]:
+    share = width * case.own_tokens * case.config.model.d_model
+    if case.config.parallel.sequence_parallel:
+        yield case.reduce_scatter("tp", purpose, forwards * share)
+        yield case.all_gather("tp", purpose, backwards * share)
+    else:
+        yield case.all_reduce("tp", purpose, forwards * share * case.axes["tp"])
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def _context(case: CommunicationCase) -> Iterator[Sent]:
+    cp, model, parallel = case.axes["cp"], case.config.model, case.config.parallel
+    if cp == 1:
+        return
+    head_dim, tp = model.resolved_head_dim, case.axes["tp"]
+    query_heads, kv_heads = model.num_heads // tp, model.num_kv_heads // tp
+    again = case.config.train.recompute in ("attention", "selective", "layer")
+    times = case.micro_steps * len(case.layers)
+    if parallel.cp_attention == "ring":
+        elements = 2 * kv_heads * head_dim * case.tokens
+        forward = (1 + again) * case.width * elements
+        backward = (case.width + FP32) * elements
+        nbytes = Fraction(times * (cp - 1) * (forward + backward))
+        yield Sent("cp", "send", "keys and values", nbytes)
+    else:
+        heads = 2 * query_heads + 2 * max(kv_heads, cp)
+        elements = heads * head_dim * case.tokens
+        nbytes = Fraction(times * (cp - 1) * (2 + again) * case.width * elements, cp)
+        yield Sent("cp", "all_to_all", "heads", nbytes)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def _pipeline(case: CommunicationCase) -> Iterator[Sent]:
+    """Per micro-step and boundary: hidden states, the three routing losses, router state; back their gradients."""
+    parallel = case.config.parallel
+    tokens = case.own_tokens if parallel.sequence_parallel else case.tokens
+    numbers = tokens * case.config.model.d_model + 3 + case.own_tokens * case.state_dim
+    own, last = set(case.own_stages), len(case.stages) - 1
+    forward = sum(stage < last and stage + 1 not in own for stage in own)
+    backward = sum(stage > 0 and stage - 1 not in own for stage in own)
+    nbytes = case.micro_steps * FP32 * numbers
+    yield Sent("pp", "send", "hidden states and losses", Fraction(forward * nbytes))
+    yield Sent("pp", "send", "their gradients", Fraction(backward * nbytes))
+
+
+# --- parameters and gradients ---------------------------------------------------------------------
+
+
+def _sharded(case: CommunicationCase) -> Iterator[Sent]:
+    """What FSDP sends: parameters gathered, gradients reduced, by block and per step or micro-step."""
+    zero = case.config.parallel.zero
+    for stage in case.own_stages:
+        for unit in _units(case, stage):
+            is_expert = unit[0].is_expert
+            shard, replicate = (
+                ("edp_shard", "edp_replicate") if is_expert else ("shard", "dp_replicate")
+            )
+            n = case.size(shard)
+            padded = FP32 * sum(parameter.padded_shard(n) for parameter in unit)
+            purpose = "experts" if is_expert else "dense parameters"
+            gathers = _gathers(case, stage)
+            reduces = case.micro_steps if zero > 1 and case.config.parallel.pp == 1 else 1
+            yield case.all_gather(shard, f"{purpose} gathered", gathers * padded)
+            yield case.reduce_scatter(shard, f"{purpose}' gradients", reduces * padded)
+            yield case.all_reduce(replicate, f"{purpose}' gradients over copies", padded)
+
+
+def _gathers(case: CommunicationCase, stage: int) -> int:
+    """How often a step gathers a unit. Up to stage 2 it stays gathered from the first forward to the last backward.
+
+    A recomputation finds it gathered for the backward.
+    """
+    if case.config.parallel.zero < 3:
+        return 1
+    if case.config.parallel.pp == 1:
+        return case.micro_steps * 2
+    # A pipeline's backwards leave it gathered, its forwards do not.
+    assert case.orders is not None, "the order of a stage decides how often zero=3 gathers"
+    return sum(before != "B" for before, _ in pairwise(f"F{case.orders[stage]}"))
+
+
+def _units(case: CommunicationCase, stage: int) -> Iterator[list[Parameter]]:
+    """The parameters that FSDP gathers together."""
+    model = case.config.model
+    for layer in case.stages[stage]:
+        parameters = list(block_parameters(model, case.axes, layer))
+        yield from (
+            unit
+            for is_expert in (True, False)
+            if (unit := [p for p in parameters if p.is_expert is is_expert])
+        )
+    first, last = stage == 0, stage == len(case.stages) - 1
+    outer = list(outer_parameters(model, case.axes, first, last))
+    if model.tie_embeddings:
+        yield outer
+    else:
+        yield from ([parameter] for parameter in outer)
+
+
+def _gradient_sums(case: CommunicationCase) -> Iterator[Sent]:
+    """Once per step: what parallelize/gradients.py sums over ranks, which is all that FSDP does not."""
+    parallel, model = case.config.parallel, case.config.model
+    parameters = [p for layer in case.layers for p in block_parameters(model, case.axes, layer)]
+    parameters += outer_parameters(model, case.axes, case.has_first, case.has_last)
+    shard = case.size("shard")
+    shard_rank = case.at["dp_shard"] * case.axes["cp"] + case.at["cp"]
+    elements = dict.fromkeys(("edp", "replica", "stage", "tp"), 0)
+    for parameter in parameters:
+        is_partial = parameter.is_partial_over_tp(parallel.sequence_parallel)
+        if parallel.zero:
+            if is_partial:
+                elements["tp"] += parameter.shard_of(shard_rank, shard)
+        elif parameter.is_expert:
+            elements["edp"] += parameter.size
+        else:
+            elements["stage" if is_partial else "replica"] += parameter.size
+    for group, size in elements.items():
+        yield case.all_reduce(group, "gradients", FP32 * size)
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def row_bytes(case: CommunicationCase) -> int:
+    """Of one row that travels."""
+    return case.width * case.config.model.d_model
+
+
+def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent]:
+    """Rows go there and back, forward and backward; counts go ahead of them, but for padded ones."""
+    train, moe = case.config.train, case.config.model.moe
+    ep, etp = case.axes["ep"], case.axes["etp"]
+    if ep * etp == 1:
+        return
+    if not (moe.capacity_factor and moe.capacity_policy == "pad"):
+        layers = sum(case.is_moe(layer) for layer in case.layers)
+        counts = case.micro_steps * layers * INT64 * moe.num_experts
+        yield Sent("ep", "all_to_all", "counts", Fraction((ep - 1) * counts, ep))
+        yield case.all_gather("etp", "counts", counts)
+    passes = 3 if train.recompute == "layer" else 2
+    dispatch = passes * sum(r.dispatched + r.returned for r in rows)
+    slices = passes * sum(r.copied + r.partial for r in rows)
+    yield Sent("ep", "all_to_all", "rows", Fraction(dispatch * row_bytes(case)))
+    yield Sent("etp", "all_to_all", "rows", Fraction(slices * row_bytes(case)))
+
+
+# --- the small ones -------------------------------------------------------------------------------
+
+
+def _balance(case: CommunicationCase) -> Iterator[Sent]:
+    """Per micro-step and MoE layer: slots per expert, counted over all that share them."""
+    balance, num_experts = case.config.model.moe.balance, case.config.model.moe.num_experts
+    times = case.micro_steps * sum(case.is_moe(layer) for layer in case.layers)
+    if balance.aux_loss_level == "global" and balance.aux_loss_coef:
+        yield case.all_reduce("stage", "balance", times * INT64 * num_experts)
+    elif balance.aux_loss_level == "micro":
+        yield case.all_reduce("sequence", "balance", times * INT64 * num_experts)
+    elif balance.aux_loss_level == "sequence":
+        samples = case.config.train.micro_batch_tokens // case.config.data.seq_len
+        yield case.all_reduce("sequence", "balance", times * FP32 * samples * num_experts)
+
+
+def _step(case: CommunicationCase) -> Iterator[Sent]:
+    """Once per step, over all ranks."""
+    model = case.config.model
+    yield case.all_reduce("world", "gradient norm", FP64)
+    load = (model.num_layers - model.num_dense_layers) * (model.moe.num_experts + 1)
+    yield case.all_reduce("world", "expert load", INT64 * load)
+    yield case.all_reduce("world", "the step's numbers", 6 * FP64)

@@ -1,0 +1,100 @@
+"""A rank's parameters as shapes: what tp, ep and etp leave of each, and what FSDP makes of that. Pure."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from moesys.config.schema import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One parameter of a rank before data ranks share it out."""
+
+    shape: tuple[int, ...]
+    """What is left here."""
+    cut_dims: frozenset[int] = frozenset()
+    """Dims that tp, ep or etp cut."""
+    is_expert: bool = False
+    is_cut: bool = False
+    """Over tp."""
+    sees_a_share: bool = False
+    """Only a tp rank's tokens or heads, also without sequence parallelism."""
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    def is_partial_over_tp(self, sequence_parallel: bool) -> bool:
+        """Whether each tp rank's gradient is a part of the sum (experts see all that they serve)."""
+        whole = not self.is_cut and not self.is_expert
+        return whole and (sequence_parallel or self.sees_a_share)
+
+    def shard_dim(self, num_shards: int) -> int:
+        """As parallelize.data: the first dim that cuts evenly, but for dims cut already; else 0."""
+        for dim, length in enumerate(self.shape):
+            if dim not in self.cut_dims - {0} and length % num_shards == 0:
+                return dim
+        return 0
+
+    def padded_shard(self, num_shards: int) -> int:
+        """Elements of each rank's shard as it travels: as many as the largest."""
+        length = self.shape[self.shard_dim(num_shards)]
+        return self.size // length * -(-length // num_shards)
+
+    def shard_of(self, rank: int, num_shards: int) -> int:
+        """Elements that the rank has."""
+        length = self.shape[self.shard_dim(num_shards)]
+        chunk = -(-length // num_shards)
+        return self.size // length * max(0, min(chunk, length - rank * chunk))
+
+
+def block_parameters(
+    model: ModelConfig, axes: Mapping[str, int], layer: int
+) -> Iterator[Parameter]:
+    """Of one layer."""
+    d_model, head_dim, tp = model.d_model, model.resolved_head_dim, axes["tp"]
+    queries, keys = model.num_heads * head_dim, model.num_kv_heads * head_dim
+    yield from (Parameter(shape=(d_model,)) for _ in ("attn_norm", "ffn_norm"))
+    for rows in (queries, keys, keys):
+        yield _cut((rows, d_model), 0, tp)
+    yield _cut((d_model, queries), 1, tp)
+    if model.qk_norm:
+        yield from (Parameter(shape=(head_dim,), sees_a_share=True) for _ in ("q", "k"))
+    if layer < model.num_dense_layers:
+        yield _cut((2, model.d_ffn, d_model), 1, tp)
+        yield _cut((d_model, model.d_ffn), 1, tp)
+        return
+    moe = model.moe
+    yield Parameter(shape=(moe.num_experts, d_model), sees_a_share=True)
+    if moe.num_shared_experts:
+        hidden = moe.num_shared_experts * moe.d_expert
+        yield Parameter(shape=(2, hidden, d_model), sees_a_share=True)
+        yield Parameter(shape=(d_model, hidden), sees_a_share=True)
+    experts, width = moe.num_experts // axes["ep"], moe.d_expert // axes["etp"]
+    cut = frozenset(
+        dim for dim, size in ((0, axes["ep"] * axes["etp"]), (2, axes["etp"])) if size > 1
+    )
+    yield Parameter(shape=(experts, 2, width, d_model), cut_dims=cut, is_expert=True)
+    yield Parameter(shape=(experts, d_model, width), cut_dims=cut, is_expert=True)
+
+
+def outer_parameters(
+    model: ModelConfig, axes: Mapping[str, int], has_first: bool, has_last: bool
+) -> Iterator[Parameter]:
+    """Embedding, last norm and head, where a rank has the first and the last stage; tied ones are one."""
+    if has_first:
+        yield _cut((model.vocab_size, model.d_model), 0, axes["tp"])
+    if has_last:
+        yield Parameter(shape=(model.d_model,))
+        if not (model.tie_embeddings and has_first):
+            yield _cut((model.vocab_size, model.d_model), 0, axes["tp"])
+
+
+def _cut(shape: tuple[int, ...], dim: int, tp: int) -> Parameter:
+    """Over tp along one dim."""
+    if tp == 1:
+        return Parameter(shape=shape)
+    here = tuple(length // tp if d == dim else length for d, length in enumerate(shape))
+    return Parameter(shape=here, cut_dims=frozenset({dim}), is_cut=True)
