@@ -102,14 +102,6 @@ def _equations(config: RunConfig, world_size: int) -> Iterator[Problem]:
     else:
         experts = unfit((*_EXPERT, "dp_shard"), parallel)
     yield from filter(None, [experts])
-    num_layers, pp = config.model.num_layers, parallel.pp
-    if pp > num_layers >= 1:
-        yield Problem(
-            key="parallel.pp",
-            given=pp,
-            rule=f"must be at most model.num_layers={num_layers}",
-            fix=f"use {nearest(allowed_degrees(config, world_size, 'pp'), pp) or f'1 to {num_layers}'}",
-        )
 
 
 def _unfit(

@@ -13,6 +13,7 @@ from moesys.config.errors import ConfigError, Problem
 from moesys.config.files import find_file_problems
 from moesys.config.layout import find_layout_problems, layout_warnings, values_per_row
 from moesys.config.nodes import node_warnings
+from moesys.config.pipeline import find_pipeline_problems, pipeline_warnings
 from moesys.config.schema import (
     BalanceConfig,
     MetricsConfig,
@@ -117,6 +118,7 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
             f"train.steps={config.train.steps}: the only checkpoint is at the end"
         )
     found += layout_warnings(config, world_size)
+    found += pipeline_warnings(config.parallel)
     if ranks_per_node is not None:
         found += node_warnings(config, world_size, ranks_per_node)
     return found
@@ -134,6 +136,7 @@ def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     yield from _optim(config)
     yield from _schedule(config)
     yield from find_layout_problems(config, world_size)
+    yield from find_pipeline_problems(config, world_size)
 
 
 def _run(config: RunConfig) -> Iterator[Problem]:

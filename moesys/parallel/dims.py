@@ -57,7 +57,7 @@ class ParallelDims:
                 f"ep={self.ep} * etp={self.etp} = {experts} must divide the {self.stage_size} ranks of a "
                 "pipeline stage"
             )
-        elif self._copy_size % experts and experts % self._copy_size:
+        elif self.dp_shard > 1 and self._copy_size % experts and experts % self._copy_size:
             yield (
                 f"ep={self.ep} * etp={self.etp} = {experts} must divide dp_shard*cp*tp={self._copy_size}, the ranks "
                 "that share one copy of the dense parameters, or be a multiple of it"
@@ -139,17 +139,9 @@ class ParallelDims:
 
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:
     """The dims that a configuration means on `world_size` ranks. Raises ValueError as ParallelDims."""
-    dims = ParallelDims(
-        world_size=world_size,
-        pp=parallel.pp,
-        cp=parallel.cp,
-        tp=parallel.tp,
-        ep=parallel.ep,
-        etp=parallel.etp,
-    )
-    if parallel.zero == 0:
-        return dims
-    return replace(dims, dp_shard=parallel.dp_shard or dims.dp)
+    dense = ParallelDims(world_size=world_size, pp=parallel.pp, cp=parallel.cp, tp=parallel.tp)
+    dp_shard = (parallel.dp_shard or dense.dp) if parallel.zero else 1
+    return replace(dense, dp_shard=dp_shard, ep=parallel.ep, etp=parallel.etp)
 
 
 def _coordinates(rank: int, grid: dict[str, int]) -> dict[str, int]:

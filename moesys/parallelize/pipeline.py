@@ -12,22 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import get_schedule_class
 
 from moesys.config.schema import ModelConfig, ParallelConfig
 from moesys.models.transformer import Transformer
 from moesys.parallel.mesh import Meshes
+from moesys.parallelize.schedules import make_schedule
 from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
 from moesys.plan.pipeline import split_layers, stages_of_rank, stages_per_rank
-
-TORCH_NAMES = {
-    "gpipe": "GPipe",
-    "1f1b": "1F1B",
-    "interleaved": "Interleaved1F1B",
-    "interleaved_zero_bubble": "InterleavedZeroBubble",
-    "zbv": "ZBVZeroBubble",
-    "dualpipev": "DualPipeV",
-}
 
 LossFunction = Callable[[tuple[Tensor, Tensor], Tensor], Tensor]
 """(logits_TV and losses_3 of the last stage, target_ids_BS) -> what is minimised."""
@@ -101,13 +92,8 @@ class Pipeline:
             )
             for stage, part in zip(self.stage_ids, self.parts, strict=True)
         ]
-        kind = get_schedule_class(TORCH_NAMES[self.parallel.pp_schedule])
-        one_stage = stages_per_rank(self.parallel.pp_schedule, 1) == 1 and len(stages) == 1
-        self._schedule = kind(
-            stages[0] if one_stage else stages,
-            num_micro_batches,
-            loss_fn=loss_function,
-            scale_grads=False,
+        self._schedule = make_schedule(
+            self.parallel.pp_schedule, stages, num_micro_batches, loss_function
         )
 
     def step(self, input_ids: Tensor, target_ids: Tensor, documents: Tensor | None) -> None:

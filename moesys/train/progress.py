@@ -224,7 +224,7 @@ def banner(run_name: str, start: Mapping[str, Any]) -> str:
         ),
         (
             "ranks",
-            f"{start.get('world_size', '-')} (dp {start.get('dp', '-')}, ep {start.get('ep', '-')}) on "
+            f"{start.get('world_size', '-')}{_layout(start)} on "
             f"{start.get('device', '-')}, {start.get('dtype', '-')}, {start.get('backend', '-')}",
         ),
         ("experts", f"{start.get('expert_backend', '-')}" + (f" ({reason})" if reason else "")),
@@ -237,6 +237,14 @@ def banner(run_name: str, start: Mapping[str, Any]) -> str:
         lines.append(("resumed", f"from step {start['resumed_from_step']:,}"))
     lines += [("note", str(note)) for note in start.get("notes") or ()]
     return "\n".join(f"{label:>8}  {text}" for label, text in lines)
+
+
+def _layout(start: Mapping[str, Any]) -> str:
+    """The axes along which the ranks differ, e.g. " (pp 2, ep 2)"."""
+    axes = [(axis, start.get(axis) or 1) for axis in ("pp", "dp", "cp", "tp", "ep", "etp")]
+    told = ", ".join(f"{axis} {degree}" for axis, degree in axes if degree > 1)
+    zero = f", zero {start['zero']}" if start.get("zero") else ""
+    return f" ({told}{zero})" if told else ""
 
 
 def sparkline(values: Sequence[float], width: int) -> str:

@@ -15,6 +15,37 @@ from tests.config.prepared import prepared_data
 from tests.config.wrong import Wrong, refused
 
 WRONG = [
+    Wrong(
+        "parallel.pp=2 parallel.ep=1 parallel.pp_virtual_stages=0",
+        "parallel.pp_virtual_stages",
+        "at least 1",
+        "at least 1",
+    ),
+    Wrong(
+        "parallel.pp=2 parallel.ep=1 model.tie_embeddings=true train.global_batch_tokens=4096",
+        "model.tie_embeddings",
+        "the first and the last stage",
+        "use model.tie_embeddings=false, or parallel.pp=1",
+    ),
+    Wrong(
+        "parallel.pp=2 parallel.ep=1 train.micro_batch_tokens=2048 train.global_batch_tokens=2048",
+        "train.global_batch_tokens",
+        "makes 1 micro-batches of a data rank, whose number must be at least the number of stages 2",
+        "use 4096, or parallel.pp_schedule=gpipe",
+    ),
+    Wrong(
+        "parallel.pp=2 parallel.ep=1 parallel.pp_schedule=interleaved train.micro_batch_tokens=2048 "
+        "train.global_batch_tokens=10240 model.num_layers=4",
+        "train.global_batch_tokens",
+        "must be a multiple of its 2 rounds (5 // parallel.pp=2)",
+        "use 8192 or 12288, or parallel.pp_schedule=1f1b",
+    ),
+    Wrong(
+        "parallel.pp=2 parallel.ep=1 parallel.pp_schedule=dualpipev train.global_batch_tokens=16384",
+        "parallel.pp",
+        "makes 2 * 2 = 4 stages with parallel.pp_schedule=dualpipev, which must be at most model.num_layers=2",
+        "parallel.pp_schedule=1f1b",
+    ),
     Wrong("parallel.tp=0", "parallel.tp", "at least 1", "at least 1"),
     Wrong("parallel.dp_shard=0 parallel.zero=1", "parallel.dp_shard", "at least 1", "at least 1"),
     Wrong(
@@ -39,7 +70,7 @@ WRONG = [
     Wrong(
         "parallel.pp=4",
         "parallel.pp",
-        "must be at most model.num_layers=2",
+        "makes 4 * 1 = 4 stages with parallel.pp_schedule=1f1b, which must be at most model.num_layers=2",
         "use 2",
         4,
     ),

@@ -98,6 +98,13 @@ def test_experts_that_straddle_dense_copies_are_refused():
         ParallelDims(world_size=12, dp_shard=3, tp=2, ep=4)
 
 
+def test_experts_may_straddle_copies_that_are_whole():
+    """Nothing is sharded within a copy then: three ranks' experts fold over pairs of tp ranks."""
+    dims = ParallelDims(world_size=6, tp=2, ep=3)
+    assert dims.groups("ep") == [[0, 1, 2], [3, 4, 5]]
+    assert parallel_dims(ParallelConfig(tp=2, ep=3, zero=3), 6).edp_shard == 2
+
+
 def test_zero_shards_over_all_data_ranks_unless_told():
     assert parallel_dims(ParallelConfig(tp=2), 8).dp_shard == 1
     assert parallel_dims(ParallelConfig(tp=2, zero=3), 8).dp_shard == 4

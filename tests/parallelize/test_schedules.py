@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from moesys.cli import main
-from moesys.parallelize import pipeline
 from moesys.parallelize.schedules import (
     TORCH_NAMES,
     action_table,
@@ -113,10 +112,6 @@ def test_dualpipev_has_the_bubble_of_its_formula(durations: Durations) -> None:
             if pp > 1:
                 at_once = [[action._replace(sent_after=0) for action in row] for row in table]
                 assert walk(at_once, durations).bubble_time < counted
-
-
-def test_the_pipeline_runs_the_schedules_of_the_tables() -> None:
-    assert pipeline.TORCH_NAMES == TORCH_NAMES
 
 
 def test_the_page_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROOMS: dict[str, tuple[str, ...]] = {
     "moesys": (),
     "config.schema": (),
-    "config": ("config", "parallel.dims"),  # integers: the rules ask the equations themselves
+    # Integers: the rules ask the equations themselves.
+    "config": ("config", "parallel.dims", "plan.pipeline"),
     "ops": ("ops",),
     "plan": ("plan", "config.schema"),
     "parallel": ("parallel", "plan", "ops", "config.schema"),

@@ -1,0 +1,67 @@
+"""Rules about parallel.pp: what its schedule needs of layers and micro-batches, and what a cut model cannot have."""
+
+from collections.abc import Iterator
+
+from moesys.config.bounds import in_range
+from moesys.config.errors import Problem
+from moesys.config.schema import ParallelConfig, RunConfig
+from moesys.parallel.dims import parallel_dims
+from moesys.plan.pipeline import LOOPED, ScheduleProblem, schedule_problems
+
+
+def find_pipeline_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """Every rule of this file that `config` breaks on `world_size` ranks; none where the layout itself does not fit."""
+    parallel, train = config.parallel, config.train
+    small = list(in_range("parallel.pp_virtual_stages", parallel.pp_virtual_stages, 1))
+    yield from small
+    if parallel.pp < 2 or small:
+        return
+    if config.model.tie_embeddings:
+        yield Problem(
+            key="model.tie_embeddings",
+            given=True,
+            rule=f"has one matrix on the first and the last stage, which parallel.pp={parallel.pp} keeps apart",
+            fix="use model.tie_embeddings=false, or parallel.pp=1",
+        )
+    try:
+        dims = parallel_dims(parallel, world_size)
+    except ValueError:
+        return
+    per_micro_step = train.micro_batch_tokens * dims.dp
+    if per_micro_step < 1 or train.global_batch_tokens % per_micro_step:
+        return
+    found = schedule_problems(
+        parallel.pp_schedule,
+        parallel.pp,
+        parallel.pp_virtual_stages,
+        train.global_batch_tokens // per_micro_step,
+        config.model.num_layers,
+    )
+    yield from (_problem(problem, config, per_micro_step) for problem in found)
+
+
+def pipeline_warnings(parallel: ParallelConfig) -> Iterator[str]:
+    """Options that nothing will read."""
+    default = ParallelConfig()
+    if parallel.pp == 1 and parallel.pp_schedule != default.pp_schedule:
+        yield f"parallel.pp_schedule={parallel.pp_schedule} has no effect with parallel.pp=1"
+    virtual_stages = parallel.pp_virtual_stages
+    if parallel.pp_schedule not in LOOPED and virtual_stages != default.pp_virtual_stages:
+        yield (
+            f"parallel.pp_virtual_stages={virtual_stages} has no effect with "
+            f"parallel.pp_schedule={parallel.pp_schedule}, only with {' and '.join(sorted(LOOPED))}"
+        )
+
+
+def _problem(found: ScheduleProblem, config: RunConfig, per_micro_step: int) -> Problem:
+    """In the keys of a configuration: micro-batches are a matter of the global batch."""
+    if found.key != "num_micro_batches":
+        return Problem(key=found.key, given=found.given, rule=found.rule, fix=found.fix)
+    tokens = [str(n * per_micro_step) for n in found.works]
+    other = [f"parallel.pp_schedule={found.schedule}"] if found.schedule else []
+    return Problem(
+        key="train.global_batch_tokens",
+        given=config.train.global_batch_tokens,
+        rule=f"makes {found.given} micro-batches of a data rank, whose number {found.rule}",
+        fix="use " + ", or ".join([" or ".join(tokens), *other]),
+    )
