@@ -12,12 +12,16 @@ from moesys.config.schema import RunConfig
 from moesys.config.validate import check
 from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group, world_size_from_env
+from moesys.parallel.flight import record_flights
 from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
 from moesys.train.trainer import Trainer
+from moesys.train.watch import Watch
 
 STOPPED_EXIT_CODE = 143
 """128 + SIGTERM: the job saved and stopped before its last step; start it again to go on."""
+BACKEND_EXTRA_S = 10.0
+"""Until a backend's own timeout ends a collective that the watch could not."""
 
 
 def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
@@ -26,14 +30,24 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     warnings = check(config, world_size=world_size_from_env())
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
-    with process_group(config.train.device, config.train.timeout_s) as process:
+    timeout_s = config.train.timeout_s
+    record_flights()
+    # The watch gives up first and says more than a backend does.
+    with (
+        process_group(config.train.device, timeout_s + BACKEND_EXTRA_S) as process,
+        Watch(process, timeout_s) as watch,
+    ):
         agree_on(config)
         is_writer = process.rank == 0
         if is_writer:
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
         with sole_writer(Path(config.run.dir)) if is_writer else nullcontext():
-            status = Trainer(build_run(config, process)).train()
+            trainer = Trainer(build_run(config, process))
+            watch.step, watch.on_leave = lambda: trainer.step, trainer.record_failure
+            trainer.explain = watch.explain
+            status = trainer.train()
+        dist.barrier()  # a rank that fails at its very end is still watched
     return 0 if status == "done" else STOPPED_EXIT_CODE
 
 

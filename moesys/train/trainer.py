@@ -4,6 +4,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class Trainer:
             asynchronous=run.config.checkpoint.asynchronous,
             timeout_s=run.config.train.timeout_s,
         )
+        self.explain: Callable[[BaseException], str] = str
+        """Whose fault an error is, for the record; a job of several ranks knows better than the error."""
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
@@ -82,8 +85,7 @@ class Trainer:
                 with StopRequest() as stop:
                     status = self._loop(stop)
             except BaseException as error:
-                with suppress(OSError):  # a full disk must not hide what failed first
-                    self._write({"kind": "stop", "step": self.step, "reason": f"failed: {error}"})
+                self.record_failure(self.explain(error))
                 raise
             self._write({"kind": "stop", "step": self.step, "reason": status})
             if is_writer and (self.step_seconds or not self._summary_path.exists()):
@@ -93,6 +95,11 @@ class Trainer:
             if self.log is not None:
                 self.log.close()
         return status
+
+    def record_failure(self, reason: str) -> None:
+        """The run's last record, why it ends before its time."""
+        with suppress(OSError):  # a full disk must not hide what failed first
+            self._write({"kind": "stop", "step": self.step, "reason": f"failed: {reason}"})
 
     def _loop(self, stop: StopRequest) -> str:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps

@@ -93,3 +93,13 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no such step in time"
         time.sleep(0.02)
+
+
+def wait_for_end(process: psutil.Process, timeout_s: float) -> float:
+    """Seconds until this rank is no more (its agent may not have collected it yet)."""
+    began = time.monotonic()
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        waited_s = time.monotonic() - began
+        assert waited_s < timeout_s, f"still there after {waited_s:.1f} s"
+        time.sleep(0.02)
+    return time.monotonic() - began

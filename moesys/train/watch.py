@@ -1,0 +1,293 @@
+"""A rank that dies, fails or hangs ends the job on all ranks, with its name, its step and every last collective.
+
+Two threads beside the training loop. One talks to the job's store: what this rank does goes there twice
+a second, and what others found comes from there. The other listens to the lifeline, sees a collective
+that does not end, and ends this process if the main thread cannot: it may sit in a wait that no
+exception leaves (NCCL does), so the end is `os._exit`. What is decided is in `verdict`.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import torch.distributed as dist
+
+import moesys
+from moesys.parallel.bootstrap import Process
+from moesys.parallel.flight import Flight, flight
+from moesys.parallel.lifeline import Lifeline
+from moesys.train.verdict import Beat, Kind, Report, cause, is_settled, sentence, table
+
+Where = tuple[FrameType, int]
+"""A call and the line that it is at."""
+LOST_EXIT_CODE = 76
+"""This rank left because of another one; start the job again to go on."""
+BEAT_S = 0.5
+SILENCE_S = 3.0
+"""Beats older than this, beside the others', are called silent. Silence alone ends nothing."""
+PATIENCE_S = 3.0
+"""For the cause behind a collective that raised, and for a main thread to end by itself."""
+OWN_PATIENCE_S = 30.0
+"""For a rank that failed by itself to close its files and groups."""
+AWAY_S = 5.0
+"""A watch that did not run for so long was stopped itself: what it measured before does not count."""
+_SMALL_WORLD = 64
+"""Up to so many ranks each reads what all of them said last."""
+_PACKAGE = str(Path(moesys.__file__).parent)
+
+
+class Watch:
+    """`with Watch(...) as watch:` around all that a rank does in a job. A world of one has nothing to watch."""
+
+    def __init__(self, process: Process, timeout_s: float) -> None:
+        """`timeout_s`: a collective may take so long, the slowest rank's arrival included."""
+        self.step: Callable[[], int] = lambda: 0
+        """Where the training loop is; set once there is one."""
+        self.on_leave: Callable[[str], None] = lambda reason: None
+        """Called with the reason before this process ends without its main thread."""
+        self._rank, self._world_size = process.rank, process.world_size
+        self._backend, self._timeout_s = process.backend, timeout_s
+        self._reports: list[Report] = []  # in the order of their arrival; appended to only
+        self._unsent: list[Report] = []
+        self._news = threading.Condition()
+        self._leaving = threading.Lock()
+        self._explained: tuple[BaseException, str] | None = None
+        self._failed_at: str | None = None
+        self._closing = False
+        self._flight: Flight | None = None
+        self._progress_s = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._world_size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._lifeline = Lifeline(self._rank, dist.PrefixStore("moesys/watch", store))
+            # A client of the store serves one thread.
+            self._post, self._reader = (
+                dist.PrefixStore("moesys/watch", store.clone())  # pyright: ignore
+                for _ in range(2)
+            )
+            self._threads = [
+                threading.Thread(target=target, name=f"watch-{target.__name__}", daemon=True)
+                for target in (self._talk, self._listen)
+            ]
+            for thread in self._threads:
+                thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._world_size == 1:
+            return
+        if error is not None:
+            self.explain(error)
+            found = cause(self._reports)
+            assert found is not None, "explaining reports"
+            if found.about != self._rank or found.kind != "failed":
+                self._leave(found)
+            return  # the error goes on; `_listen` waits for the end of this process
+        self._closing = True
+        for thread in self._threads:
+            thread.join()
+        self._lifeline.leave()
+        self._lifeline.close()
+
+    def explain(self, error: BaseException) -> str:
+        """Main thread: why, naming the rank and the step. Tells the others; waits PATIENCE_S for what they know."""
+        if self._world_size == 1:
+            return str(error)
+        if self._explained is None or self._explained[0] is not error:
+            # The launcher ends the ranks that are left, but the reason is not told yet.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if error.__traceback__ is not None:
+                self._failed_at = _place(_raised_in(error))
+            text = f"{type(error).__name__}: {error}"
+            if _is_of_a_collective(error):
+                self._report("cut off", self._rank, text)
+                self._wait_until(lambda: is_settled(cause(self._reports)), PATIENCE_S)
+            else:
+                self._report("failed", self._rank, text)
+            self._wait_until(lambda: not self._unsent, 1.0)
+            found = cause(self._reports)
+            assert found is not None
+            is_own = found.about == self._rank and found.kind == "failed"
+            self._explained = error, str(error) if is_own else self._sentence(found)
+        return self._explained[1]
+
+    # The first thread: the store.
+
+    def _talk(self) -> None:
+        received = 0
+        while not self._closing:
+            try:
+                self._post.set(f"beat/{self._rank}", json.dumps(asdict(self._beat())))
+                while self._unsent:
+                    number = self._post.add("reports", 1)
+                    self._post.set(f"report/{number}", json.dumps(asdict(self._unsent[0])))
+                    self._unsent.pop(0)
+                while self._post.check([f"report/{received + 1}"]):
+                    received += 1
+                    self._receive(Report(**json.loads(self._post.get(f"report/{received}"))))
+            except RuntimeError as error:  # dist.DistError among them
+                if not self._closing:
+                    self._report("hung", self._rank, f"the job's store does not answer: {error}")
+                return
+            with self._news:
+                self._news.notify_all()
+                self._news.wait_for(lambda: self._unsent or self._closing, BEAT_S)
+
+    def _beat(self) -> Beat:
+        current, waited_s = self._flight, time.monotonic() - self._progress_s
+        is_waiting = current is not None and current.is_waiting
+        return Beat(
+            step=self.step(),
+            place=self._failed_at or _place(_main_stack()),
+            collective=str(current.last) if current and current.last else "no collective yet",
+            is_waiting=is_waiting,
+            waited_s=waited_s if is_waiting else 0.0,
+            unix_s=time.time(),
+        )
+
+    # The second: the lifeline, and the end.
+
+    def _listen(self) -> None:
+        found_s, seen_s = None, time.monotonic()
+        while not self._closing:
+            for rank in self._lifeline.poll(BEAT_S / 2):
+                self._report("died", rank, "")
+            now_s = time.monotonic()
+            if now_s - seen_s > AWAY_S:
+                self._progress_s = now_s
+            seen_s = now_s
+            self._follow_flight(now_s)
+            found = cause(self._reports)
+            if found is None:
+                continue
+            found_s = found_s or now_s
+            if now_s - found_s >= self._patience_s(found):
+                self._leave(found)
+
+    def _patience_s(self, found: Report) -> float:
+        """For the main thread to say it and end."""
+        is_own = found.about == self._rank
+        if found.kind == "hung":
+            return 0.0 if is_own else PATIENCE_S  # it cannot, or is not concerned
+        if found.kind == "failed":
+            return OWN_PATIENCE_S if is_own else PATIENCE_S
+        return PATIENCE_S if found.kind == "died" else 2 * PATIENCE_S
+
+    def _follow_flight(self, now_s: float) -> None:
+        before, self._flight = self._flight, flight(self._backend)
+        if before is None or self._flight.done != before.done or not self._flight.is_waiting:
+            self._progress_s = now_s
+        elif now_s - self._progress_s >= self._timeout_s and cause(self._reports) is None:
+            text = (
+                f"{self._flight.last} made no progress for {self._timeout_s:g} s (train.timeout_s)"
+            )
+            self._report("hung", self._rank, text)
+
+    def _leave(self, found: Report) -> None:
+        """Say why, and end this process; never returns."""
+        self._leaving.acquire()  # for good: one thread says it
+        reason = self._sentence(found)
+        lines = [f"moesys: {reason}; rank {self._rank} leaves, exit code {LOST_EXIT_CODE}"]
+        every: list[str] = []
+        _within(2.0, lambda: every.extend(self._all_lines()))
+        lines += every or table({self._rank: self._beat()}, [self._rank])
+        if found.kind == "hung":
+            stack = traceback.StackSummary.extract(reversed(_main_stack()))
+            lines += [f"rank {self._rank}, main thread:", *stack.format()]
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        if self._explained is None:  # else the main thread has recorded it
+            _within(2.0, lambda: self.on_leave(reason))
+        self._lifeline.leave()
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(LOST_EXIT_CODE)
+
+    def _all_lines(self) -> list[str]:
+        """Every rank's last collective, from the one rank that is first to ask."""
+        if self._reader.add("tables", 1) > 1:
+            return []
+        ranks = range(self._world_size)
+        return ["every rank's last collective:", *table(self._beats(ranks), ranks)]
+
+    # What both share.
+
+    def _report(self, kind: Kind, about: int, text: str) -> None:
+        report = Report(kind=kind, about=about, by=self._rank, step=self.step(), text=text)
+        with self._news:
+            self._reports.append(report)
+            self._unsent.append(report)
+            self._news.notify_all()
+
+    def _receive(self, report: Report) -> None:
+        with self._news:
+            if report.by != self._rank:
+                self._reports.append(report)
+            self._news.notify_all()
+
+    def _wait_until(self, is_so: Callable[[], bool], timeout_s: float) -> None:
+        with self._news:
+            self._news.wait_for(is_so, timeout_s)
+
+    def _sentence(self, found: Report) -> str:
+        is_about_one = found.kind in ("died", "failed") or self._world_size > _SMALL_WORLD
+        ranks = [found.about] if is_about_one else range(self._world_size)
+        beats: dict[int, Beat] = {}
+        _within(2.0, lambda: beats.update(self._beats(ranks)))
+        return sentence(found, beats, silence_limit_s=SILENCE_S)
+
+    def _beats(self, ranks: Iterable[int]) -> dict[int, Beat]:
+        known = [rank for rank in ranks if self._reader.check([f"beat/{rank}"])]
+        return {rank: Beat(**json.loads(self._reader.get(f"beat/{rank}"))) for rank in known}
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether a backend raised it: gloo throws RuntimeError, with the line of its own source."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+    )
+
+
+def _main_stack() -> list[Where]:
+    """The main thread's calls now, innermost first."""
+    return list(traceback.walk_stack(sys._current_frames()[threading.main_thread().ident or 0]))
+
+
+def _raised_in(error: BaseException) -> list[Where]:
+    """The calls that an error left, innermost first."""
+    return list(traceback.walk_tb(error.__traceback__))[::-1]
+
+
+def _place(stack: list[Where]) -> str:
+    """The innermost line of this package in a stack, else its innermost line."""
+    ours = [where for where in stack if where[0].f_code.co_filename.startswith(_PACKAGE)]
+    frame, line = (ours or stack)[0]
+    path = Path(frame.f_code.co_filename)
+    return f"{path.parent.name}/{path.name}:{line} {frame.f_code.co_name}"
+
+
+def _within(limit_s: float, action: Callable[[], object]) -> None:
+    """Try it, but go on after so long: the store, or a disk, may be what is lost."""
+
+    def attempt() -> None:
+        with suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(limit_s)

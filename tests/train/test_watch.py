@@ -1,0 +1,281 @@
+"""A rank that dies, raises or hangs ends the job on all ranks, and every rank says which and at which step."""
+
+import re
+import signal
+import threading
+import time
+
+import pytest
+import torch.distributed as dist
+
+from moesys.parallel.flight import read_flight
+from moesys.parallel.lifeline import Lifeline
+from moesys.train.verdict import (
+    Beat,
+    Report,
+    absent_ranks,
+    cause,
+    is_settled,
+    sentence,
+    silent_ranks,
+    table,
+)
+from moesys.train.watch import LOST_EXIT_CODE
+from tests.train.launched import (
+    finish,
+    one_rank,
+    overrides,
+    records,
+    start,
+    wait_for_end,
+    wait_for_step,
+)
+
+
+def beat(step: int = 7, *, unix_s: float = 100.0, is_waiting: bool = True) -> Beat:
+    return Beat(
+        step=step,
+        place="parallel/exchange.py:64 rows",
+        collective="gloo:all_to_all #9 of ep (2 ranks)",
+        is_waiting=is_waiting,
+        waited_s=1.5,
+        unix_s=unix_s,
+    )
+
+
+def report(kind, about: int, by: int | None = None, text: str = "") -> Report:
+    return Report(kind=kind, about=about, by=about if by is None else by, step=7, text=text)
+
+
+# Judging: no clock, no store.
+
+
+@pytest.mark.parametrize(
+    ("reports", "expected"),
+    [
+        ([], None),
+        # A death is known later than the errors that follow from it.
+        ([report("cut off", 0), report("cut off", 2), report("died", 1, 0)], ("died", 1)),
+        # What was cut off, or gave up, leaves: that is no death that anything follows from.
+        ([report("cut off", 2), report("died", 2, 0)], ("cut off", 2)),
+        ([report("hung", 2), report("died", 2, 0)], ("hung", 2)),
+        # A rank that raised is gone afterwards, and the others are cut off.
+        ([report("failed", 1), report("cut off", 0), report("died", 1, 0)], ("failed", 1)),
+        ([report("cut off", 0), report("hung", 1)], ("hung", 1)),
+        ([report("died", 3, 0), report("failed", 1)], ("died", 3)),
+    ],
+)
+def test_what_the_rest_follows_from(reports, expected):
+    found = cause(reports)
+    assert (found and (found.kind, found.about)) == expected
+    assert is_settled(found) == (expected is not None and expected[0] != "cut off")
+
+
+def test_a_death_is_told_with_rank_step_and_where_it_was_seen():
+    said = sentence(report("died", 1, 0), {1: beat(6)}, silence_limit_s=3.0)
+    assert said.startswith("rank 1 died at step 7 (last seen at parallel/exchange.py:64 rows, ")
+    assert sentence(report("died", 1, 0), {}, silence_limit_s=3.0) == "rank 1 died at step 7"
+
+
+def test_a_hang_names_the_silent_else_those_that_are_waited_for():
+    hung = report("hung", 0, text="no progress for 8 s")
+    beats = {0: beat(unix_s=108.2), 1: beat(unix_s=100.0), 2: beat(unix_s=107.9)}
+    assert silent_ranks(beats, limit_s=3.0) == {1: pytest.approx(8.2)}
+    assert "rank 1 is silent for 8.2 s" in sentence(hung, beats, silence_limit_s=3.0)
+    beats[1] = beat(unix_s=108.0, is_waiting=False)
+    assert absent_ranks(beats) == [1]
+    assert "not in a collective: rank 1 (step 7" in sentence(hung, beats, silence_limit_s=3.0)
+    # All wait: each for another collective, and nobody is named.
+    beats[1] = beat(unix_s=108.0)
+    assert sentence(hung, beats, silence_limit_s=3.0).endswith("no progress for 8 s")
+    assert absent_ranks({0: beat(is_waiting=False)}) == []
+
+
+def test_a_table_has_every_rank():
+    lines = table({0: beat(), 2: beat(unix_s=92.0, is_waiting=False)}, range(3))
+    assert "rank 0: step 7, waits 1.5 s in gloo:all_to_all #9" in lines[0]
+    assert "rank 1: nothing is known" in lines[1]
+    assert "last in gloo:all_to_all #9" in lines[2]
+    assert "said 8.0 s before the others" in lines[2]
+
+
+def test_the_oldest_collective_under_way_is_the_one_that_is_shown():
+    def entry(number: int, *, done: bool) -> dict:
+        return {
+            "record_id": number,
+            "retired": done,
+            "process_group": ["3", "mesh_ep"],
+            "profiling_name": "gloo:all_to_all",
+            "is_p2p": False,
+            "collective_seq_id": number,
+        }
+
+    def trace(*entries: dict, completed: int) -> dict:
+        return {
+            "entries": list(entries),
+            "pg_status": {"3": {"last_completed_collective": completed}},
+        }
+
+    now = read_flight(trace(entry(2, done=False), entry(1, done=True), completed=1), {"3": 4})
+    assert str(now.last) == "gloo:all_to_all #2 of mesh_ep (4 ranks)"
+    assert now.is_waiting
+    later = read_flight(trace(entry(2, done=False), entry(3, done=False), completed=1), {"3": 4})
+    assert later == now, "more was called, nothing was completed"
+    after = read_flight(trace(entry(2, done=True), entry(3, done=True), completed=3), {"3": 4})
+    assert str(after.last).startswith("gloo:all_to_all #3")
+    assert not after.is_waiting
+    assert after.done != now.done
+    assert not read_flight({}, {}).is_waiting
+
+
+# The lifeline: sockets of this process.
+
+
+def test_a_lost_connection_is_a_death_and_a_farewell_is_none():
+    store = dist.HashStore()
+    hub = Lifeline(0, store)
+    ends = {rank: Lifeline(rank, store) for rank in (1, 2, 3)}
+    _polled(hub, 0.3)
+    assert hub.poll(0.0) == []
+    ends[1].close()
+    ends[2].leave()
+    ends[2].close()
+    assert _polled(hub, 0.3) == [1]
+    hub.close()
+    assert ends[3].poll(1.0) == [0]
+    ends[3].close()
+
+
+def test_a_stranger_is_no_rank():
+    import socket
+
+    store = dist.HashStore()
+    hub = Lifeline(0, store)
+    port = int(store.get("lifeline").split()[1])
+    for words in (b"x" * 40, b"0123456789 1".ljust(40), b""):
+        stranger = socket.create_connection(("localhost", port))
+        stranger.sendall(words)
+        stranger.close()
+        assert _polled(hub, 0.2) == []
+    hub.close()
+
+
+def _polled(line: Lifeline, seconds: float) -> list[int]:
+    lost, until = [], time.monotonic() + seconds
+    while time.monotonic() < until:
+        lost += line.poll(0.05)
+    return lost
+
+
+# The real job.
+
+
+def started(tiny_data, folder, *more: str, ranks: int = 2):
+    process = start(ranks, overrides(folder, tiny_data, "train.steps=4000", *more))
+    wait_for_step(process, folder, 3)
+    return process, [one_rank(process, rank) for rank in range(ranks)]
+
+
+def leaving(output: str) -> list[str]:
+    """What the ranks that left because of another one said."""
+    return re.findall(r"^moesys: (.*)$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_others(tiny_data, tmp_path, victim):
+    process, ranks = started(tiny_data, tmp_path / "run", ranks=4)
+    ranks[victim].kill()
+    for rank in set(ranks) - {ranks[victim]}:
+        wait_for_end(rank, timeout_s=10)
+    code, output = finish(process)
+    assert code != 0
+    said = leaving(output)
+    assert len(said) == 3, output
+    for line in said:
+        step = re.match(rf"rank {victim} died at step (\d+) \(last seen at \S+:\d+ ", line)
+        assert step is not None, output
+        assert int(step[1]) >= 3
+        assert line.endswith(f"leaves, exit code {LOST_EXIT_CODE}")
+    if victim != 0:
+        stop = records(tmp_path / "run", "stop")[-1]
+        assert stop["reason"].startswith(f"failed: rank {victim} died at step ")
+
+
+def test_a_wait_that_raises_nothing_ends_too(tiny_data, tmp_path, monkeypatch):
+    """As over NCCL: the main thread of the rank that is left sees no error, and SIGTERM does not reach it."""
+    monkeypatch.setenv("FAULT", "wait 0 41 60")
+    router = "model.moe.router._target_=tests.train.faulty_router.FaultyRouter"
+    process, ranks = started(tiny_data, tmp_path / "run", router)
+    wait_until_a_step_is_late(tmp_path / "run")
+    ranks[1].kill()
+    wait_for_end(ranks[0], timeout_s=10)
+    code, output = finish(process)
+    assert code != 0
+    (said,) = leaving(output)
+    assert said.startswith("rank 1 died at step "), output
+    (stop,) = records(tmp_path / "run", "stop")
+    assert stop["reason"].startswith("failed: rank 1 died at step ")
+
+
+def wait_until_a_step_is_late(folder) -> None:
+    """Until two seconds brought no new one."""
+    seen, since = 0, time.monotonic()
+    while time.monotonic() - since < 2:
+        if len(records(folder, "train")) > seen:
+            seen, since = len(records(folder, "train")), time.monotonic()
+        time.sleep(0.05)
+
+
+def test_a_stopped_rank_ends_the_job_in_the_configured_time(tiny_data, tmp_path):
+    process, ranks = started(tiny_data, tmp_path / "run", "train.timeout_s=8", ranks=4)
+    ranks[1].send_signal(signal.SIGSTOP)
+    waited_s = max(wait_for_end(ranks[rank], timeout_s=14) for rank in (0, 2, 3))
+    ranks[1].kill()  # or its agent waits for it
+    code, output = finish(process)
+    assert code != 0
+    assert waited_s > 7, "a rank that is only slow would have been given up too early"
+    said = leaving(output)
+    assert len(said) == 3, output
+    for line in said:
+        assert re.search(r"made no progress for 8 s \(train\.timeout_s\)", line), output
+        assert re.search(r"rank 1 is silent for \d+\.\d s \(step \d+, ", line), output
+    for rank in range(4):
+        assert re.search(rf"^  rank {rank}: step \d+, .* in gloo:\w+ #\d+ of ", output, re.M), (
+            output
+        )
+    assert re.search(r"^rank 0, main thread:$", output, re.M), output
+    assert "rank 1 is silent" in records(tmp_path / "run", "stop")[-1]["reason"]
+
+
+def test_a_rank_that_raises_is_named_with_its_error(tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "raise 1 41")
+    router = "model.moe.router._target_=tests.train.faulty_router.FaultyRouter"
+    code, output = finish(start(2, overrides(tmp_path / "run", tiny_data, router)))
+    assert code != 0
+    (said,) = leaving(output)
+    assert re.match(r"rank 1 failed at step \d+: ArithmeticError: the poison works; rank 0", said)
+    (stop,) = records(tmp_path / "run", "stop")
+    assert "the poison works" in stop["reason"]
+
+
+@pytest.mark.parametrize("fault", ["wait all 41 14", "wait 1 41 6"])
+def test_slow_steps_are_not_hung_ones(tiny_data, tmp_path, monkeypatch, fault):
+    """No collective under way for longer than the timeout; then one, for less than it."""
+    monkeypatch.setenv("FAULT", fault)
+    router = "model.moe.router._target_=tests.train.faulty_router.FaultyRouter"
+    given = overrides(tmp_path / "run", tiny_data, router, "train.timeout_s=9")
+    code, output = finish(start(2, given))
+    assert code == 0, output
+    assert records(tmp_path / "run", "stop")[-1]["reason"] == "done"
+    steps_ms = [r["step_ms"] for r in records(tmp_path / "run", "train")]
+    assert max(steps_ms) > 5e3, "nothing was slow"
+
+
+def test_a_world_of_one_has_no_threads():
+    from moesys.parallel.bootstrap import process_group
+    from moesys.train.watch import Watch
+
+    before = threading.active_count()
+    with process_group("cpu", 30.0) as process, Watch(process, 30.0) as watch:
+        assert threading.active_count() == before
+        assert watch.explain(ValueError("as it was")) == "as it was"
