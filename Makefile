@@ -96,6 +96,18 @@ quickstart: $(BUILD_STAMP) data/stdlib/manifest.json ## train a small MoE model 
 test: $(TEST_STAMP) $(BUILD_STAMP) ## run every test that this machine can run
 	$(BIN)/python -m pytest $(ARGS)
 
+# Whose tests report figures of `moesys bench parallel`, besides those marked parity.
+FIGURES := build/figures.jsonl
+FIGURE_TESTS := tests/checkpoint/test_damage.py tests/checkpoint/test_crash.py tests/plan/test_activations.py \
+	tests/parallel/test_paper_layer.py tests/train/test_layouts.py
+
+.PHONY: parity
+parity: $(TEST_STAMP) $(BUILD_STAMP) ## compare every layout with one process, blocks with other systems; write the figures
+	@rm -f $(FIGURES)
+	MOESYS_FIGURES=$(FIGURES) $(BIN)/python -m pytest -m "parity or oracle" $(ARGS)
+	MOESYS_FIGURES=$(FIGURES) $(BIN)/python -m pytest $(FIGURE_TESTS)
+	MOESYS_FIGURES=$(FIGURES) $(BIN)/moesys bench parallel
+
 .PHONY: gpu
 gpu: ## on a machine with a GPU and torch: build for it, run the GPU tests and benchmarks
 	@$(PYTHON) -m benchmarks.gpu --check

@@ -16,6 +16,7 @@ import torch
 from moesys.checkpoint.saver import Saver
 from moesys.checkpoint.store import load, load_latest_good, save
 from moesys.checkpoint.verify import verify
+from tests import figures
 
 KILLS = 15
 
@@ -69,6 +70,7 @@ def test_killed_at_random_moments(tmp_path: Path, mode: str) -> None:
             assert verify(path) == []
         kills_in_the_middle += any(".tmp-" in path.name for path in tmp_path.iterdir())
     assert kills_in_the_middle > 0
+    figures.count("save_kills_survived", KILLS)
     result = save(tmp_path, 10**6, {"x": torch.ones(1)}, {}, keep_last=1)
     assert list(tmp_path.iterdir()) == [result.path]
     load(result.path, {"x": torch.zeros(1)})
@@ -135,3 +137,4 @@ def test_killed_at_every_point_of_a_save(tmp_path: Path, asynchronous: bool) -> 
     assert set(values) == {2, 3}
     num_points = len(values) - 1
     assert num_points >= 16
+    figures.count("save_kills_survived", num_points)

@@ -18,6 +18,7 @@ from moesys.checkpoint.reshard import plan_reshard, reshard
 from moesys.checkpoint.store import load, load_latest_good, save
 from moesys.checkpoint.verify import verify
 from moesys.testing.ranks import run_ranks
+from tests import figures
 
 BITS_PER_FILE = 40
 
@@ -84,6 +85,7 @@ def test_1000_random_flips_in_all_files_are_found_and_none_is_loaded(tmp_path: P
         assert files[index].stem in loaded.skipped[0].reason
         assert verify(step)
         flip_bit(files[index], bit)
+        figures.count("bit_flips_found")
     assert verify(step) == []
 
 

@@ -24,6 +24,7 @@ from moesys.testing.ranks import run_ranks
 from moesys.train.state import run_tensors
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
+from tests import figures
 from tests.train.test_layouts import BASE, MICRO_STEPS
 
 CPU = torch.device("cpu")
@@ -153,6 +154,7 @@ def test_two_layouts_load_each_other(sources: Sources, target: str) -> None:
 @pytest.mark.parametrize("target", LAYOUTS)
 def test_every_layout_loads_every_other(sources: Sources, target: str) -> None:
     assert_goes_on(sources, list(LAYOUTS), target)
+    figures.count("layout_pairs_passed", len(LAYOUTS) - 1)
 
 
 def test_there_are_24_ordered_pairs_over_1_to_8_ranks() -> None:
