@@ -14,6 +14,7 @@ from moesys.config.schema import ModelConfig
 from moesys.models.linear import Linear
 from moesys.models.norm import RMSNorm
 from moesys.models.rope import apply_rope
+from moesys.ops.autocast import compute_type
 from moesys.parallel.context import DocumentEnds, check_documents
 
 
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
     ) -> Tensor:
         """Sequences one after the other, each of as many positions as the rotary tables, to [T, D]."""
-        seq_len = rope_SH[0].shape[0]
+        seq_len, x_TD = rope_SH[0].shape[0], compute_type(x_TD)
         q_BSNH, k_BSMH, v_BSMH = (
             w(x_TD).unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
             for w in (self.wq, self.wk, self.wv)

@@ -3,7 +3,6 @@
 Shapes: T tokens on this rank, D model, K experts per token, R rows received, L local experts.
 """
 
-import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import MoEConfig
@@ -16,6 +15,7 @@ from moesys.moe.experts import Experts, SwiGLU
 from moesys.moe.load import ExpertLoad
 from moesys.moe.routing import RoutingResult
 from moesys.ops import tokens_per_expert
+from moesys.ops.autocast import compute_type
 
 
 class MoELayer(nn.Module):
@@ -56,7 +56,7 @@ class MoELayer(nn.Module):
         seq_len = seq_len or x.shape[-2]
         x_TD = x.flatten(0, -2)
         decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, seq_len), x_TD)
-        x_TD = _compute_type(x_TD)
+        x_TD = compute_type(x_TD)
         rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(x_TD, decision.plan)
         rows_RD = self.experts(rows_RD, tokens_per_expert_L)
         y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
@@ -94,11 +94,3 @@ class MoELayer(nn.Module):
         capacity = capacity_rows(num_tokens, top_k, self.config.num_experts, factor)
         kept = within_capacity(routed, self.config.num_experts, capacity)
         return kept, capacity if self.config.capacity_policy == "pad" else None
-
-
-def _compute_type(x: Tensor) -> Tensor:
-    """Under autocast, rows travel and experts compute in its type."""
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x

@@ -73,7 +73,8 @@ class TensorParallel:
         return self._all_reduce(x, dist.ReduceOp.MAX)
 
     def _own(self, x: Tensor) -> Tensor:
-        return x.chunk(self.size)[self.rank].contiguous()
+        # A copy: a view would keep all of x for backward.
+        return x.chunk(self.size)[self.rank].clone()
 
     def _gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()

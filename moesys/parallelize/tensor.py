@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moesys.models.attention import Attention
 from moesys.models.transformer import DenseBlock, Transformer
 from moesys.moe.experts import SwiGLU
+from moesys.ops.autocast import compute_type
 from moesys.parallel.tensor import TensorParallel
 from moesys.parallel.vocabulary import VocabularyParallel
 
@@ -36,7 +37,7 @@ def shard_tensors(model: Transformer, mesh: DeviceMesh, tp: TensorParallel) -> N
         model.embed.lookup = vocabulary.embed
     if model.head is not None:
         _cut(model.head, "weight", 0, mesh)
-        model.head.register_forward_pre_hook(lambda _, args: (tp.enter(args[0]),))
+        model.head.register_forward_pre_hook(lambda _, args: (tp.enter(compute_type(args[0])),))
         model.cross_entropy_sum = vocabulary.cross_entropy_sum
     model.tie()
 
@@ -62,7 +63,7 @@ def _region(module: nn.Module, tp: TensorParallel) -> None:
     """Around a module of cut matrices: all tokens in, its own tokens' sums out."""
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tp.enter(args[0]), *args[1:]
+        return tp.enter(compute_type(args[0])), *args[1:]
 
     def after(_: nn.Module, args: tuple[Any, ...], partial: Tensor) -> Tensor:
         return tp.leave(partial)

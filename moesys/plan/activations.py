@@ -78,7 +78,7 @@ def moe_block_bytes(case: ActivationCase) -> float:
     return float(
         2 * _norm(case)
         + _attention(case)
-        + _residual(case)  # what the norm gives the router
+        + 4 * case.own_tokens * case.model.d_model  # what the router reads
         + _routing(case)
         + _plan_saved(case)
         + _experts(case)
@@ -98,11 +98,10 @@ def _norm(case: ActivationCase) -> Fraction:
 def _attention(case: ActivationCase) -> Fraction:
     """The input of wq, wk, wv; q, k, v and the output of softmax(q k^T) v, which is wo's input; one fp32 per row."""
     model, tokens, width = case.model, Fraction(case.tokens), case.activation_bytes
-    entered = 4 * tokens * model.d_model
+    entered = width * tokens * model.d_model
     if case.recompute in ("attention", "selective"):
-        return entered
-    if width == 2:
-        entered = 3 * 2 * tokens * model.d_model  # one copy in bf16 for each of the three
+        # From what the norm gives, in fp32; over tp, from what was gathered, in the compute type.
+        return entered if case.tp > 1 else 4 * tokens * model.d_model
     queries = Fraction(model.num_heads * model.resolved_head_dim, case.tp)
     keys = Fraction(model.num_kv_heads * model.resolved_head_dim, case.tp)
     return (

@@ -217,7 +217,7 @@ def _region(
 
 
 def _enter(case: CommunicationCase, purpose: str, forwards: int, backwards: int) -> Iterator[Sent]:
-    share = FP32 * case.own_tokens * case.config.model.d_model
+    share = case.width * case.own_tokens * case.config.model.d_model
     if case.config.parallel.sequence_parallel:
         yield case.all_gather("tp", purpose, forwards * share)
         yield case.reduce_scatter("tp", purpose, backwards * share)

@@ -307,6 +307,7 @@ class Trainer:
             "world_size": process.world_size,
             "dp": dims.dp,
             **{axis: getattr(dims, axis) for axis in ("pp", "cp", "tp", "ep", "etp", "dp_shard")},
+            "zero": self.config.parallel.zero,
             "device": str(process.device),
             "dtype": self.config.train.dtype,
             "backend": process.backend,
