@@ -31,6 +31,12 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def ranks_per_node_from_env() -> int | None:
+    """How many ranks torchrun started on this node; None if it did not say."""
+    text = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(text) if text else None
+
+
 @contextmanager
 def process_group(device: str, timeout_s: float) -> Iterator[Process]:
     """Join the run (NCCL on GPUs, gloo on CPUs), leave it at the end. `device`: auto, cpu or cuda."""

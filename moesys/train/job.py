@@ -11,7 +11,7 @@ from moesys.config.compose import compose, config_hash, to_yaml
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
 from moesys.models.transformer import Transformer
-from moesys.parallel.bootstrap import process_group, world_size_from_env
+from moesys.parallel.bootstrap import process_group, ranks_per_node_from_env, world_size_from_env
 from moesys.parallel.flight import record_flights
 from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
@@ -27,7 +27,7 @@ BACKEND_EXTRA_S = 10.0
 def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration."""
     config = compose(overrides, config_dir)
-    warnings = check(config, world_size=world_size_from_env())
+    warnings = check(config, world_size_from_env(), ranks_per_node_from_env())
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
     timeout_s = config.train.timeout_s
