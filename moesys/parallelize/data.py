@@ -4,6 +4,9 @@ stages are ZeRO's, 1910.02054). Dense parameters lie on the dense mesh, experts 
     stage 1    optimizer state: parameters are gathered, and gradients reduced, once per optimizer step
     stage 2    and gradients: reduced and kept as shards after every micro-step
     stage 3    and parameters: gathered for each block, forward and backward
+
+Under a pipeline torch's stages reduce gradients once, after the last micro-step, and keep what a backward gathered
+until then: stage 2 is then stage 1, and stage 3 frees a block's parameters after its forwards alone.
 """
 
 from torch import nn
