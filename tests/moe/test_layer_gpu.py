@@ -44,3 +44,21 @@ def test_grouped_mm_in_bf16_equals_the_loop():
         results[backend] = (y.float(), x.grad, layer.experts.gate_up.grad, layer.experts.down.grad)
     for ours, theirs in zip(*results.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+def test_a_layer_on_one_rank_never_waits_for_the_device():
+    layer = make_layer(CONFIG, "grouped_mm").cuda()
+    x = make_input().detach().cuda().requires_grad_()
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            y, losses, _ = layer(x)
+        (y.float().square().sum() + losses.total).backward()
+
+    step()  # the first call loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

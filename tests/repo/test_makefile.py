@@ -132,7 +132,18 @@ def test_gpu_stops_early_without_one() -> None:
 
 def test_help_lists_every_target_that_people_call() -> None:
     text = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for target in ("quickstart", "test", "parity", "lint", "format", "gpu", "bench", "docs", "clean", "help"):
+    for target in (
+        "quickstart",
+        "test",
+        "parity",
+        "lint",
+        "format",
+        "gpu",
+        "bench",
+        "docs",
+        "clean",
+        "help",
+    ):
         assert f"\n  {target} " in f"\n{text}"
 
 
