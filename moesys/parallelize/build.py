@@ -32,7 +32,6 @@ class ParallelModel:
     """Its pipeline stages; [whole] without a pipeline. Run these."""
     gradient_sums: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = field(default_factory=list)
     pipeline: Pipeline | None = None
-    tp: TensorParallel | None = None
 
 
 def build_model(
@@ -58,7 +57,6 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
     for layer in whole.moe_layers():
         shard_experts(layer, meshes)
-    tp = None
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -79,7 +77,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         zero=parallel.zero,
         sequence_parallel=parallel.sequence_parallel,
     )
-    return ParallelModel(whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, tp=tp)
+    return ParallelModel(whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline)
 
 
 def _pipeline(config: RunConfig, meshes: Meshes) -> Pipeline:
