@@ -226,7 +226,7 @@ def run_schedules(rank: int, world_size: int, n: int) -> dict[str, Any]:
     return logs
 
 
-@pytest.mark.slow
+@pytest.mark.parity  # a figure of clocks: two minutes of a quiet machine
 @pytest.mark.parametrize("pp", [2, 4])
 def test_ranks_wait_as_long_as_the_table_says(pp: int) -> None:
     """The shorter of two steps within 15 % of the table's, the idle share within 0.08.
