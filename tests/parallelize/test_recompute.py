@@ -181,7 +181,13 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = ("one rank", "ep", "pp")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS],
+)
 def test_every_mode_has_the_numbers_of_none(layout):
     size, config = LAYOUTS[layout]
     for modes in run_ranks(train_in_all_modes, size, config):
