@@ -181,7 +181,7 @@ LAYOUTS = {
 }
 
 
-QUICK = ("one rank", "ep", "pp")
+QUICK = ("one process", "ep", "pp")
 
 
 @pytest.mark.parametrize(
