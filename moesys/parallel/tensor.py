@@ -42,7 +42,6 @@ class TensorParallel:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel
-        self.meter = TrafficMeter()
 
     def enter(self, x: Tensor) -> Tensor:
         """Give every rank all tokens: [t, D] (or [T, D] without sequence parallelism) to [T, D]."""
@@ -80,21 +79,17 @@ class TensorParallel:
         x = x.contiguous()
         out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
         all_gather_single(out, x, group=self.group)
-        self.meter.sent_bytes += (self.size - 1) * x.nbytes
         return out
 
     def _reduce_scatter(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
         reduce_scatter_single(out, x, group=self.group)
-        self.meter.sent_bytes += (self.size - 1) * out.nbytes
         return out
 
     def _all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
         out = x.contiguous().clone()
         dist.all_reduce(out, op=op, group=self.group)
-        # As a reduce-scatter and a gather, which is what every ring or halving algorithm sends.
-        self.meter.sent_bytes += 2 * (self.size - 1) * out.nbytes // self.size
         return out
 
 
