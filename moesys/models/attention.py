@@ -15,6 +15,8 @@ from moesys.models.linear import Linear
 from moesys.models.norm import RMSNorm
 from moesys.models.rope import apply_rope
 from moesys.ops.autocast import compute_type
+from moesys.ops.projection import Projection, project
+from moesys.ops.shard import local_tensor
 from moesys.parallel.context import DocumentEnds, check_documents
 
 
@@ -46,7 +48,7 @@ def causal_attention(
 
 
 class Attention(nn.Module):
-    """Built for one rank; `parallelize` cuts the matrices by heads and swaps the core."""
+    """Built for one rank; `parallelize` cuts the matrices by heads, and swaps the projection and the core."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,6 +60,7 @@ class Attention(nn.Module):
         self.wo = Linear(config.num_heads * head_dim, config.d_model)
         self.q_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.norm_eps) if config.qk_norm else None
+        self.project: Projection = project
         self.core: AttentionCore = causal_attention
 
     def forward(
@@ -65,9 +68,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Sequences one after the other, each of as many positions as the rotary tables, to [T, D]."""
         seq_len, x_TD = rope_SH[0].shape[0], compute_type(x_TD)
+        matrices = (local_tensor(w.weight) for w in (self.wq, self.wk, self.wv))
         q_BSNH, k_BSMH, v_BSMH = (
-            w(x_TD).unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
-            for w in (self.wq, self.wk, self.wv)
+            y_TO.unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
+            for y_TO in self.project(x_TD, *matrices)
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSNH = self.q_norm(q_BSNH).to(v_BSMH.dtype)

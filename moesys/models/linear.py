@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moesys.ops.projection import Projection, project
 from moesys.ops.shard import local_tensor
 
 
@@ -13,10 +14,11 @@ class Linear(nn.Linear):
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
+        self.project: Projection = project
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., d_in]."""
-        return F.linear(input, local_tensor(self.weight))
+        return self.project(input, local_tensor(self.weight))[0]
 
 
 class Embedding(nn.Embedding):

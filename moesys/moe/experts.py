@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moesys.ops import swiglu
+from moesys.ops.autocast import compute_type
 from moesys.ops.grouped_linear import GroupedBackend, grouped_linear
+from moesys.ops.projection import Projection, project
 from moesys.ops.shard import local_tensor
 
 
@@ -19,11 +21,12 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2, d_hidden, d_model))
         self.down = nn.Parameter(torch.empty(d_model, d_hidden))
+        self.project: Projection = project
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D], any leading shape."""
-        hidden_TF = swiglu(F.linear(x.flatten(0, -2), local_tensor(self.gate_up).flatten(0, 1)))
-        return F.linear(hidden_TF, local_tensor(self.down)).view_as(x)
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD, or a rank's part of it where `project` brings the rest."""
+        (hidden_T2F,) = self.project(compute_type(x_TD), local_tensor(self.gate_up).flatten(0, 1))
+        return F.linear(swiglu(hidden_T2F), local_tensor(self.down))
 
 
 class Experts(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from moesys.ops import library
+from moesys.ops.needed import needed_gradients
 
 GroupedBackend = Literal["grouped_mm", "loop"]
 
@@ -54,8 +55,9 @@ class _LoopLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RO: Tensor):  # type: ignore[override]
         rows_RI, weight_LOI = ctx.saved_tensors
-        grad_rows_RI = torch.empty_like(rows_RI) if ctx.needs_input_grad[0] else None
-        grad_weight_LOI = torch.empty_like(weight_LOI) if ctx.needs_input_grad[1] else None
+        needs_rows, needs_weight = needed_gradients(ctx)
+        grad_rows_RI = torch.empty_like(rows_RI) if needs_rows else None
+        grad_weight_LOI = torch.empty_like(weight_LOI) if needs_weight else None
         grad_RO = grad_RO.contiguous()
         for expert, rows in _slices(ctx.counts_list):
             if grad_rows_RI is not None:
@@ -95,7 +97,7 @@ if library.is_loaded():
     def _backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RI, weight_LOI, counts_L = ctx.saved_tensors
         ops = torch.ops.moesys
-        needs_rows, needs_weight, _ = ctx.needs_input_grad
+        needs_rows, needs_weight, _ = needed_gradients(ctx)
         return (
             ops.grouped_linear_grad_rows(grad_RO, weight_LOI, counts_L) if needs_rows else None,
             ops.grouped_linear_grad_weight(grad_RO, rows_RI, counts_L) if needs_weight else None,

@@ -60,7 +60,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
-            shard_tensors(part, meshes.dense["tp"], tp)
+            shard_tensors(part, meshes.dense["tp"], tp, config.train.recompute)
     if meshes.dims.cp > 1:
         for part in parts:
             shard_context(part, meshes, parallel.cp_attention)

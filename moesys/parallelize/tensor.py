@@ -4,6 +4,7 @@ With sequence parallelism the ranks share out the tokens between these regions; 
 the exchange work on a rank's own tokens. Shapes: T tokens, D model.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,22 +12,28 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moesys.config.schema import Recompute
 from moesys.models.attention import Attention
 from moesys.models.transformer import DenseBlock, Transformer
 from moesys.moe.experts import SwiGLU
 from moesys.ops.autocast import compute_type
+from moesys.ops.projection import Projection
 from moesys.parallel.tensor import TensorParallel
 from moesys.parallel.vocabulary import VocabularyParallel
 
 
-def shard_tensors(model: Transformer, mesh: DeviceMesh, tp: TensorParallel) -> None:
+def shard_tensors(
+    model: Transformer, mesh: DeviceMesh, tp: TensorParallel, recompute: Recompute
+) -> None:
     """Cut the model over `mesh`, the one axis of `tp`'s ranks. Names and global shapes stay."""
+    in_recomputation = partial(tp.project, keep_gathered=True)
     for block in model.blocks():
         _shard_attention(block.attn, mesh)
-        _region(block.attn, tp)
+        makes_again = recompute in ("attention", "selective", "layer")
+        _region(block.attn, in_recomputation if makes_again else tp.project, tp)
         if isinstance(block, DenseBlock):
             _shard_swiglu(block.ffn, mesh)
-            _region(block.ffn, tp)
+            _region(block.ffn, in_recomputation if recompute == "layer" else tp.project, tp)
         elif not tp.sequence_parallel:
             # Each rank routes its own share of the tokens, which all ranks have.
             block.moe.register_forward_pre_hook(lambda _, args: (tp.split(args[0]), *args[1:]))
@@ -37,7 +44,7 @@ def shard_tensors(model: Transformer, mesh: DeviceMesh, tp: TensorParallel) -> N
         model.embed.lookup = vocabulary.embed
     if model.head is not None:
         _cut(model.head, "weight", 0, mesh)
-        model.head.register_forward_pre_hook(lambda _, args: (tp.enter(compute_type(args[0])),))
+        model.head.project = lambda x, *weights: tp.project(compute_type(x), *weights)
         model.cross_entropy_sum = vocabulary.cross_entropy_sum
     model.tie()
 
@@ -59,14 +66,11 @@ def _cut(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     module.register_parameter(name, torch.nn.Parameter(sharded))
 
 
-def _region(module: nn.Module, tp: TensorParallel) -> None:
-    """Around a module of cut matrices: all tokens in, its own tokens' sums out."""
+def _region(module: Attention | SwiGLU, project: Projection, tp: TensorParallel) -> None:
+    """A module of cut matrices: all tokens in, its own tokens' sums out."""
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tp.enter(compute_type(args[0])), *args[1:]
+    def leave(_module: nn.Module, _args: Any, partial_TD: Tensor) -> Tensor:
+        return tp.leave(partial_TD)
 
-    def after(_: nn.Module, args: tuple[Any, ...], partial: Tensor) -> Tensor:
-        return tp.leave(partial)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    module.project = project
+    module.register_forward_hook(leave)

@@ -98,10 +98,9 @@ def _norm(case: ActivationCase) -> Fraction:
 def _attention(case: ActivationCase) -> Fraction:
     """The input of wq, wk, wv; q, k, v and the output of softmax(q k^T) v, which is wo's input; one fp32 per row."""
     model, tokens, width = case.model, Fraction(case.tokens), case.activation_bytes
-    entered = width * tokens * model.d_model
     if case.recompute in ("attention", "selective"):
-        # From what the norm gives, in fp32; over tp, from what was gathered, in the compute type.
-        return entered if case.tp > 1 else 4 * tokens * model.d_model
+        return 4 * case.norm_tokens * model.d_model  # what the norm gives
+    entered = width * case.norm_tokens * model.d_model
     queries = Fraction(model.num_heads * model.resolved_head_dim, case.tp)
     keys = Fraction(model.num_kv_heads * model.resolved_head_dim, case.tp)
     return (
@@ -120,8 +119,8 @@ def _qk_norm(case: ActivationCase, elements: Fraction) -> Fraction:
 
 def _ffn(case: ActivationCase) -> Fraction:
     """Input, gate and up, hidden."""
-    hidden = Fraction(case.model.d_ffn, case.tp)
-    return case.activation_bytes * case.tokens * (case.model.d_model + 3 * hidden)
+    hidden = Fraction(3 * case.model.d_ffn, case.tp)
+    return case.activation_bytes * (case.norm_tokens * case.model.d_model + case.tokens * hidden)
 
 
 def _routing(case: ActivationCase) -> Fraction:

@@ -185,18 +185,16 @@ def rows_sent(
 
 
 def _tensor(case: CommunicationCase) -> Iterator[Sent]:
-    """Per micro-step: two moves each way around every region of cut matrices."""
+    """Per micro-step: into and out of every region of cut matrices, and back."""
     if case.axes["tp"] == 1:
         return
     steps, recompute = case.micro_steps, case.config.train.recompute
-    again = recompute == "layer"
     sequence_parallel = case.config.parallel.sequence_parallel
     for layer in case.layers:
-        purpose = "attention"
-        yield from _region(case, purpose, steps, again=(again, again))
+        yield from _region(case, "attention", steps, again=recompute == "layer")
         if not case.is_moe(layer):
             # The recomputation ends where nothing more is missing: before the last sum.
-            yield from _region(case, "feed-forward", steps, again=(again, False))
+            yield from _region(case, "feed-forward", steps, again=False)
         elif not sequence_parallel:
             row = case.own_tokens * case.config.model.d_model
             yield case.all_gather("tp", "MoE's share of tokens", steps * FP32 * row)
@@ -204,25 +202,25 @@ def _tensor(case: CommunicationCase) -> Iterator[Sent]:
     if case.has_first:
         yield from _leave(case, "embedding", steps, steps, FP32)
     if case.has_last:
-        yield from _enter(case, "head", steps, steps)
+        yield from _enter(case, "head", steps)
         # The largest, then two sums: of exponentials and of the target's logit.
         yield case.all_reduce("tp", "cross-entropy", steps * 3 * FP32 * case.tokens)
 
 
-def _region(
-    case: CommunicationCase, purpose: str, steps: int, again: tuple[bool, bool]
-) -> Iterator[Sent]:
-    yield from _enter(case, purpose, steps * (1 + again[0]), steps)
-    yield from _leave(case, purpose, steps * (1 + again[1]), steps, case.width)
+def _region(case: CommunicationCase, purpose: str, steps: int, again: bool) -> Iterator[Sent]:
+    """`again`: its end is recomputed too."""
+    yield from _enter(case, purpose, steps)
+    yield from _leave(case, purpose, steps * (1 + again), steps, case.width)
 
 
-def _enter(case: CommunicationCase, purpose: str, forwards: int, backwards: int) -> Iterator[Sent]:
+def _enter(case: CommunicationCase, purpose: str, steps: int) -> Iterator[Sent]:
+    """Tokens are gathered twice: forward, and for the matrices' gradients or by the recomputation before them."""
     share = case.width * case.own_tokens * case.config.model.d_model
     if case.config.parallel.sequence_parallel:
-        yield case.all_gather("tp", purpose, forwards * share)
-        yield case.reduce_scatter("tp", purpose, backwards * share)
+        yield case.all_gather("tp", purpose, 2 * steps * share)
+        yield case.reduce_scatter("tp", purpose, steps * share)
     else:
-        yield case.all_reduce("tp", purpose, backwards * share * case.axes["tp"])
+        yield case.all_reduce("tp", purpose, steps * share * case.axes["tp"])
 
 
 def _leave(

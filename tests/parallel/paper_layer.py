@@ -1,10 +1,10 @@
 """The layer of "Reducing Activation Recomputation" (2205.05198, sec. 4) from our tensor-parallel moves, to weigh it.
 
-LayerNorm, unfused attention, GELU, dropout with masks of one byte, two bytes per activation. As in the paper, with
-sequence parallelism a cut matrix keeps this rank's tokens of its input and gathers them again in backward. Shapes: T
-tokens of the group, B sequences, S positions, N heads of this rank, H head dim, D model, O outputs of this rank.
+LayerNorm, unfused attention, GELU, dropout with masks of one byte, two bytes per activation. Shapes: T tokens of
+the group, B sequences, S positions, N heads of this rank, H head dim, D model, O outputs of this rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moesys.ops.projection import project
 from moesys.parallel.tensor import TensorParallel
 
 
@@ -85,30 +86,11 @@ class PaperLayer(nn.Module):
         # F.dropout on the CPU keeps a mask as wide as x; this one keeps one byte per element, as on a GPU.
         return torch.native_dropout(x, self.shape.dropout, True)[0]
 
-    def _enter(self, x_TD: Tensor, *weights: Tensor) -> list[Tensor]:
-        if self.tp is None or not self.tp.sequence_parallel:
-            x_TD = x_TD if self.tp is None else self.tp.enter(x_TD)
-            return [F.linear(x_TD, weight) for weight in weights]
-        return [_GatheredLinear.apply(x_TD, weight, self.tp) for weight in weights]
+    def _enter(self, x_TD: Tensor, *weights: Tensor) -> Sequence[Tensor]:
+        return (project if self.tp is None else self.tp.project)(x_TD, *weights)
 
     def _leave(self, partial_TD: Tensor) -> Tensor:
         return partial_TD if self.tp is None else self.tp.leave(partial_TD)
-
-
-class _GatheredLinear(torch.autograd.Function):
-    """Linear(enter(x)) that keeps x as this rank has it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, tp: TensorParallel) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.tp = tp
-        return F.linear(tp.enter(x), weight)
-
-    @staticmethod
-    def backward(ctx, grad_TO: Tensor):  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        grad_weight = grad_TO.t() @ ctx.tp.enter(x)
-        return ctx.tp.leave(grad_TO @ weight), grad_weight, None
 
 
 class SavedBytes:

@@ -55,6 +55,7 @@ def balance(level: str) -> BalanceConfig:
 VARIANTS = [
     ("tp", {"dtype": "bf16"}),
     ("tp", {"recompute": "layer"}),
+    ("tp", {"recompute": "attention"}),
     ("tp", {"tie_embeddings": True}),
     ("tp", {"balance": balance("sequence")}),
     ("tp without sequence parallelism", {"dtype": "bf16"}),

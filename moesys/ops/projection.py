@@ -1,0 +1,20 @@
+"""Several linear maps of one input: what a region of matrices begins with, and `parallelize` swaps where they are cut."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Projection(Protocol):
+    """From x to the product with each matrix."""
+
+    def __call__(self, x: Tensor, *weights_OD: Tensor) -> Sequence[Tensor]:
+        """x [..., D], each weight [O, D]; returns [..., O] of each."""
+        ...
+
+
+def project(x: Tensor, *weights_OD: Tensor) -> list[Tensor]:
+    """One after the other."""
+    return [F.linear(x, weight_OD) for weight_OD in weights_OD]
