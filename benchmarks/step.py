@@ -127,7 +127,7 @@ def compare(
 class OurModel:
     """Our model under TrainStep: what `moesys train` runs for one step."""
 
-    def __init__(self, size: Size, meshes: Meshes) -> None:
+    def __init__(self, size: Size, meshes: Meshes, compiled: bool = False) -> None:
         tokens = size.batch * size.seq_len
         config = RunConfig(
             run=RunSection(name="step", dir="unused", seed=1),
@@ -136,7 +136,9 @@ class OurModel:
             optim=OPTIM,
             schedule=ScheduleConfig(),
             parallel=ParallelConfig(),
-            train=TrainConfig(steps=1, global_batch_tokens=tokens, micro_batch_tokens=tokens),
+            train=TrainConfig(
+                steps=1, global_batch_tokens=tokens, micro_batch_tokens=tokens, compile=compiled
+            ),
             checkpoint=CheckpointConfig(),
             metrics=MetricsConfig(),
         )

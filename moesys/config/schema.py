@@ -197,6 +197,8 @@ class TrainConfig:
     recompute: Recompute = "none"
     """Activations made again in backward: of the experts (no row travels again), of attention from its input,
     of both (selective), or all of a layer but what its router decided."""
+    compile: bool = False
+    """torch.compile for the element-wise work on queries and keys; some seconds of the first step. Measure: `moesys bench compile`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU for each local rank where torch sees one."""
     eval_every_steps: int = 0

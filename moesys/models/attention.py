@@ -67,16 +67,21 @@ class Attention(nn.Module):
         self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
     ) -> Tensor:
         """Sequences one after the other, each of as many positions as the rotary tables, to [T, D]."""
-        seq_len, x_TD = rope_SH[0].shape[0], compute_type(x_TD)
         matrices = (local_tensor(w.weight) for w in (self.wq, self.wk, self.wv))
-        q_BSNH, k_BSMH, v_BSMH = (
+        q_TO, k_TO, v_TO = self.project(compute_type(x_TD), *matrices)
+        out_BNSH = self.core(*self.heads(q_TO, k_TO, v_TO, rope_SH), ends)
+        return self.wo(out_BNSH.transpose(1, 2).flatten(2).flatten(0, 1))
+
+    def heads(
+        self, q_TO: Tensor, k_TO: Tensor, v_TO: Tensor, rope_SH: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut into sequences and heads: [B, N or M, S, H] of each. Norm q and k, turn them by position."""
+        seq_len = rope_SH[0].shape[0]
+        q, k, v = (
             y_TO.unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
-            for y_TO in self.project(x_TD, *matrices)
+            for y_TO in (q_TO, k_TO, v_TO)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q_BSNH = self.q_norm(q_BSNH).to(v_BSMH.dtype)
-            k_BSMH = self.k_norm(k_BSMH).to(v_BSMH.dtype)
-        q_BNSH = apply_rope(q_BSNH.transpose(1, 2), rope_SH)
-        k_BMSH = apply_rope(k_BSMH.transpose(1, 2), rope_SH)
-        out_BNSH = self.core(q_BNSH, k_BMSH, v_BSMH.transpose(1, 2), ends)
-        return self.wo(out_BNSH.transpose(1, 2).flatten(2).flatten(0, 1))
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k, v = (y_BSNH.transpose(1, 2) for y_BSNH in (q, k, v))
+        return apply_rope(q, rope_SH), apply_rope(k, rope_SH), v

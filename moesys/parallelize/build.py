@@ -1,5 +1,5 @@
 """From a configuration to a model on this rank. The one place that fixes the order in which axes are applied:
-pipeline cut, experts, tensors, context, recompute, data; then storage and weights.
+pipeline cut, experts, tensors, context, compilation, recompute, data; then storage and weights.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from moesys.models.init import initialize
 from moesys.models.transformer import Transformer
 from moesys.parallel.mesh import Meshes
 from moesys.parallel.tensor import TensorParallel
+from moesys.parallelize.compile import compile_blocks
 from moesys.parallelize.context import shard_context
 from moesys.parallelize.data import shard_data
 from moesys.parallelize.experts import shard_experts
@@ -65,6 +66,8 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         for part in parts:
             shard_context(part, meshes, parallel.cp_attention)
     for part in parts:
+        if config.train.compile:
+            compile_blocks(part)
         apply_recompute(part, config.train.recompute)
     if parallel.zero:
         for part in parts:

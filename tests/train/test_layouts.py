@@ -113,6 +113,17 @@ def test_documents_stay_apart_under_every_layout(name):
     assert_same(config, world_size, reference)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tp", *(pytest.param(n, marks=pytest.mark.parity) for n in ("cp", "zbv", "zero", "pp+tp+ep"))],
+)
+def test_compiled_blocks_train_with_one_process_numbers(one_process, name):
+    world_size, degrees = LAYOUTS[name]
+    compiled = replace(BASE, train=replace(BASE.train, compile=True, recompute="attention"))
+    config = replace(compiled, parallel=ParallelConfig(**degrees))  # type: ignore[arg-type]
+    assert_same(config, world_size, one_process)
+
+
 RECOMPUTED = [
     *(("tp", "layer"), ("zero", "layer"), ("pp", "layer"), ("zbv+zero", "layer")),
     *(("pp+tp+ep", "layer"), ("cp", "selective"), ("zero 1", "selective")),
