@@ -82,6 +82,6 @@ class Attention(nn.Module):
             for y_TO in (q_TO, k_TO, v_TO)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y_BSNH.transpose(1, 2) for y_BSNH in (q, k, v))
         return apply_rope(q, rope_SH), apply_rope(k, rope_SH), v

@@ -10,13 +10,14 @@ from moesys.ops import library
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim; x [..., D] of any shape.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in x's dtype; x [..., D] of any shape.
 
     On the CPU in fp32 one pass each way, keeping x and one number per row; elsewhere torch's rms_norm.
     """
     is_fp32 = x.dtype == weight_D.dtype == torch.float32
     if not (is_fp32 and x.device.type == "cpu" and library.runs_on(x)):
-        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+        # Of one type, or torch takes the slow way.
+        return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
     x_ND = x.reshape(-1, x.shape[-1])
     return torch.ops.moesys.rms_norm(x_ND, weight_D, eps)[0].view(x.shape)
 
