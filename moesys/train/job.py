@@ -13,13 +13,12 @@ from moesys.config.validate import check
 from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group, ranks_per_node_from_env, world_size_from_env
 from moesys.parallel.flight import record_flights
+from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
 from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
 from moesys.train.trainer import Trainer
 from moesys.train.watch import Watch
 
-STOPPED_EXIT_CODE = 143
-"""128 + SIGTERM: the job saved and stopped before its last step; start it again to go on."""
 BACKEND_EXTRA_S = 10.0
 """Until a backend's own timeout ends a collective that the watch could not."""
 
@@ -48,7 +47,7 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
             trainer.explain = watch.explain
             status = trainer.train()
         dist.barrier()  # a rank that fails at its very end is still watched
-    return 0 if status == "done" else STOPPED_EXIT_CODE
+    return DONE_EXIT_CODE if status == "done" else STOPPED_EXIT_CODE
 
 
 def agree_on(config: RunConfig) -> None:

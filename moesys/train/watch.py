@@ -26,12 +26,11 @@ import moesys
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.flight import Flight, flight
 from moesys.parallel.lifeline import Lifeline
+from moesys.train.exit_codes import LOST_EXIT_CODE
 from moesys.train.verdict import Beat, Kind, Report, cause, is_settled, sentence, table
 
 Where = tuple[FrameType, int]
 """A call and the line that it is at."""
-LOST_EXIT_CODE = 76
-"""This rank left because of another one; start the job again to go on."""
 BEAT_S = 0.5
 SILENCE_S = 3.0
 """Beats older than this, beside the others', are called silent. Silence alone ends nothing."""

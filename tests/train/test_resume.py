@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moesys.train.job import STOPPED_EXIT_CODE
+from moesys.train.exit_codes import STOPPED_EXIT_CODE
 from tests.train.launched import (
     STEPS,
     finish,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moesys.parallel.flight import read_flight
 from moesys.parallel.lifeline import Lifeline
+from moesys.train.exit_codes import LOST_EXIT_CODE
 from moesys.train.verdict import (
     Beat,
     Report,
@@ -20,7 +21,6 @@ from moesys.train.verdict import (
     silent_ranks,
     table,
 )
-from moesys.train.watch import LOST_EXIT_CODE
 from tests.train.launched import (
     finish,
     one_rank,
