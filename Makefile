@@ -108,6 +108,10 @@ parity: $(TEST_STAMP) $(BUILD_STAMP) ## compare every layout with one process, b
 	MOESYS_FIGURES=$(FIGURES) $(BIN)/python -m pytest $(FIGURE_TESTS)
 	MOESYS_FIGURES=$(FIGURES) $(BIN)/moesys bench parallel
 
+.PHONY: slurm
+slurm: $(TEST_STAMP) $(BUILD_STAMP) ## the long suite on a real Slurm (as root, with slurm-wlm and munge installed)
+	$(BIN)/python -m pytest -m slurm $(ARGS)
+
 .PHONY: gpu
 gpu: ## on a machine with a GPU and torch: build for it, run the GPU tests and benchmarks
 	@$(PYTHON) -m benchmarks.gpu --check

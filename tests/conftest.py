@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest_plugins = ["tests.tiny_data"]
+pytest_plugins = ["tests.tiny_data", "tests.launch.slurm"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
