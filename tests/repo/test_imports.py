@@ -55,6 +55,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "train": (
         *(
             "train",
+            "launch.status",
             "report",
             "integrations",
             "checkpoint",
@@ -66,12 +67,14 @@ ROOMS: dict[str, tuple[str, ...]] = {
         ),
         *("profile", "parallel", "plan", "ops", "config"),
     ),
+    "launch": ("launch", "config", "plan", "report.records"),
+    "launch.status": (),
     "cli": ("",),
     "__main__": ("cli",),
 }
 """What each room may import (a prefix; "" is all of moesys). The most specific room decides."""
 
-NO_TORCH = ("config", "plan", "report", "parallel.dims")
+NO_TORCH = ("config", "launch", "plan", "report", "parallel.dims")
 """Rooms that run on a login node, or for a cluster that does not exist."""
 NO_CLOCK_OR_MACHINE = ("plan",)
 HYDRA = {"hydra", "omegaconf"}
