@@ -49,7 +49,7 @@ class Saver:
         self._host_copy = HostCopy()
         self._former: Prepared | None = None
         self._under_way: futures.Future[SaveResult] | None = None
-        self._waited_s = 0.0
+        self._began_s, self._waited_s = 0.0, 0.0
 
     def reserve(self, tensors: Mapping[str, Tensor], rank_tensors: Mapping[str, Tensor]) -> None:
         """Do before the first step what the first save would wait for: plan, and memory for the copy. Collective."""
@@ -71,7 +71,7 @@ class Saver:
         before the folder takes its name.
         """
         assert self._under_way is None, "collect the save under way first"
-        start_s = time.perf_counter()
+        self._began_s = start_s = time.perf_counter()
         prepared = prepare(
             step, tensors, state, rank_tensors, self.keep_last, self._ranks, self._former
         )
@@ -87,6 +87,11 @@ class Saver:
         if not self.asynchronous:
             futures.wait([self._under_way])
         self._waited_s = time.perf_counter() - start_s
+
+    @property
+    def running_s(self) -> float:
+        """How long the save under way is; 0 if there is none."""
+        return time.perf_counter() - self._began_s if self._under_way is not None else 0.0
 
     def poll(self) -> Saved | None:
         """The save under way, once it is done on all ranks; None before, and if there is none. Collective."""

@@ -209,12 +209,18 @@ class TrainConfig:
     """Optimizer steps between records of metrics.jsonl."""
     timeout_s: float = 600.0
     """How long a collective may wait before the run fails."""
+    grace_s: float = 120.0
+    """From a signal to the end that its sender grants (`#SBATCH --signal=B:USR2@120`): what does not fit is left out."""
+
+    def micro_steps(self, dp: int) -> int:
+        """Micro-batches of each of `dp` data ranks in an optimizer step."""
+        return self.global_batch_tokens // (self.micro_batch_tokens * dp)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every_steps: int = 0
-    """Optimizer steps between checkpoints; 0 = only at the end and on SIGTERM."""
+    """Optimizer steps between checkpoints; 0 = only at the end and when a signal asks to stop."""
     keep_last: int = 2
     """How many of the newest checkpoints stay, at least 1."""
     asynchronous: bool = True

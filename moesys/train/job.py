@@ -16,6 +16,7 @@ from moesys.parallel.flight import record_flights
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
 from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
+from moesys.train.signals import StopRequest
 from moesys.train.trainer import Trainer
 from moesys.train.watch import Watch
 
@@ -33,6 +34,7 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
     record_flights()
     # The watch gives up first and says more than a backend does.
     with (
+        StopRequest() as stop,
         process_group(config.train.device, timeout_s + BACKEND_EXTRA_S) as process,
         Watch(process, timeout_s) as watch,
     ):
@@ -45,7 +47,7 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
             trainer = Trainer(build_run(config, process))
             watch.step, watch.on_leave = lambda: trainer.step, trainer.record_failure
             trainer.explain = watch.explain
-            status = trainer.train()
+            status = trainer.train(stop)
         dist.barrier()  # a rank that fails at its very end is still watched
     return DONE_EXIT_CODE if status == "done" else STOPPED_EXIT_CODE
 

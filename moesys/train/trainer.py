@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from moesys.checkpoint.saver import Saved, Saver
 from moesys.checkpoint.store import LoadedState, load_latest_good
@@ -22,6 +23,7 @@ from moesys.plan.costs import active_parameters, total_parameters, training_flop
 from moesys.profile.matmul import matmul_tflops
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import write_text
+from moesys.train.grace import Pace, StopPlan, plan_stop
 from moesys.train.metrics import MetricsLog, Sink
 from moesys.train.progress import console_view
 from moesys.train.record import eval_record, train_record
@@ -60,13 +62,17 @@ class Trainer:
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
         self.last_eval: Record = {}
+        self.stop_note: Record = {}
+        """In the stop record: what a grace period was too short for."""
         self.step_seconds: list[float] = []
+        self.eval_s, self.save_s = 0.0, 0.0
+        """The last evaluation and the longest save of this start."""
         self.unrecorded_checkpoint_ms = 0.0
         """Waited for the checkpoints that ended since the last train record: the next one says so."""
         self.tokens_per_s: float | None = None
         """By the median step of this start; before one, of the start before."""
 
-    def train(self) -> str:
+    def train(self, stop: StopRequest) -> str:
         """Train to the last step or until asked to stop; return "done" or "stopped"."""
         is_writer = self.run.process.rank == 0
         resumed = self._resume()
@@ -82,12 +88,12 @@ class Trainer:
         try:
             self._write(self._start_record(resumed))
             try:
-                with StopRequest() as stop:
-                    status = self._loop(stop)
+                stop.begin_training()
+                status = self._loop(stop)
             except BaseException as error:
                 self.record_failure(self.explain(error))
                 raise
-            self._write({"kind": "stop", "step": self.step, "reason": status})
+            self._write({"kind": "stop", "step": self.step, "reason": status, **self.stop_note})
             if is_writer and (self.step_seconds or not self._summary_path.exists()):
                 self._write_summary(status)
         finally:
@@ -103,19 +109,46 @@ class Trainer:
 
     def _loop(self, stop: StopRequest) -> str:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps
+        if self.step and self._is_eval_due() and self.last_eval.get("step") != self.step:
+            self._evaluate()  # the stop left no time for it
+            self._save()
         while self.step < steps:
-            stopping = self._one_step(stop.requested)
+            stopping = self._one_step(stop.requested is not None)
             self._record_save(self.saver.poll())
             last = self.step == steps
-            if last or _due(self.step, self.config.train.eval_every_steps):
+            plan = self._plan_stop(stop) if stopping else StopPlan(evaluate=True, save=True)
+            if plan.evaluate and self._is_eval_due():
                 self._evaluate()
-            if last or stopping or _due(self.step, every):
+            if plan.save and (last or stopping or _due(self.step, every)):
                 self._save()
             if last or stopping:
                 self._record_save(self.saver.wait())
-            if stopping and not last:
+            if stopping and not (last and plan.evaluate):
                 return "stopped"
+        self._record_save(self.saver.wait())
         return "done"
+
+    def _is_eval_due(self) -> bool:
+        last = self.step == self.config.train.steps
+        return last or _due(self.step, self.config.train.eval_every_steps)
+
+    def _plan_stop(self, stop: StopRequest) -> StopPlan:
+        """What there is time for, the same on all ranks. Collective."""
+        left_s = max(0.0, self.save_s - self.saver.running_s) if self.saver.running_s else 0.0
+        seconds = torch.tensor(
+            [stop.elapsed_s, self.eval_s, self.save_s, left_s], device=self.run.process.device
+        )
+        dist.all_reduce(seconds, dist.ReduceOp.MAX)
+        elapsed_s, eval_s, save_s, saving_s = seconds.tolist()
+        if not self._is_eval_due():
+            eval_s = 0.0
+        pace = Pace(elapsed_s=elapsed_s, eval_s=eval_s, save_s=save_s, saving_s=saving_s)
+        plan = plan_stop(self.config.train.grace_s, pace)
+        if plan.note:
+            self.stop_note = {"note": plan.note}
+            if self.run.process.rank == 0:
+                print(f"warning: {plan.note}", flush=True)
+        return plan
 
     def _one_step(self, stop_requested: bool) -> bool:
         """Train one step and record it; return whether some rank was asked to stop."""
@@ -183,7 +216,7 @@ class Trainer:
             self.config.train.dtype,
             self.run.meshes,
         )
-        eval_s = time.perf_counter() - began
+        self.eval_s = eval_s = time.perf_counter() - began
         self.wall_s += eval_s
         self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
         self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
@@ -214,6 +247,7 @@ class Trainer:
         waited_ms = saved.waited_s * 1e3
         self.wall_s += saved.waited_s
         self.unrecorded_checkpoint_ms += waited_ms
+        self.save_s = max(self.save_s, saved.result.seconds)
         self._write(
             {
                 "kind": "checkpoint",

@@ -27,6 +27,7 @@ from moesys.parallel.bootstrap import Process
 from moesys.parallel.flight import Flight, flight
 from moesys.parallel.lifeline import Lifeline
 from moesys.train.exit_codes import LOST_EXIT_CODE
+from moesys.train.signals import STOP_SIGNALS
 from moesys.train.verdict import Beat, Kind, Report, cause, is_settled, sentence, table
 
 Where = tuple[FrameType, int]
@@ -110,7 +111,8 @@ class Watch:
             return str(error)
         if self._explained is None or self._explained[0] is not error:
             # The launcher ends the ranks that are left, but the reason is not told yet.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in set(STOP_SIGNALS) - {signal.SIGINT}:
+                signal.signal(number, signal.SIG_IGN)
             if error.__traceback__ is not None:
                 self._failed_at = _place(_raised_in(error))
             text = f"{type(error).__name__}: {error}"
