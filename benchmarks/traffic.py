@@ -14,9 +14,9 @@ from moesys.parallel.dims import ParallelDims, parallel_dims
 from moesys.parallel.mesh import build_meshes
 from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import set_expert_backend
-from moesys.parallelize.pipeline import layers_of_stages
 from moesys.parallelize.schedules import action_table
 from moesys.plan.communication import CommunicationCase, RowsSent, communication, rows_sent
+from moesys.plan.pipeline import layers_of_stages
 from moesys.profile.traffic import TrafficCounter
 from moesys.testing.parity import samples_of_step
 from moesys.train.step import TrainStep
@@ -68,7 +68,7 @@ class SmallRun:
             self.steps,
             self.meshes.dp_rank,
             self.dims.dp,
-            micro_steps(self.config, self.dims),
+            self.config.train.micro_steps(self.dims.dp),
         )
         self.train_step(batches, self.config.optim.lr)
         self.steps += 1
@@ -107,11 +107,6 @@ def count(rank: int, world_size: int, config: RunConfig) -> tuple[ByGroup, Slots
     return run.count()
 
 
-def micro_steps(config: RunConfig, dims: ParallelDims) -> int:
-    """Of a data rank."""
-    return config.train.global_batch_tokens // (config.train.micro_batch_tokens * dims.dp)
-
-
 def with_micro_steps(config: RunConfig, world_size: int, steps: int) -> RunConfig:
     """The configuration whose data ranks take `steps` micro-steps."""
     dims = parallel_dims(config.parallel, world_size)
@@ -142,7 +137,7 @@ def formula(config: RunConfig, world_size: int, rank: int, slots: list[Slots]) -
 
 def _orders(config: RunConfig, dims: ParallelDims, pp_rank: int) -> dict[int, str]:
     """Forwards and backwards of each stage of the rank, as its schedule runs them."""
-    parallel, steps = config.parallel, micro_steps(config, dims)
+    parallel, steps = config.parallel, config.train.micro_steps(dims.dp)
     table = action_table(parallel.pp_schedule, dims.pp, parallel.pp_virtual_stages, steps)
     orders: dict[int, str] = defaultdict(str)
     for action in table[pp_rank]:

@@ -51,11 +51,10 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
     from moesys.config.compose import compose
     from moesys.config.validate import validate
     from moesys.parallel.dims import parallel_dims
-    from moesys.parallelize.pipeline import layers_of_stages
     from moesys.parallelize.schedules import action_table, with_torch_first_stage
     from moesys.plan.bubble import Durations, walk
     from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
-    from moesys.plan.pipeline import stages_of_rank
+    from moesys.plan.pipeline import layers_of_stages, stages_of_rank
 
     config = compose(args.overrides, args.config_dir)
     parallel, model, seq_len = config.parallel, config.model, config.data.seq_len
@@ -64,8 +63,7 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
         raise ValueError(f"--world-size {world_size} must be at least 1")
     validate(config, world_size=world_size)
     dims = parallel_dims(parallel, world_size)
-    per_micro_step = config.train.micro_batch_tokens * dims.dp
-    num_micro_batches = config.train.global_batch_tokens // per_micro_step
+    num_micro_batches = config.train.micro_steps(dims.dp)
     schedule, pp, virtual = parallel.pp_schedule, parallel.pp, parallel.pp_virtual_stages
     layers = layers_of_stages(model, parallel, seq_len)
     costs = [

@@ -34,7 +34,7 @@ def find_pipeline_problems(config: RunConfig, world_size: int) -> Iterator[Probl
         parallel.pp_schedule,
         parallel.pp,
         parallel.pp_virtual_stages,
-        train.global_batch_tokens // per_micro_step,
+        train.micro_steps(dims.dp),
         config.model.num_layers,
     )
     yield from (_problem(problem, config, per_micro_step) for problem in found)

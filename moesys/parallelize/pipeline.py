@@ -17,20 +17,10 @@ from moesys.config.schema import ModelConfig, ParallelConfig
 from moesys.models.transformer import Transformer
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.schedules import make_schedule
-from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
-from moesys.plan.pipeline import split_layers, stages_of_rank, stages_per_rank
+from moesys.plan.pipeline import layers_of_stages, stages_of_rank
 
 LossFunction = Callable[[tuple[Tensor, Tensor], Tensor], Tensor]
 """(logits_TV and losses_3 of the last stage, target_ids_BS) -> what is minimised."""
-
-
-def layers_of_stages(
-    config: ModelConfig, parallel: ParallelConfig, seq_len: int
-) -> list[list[int]]:
-    """The layers of each stage, by cost, the head's included."""
-    costs = [layer_flops_per_token(config, i, seq_len) for i in range(config.num_layers)]
-    num_stages = parallel.pp * stages_per_rank(parallel.pp_schedule, parallel.pp_virtual_stages)
-    return split_layers(costs, num_stages, last_cost=head_flops_per_token(config))
 
 
 class Pipeline:

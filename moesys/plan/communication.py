@@ -12,9 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-from moesys.config.schema import RunConfig
-from moesys.plan.parameters import Parameter, block_parameters, outer_parameters
-from moesys.plan.pipeline import stages_of_rank
+from moesys.plan.rank import RankOfRun
 
 FP32 = 4
 INT64 = 8
@@ -46,90 +44,13 @@ class RowsSent(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommunicationCase:
-    """One rank of a run. Its micro-batch is that of `config.train`."""
+class CommunicationCase(RankOfRun):
+    """A rank, and what its bytes depend on besides."""
 
-    config: RunConfig
-    axes: Mapping[str, int]
-    """Degrees, by the names of ParallelDims: those of both grids."""
-    at: Mapping[str, int]
-    """This rank's index along each."""
-    stages: Sequence[Sequence[int]]
-    """The layers of each pipeline stage, of all ranks."""
     orders: Mapping[int, str] | None = None
     """With a pipeline and zero=3: of each of its stages, F and B in the order in which they run."""
     state_dim: int = 0
     """Numbers per token that routers hand on to the next stage."""
-
-    @property
-    def own_stages(self) -> list[int]:
-        parallel = self.config.parallel
-        if parallel.pp == 1:
-            return [0]
-        return stages_of_rank(
-            parallel.pp_schedule, self.at["pp"], parallel.pp, parallel.pp_virtual_stages
-        )
-
-    @property
-    def layers(self) -> list[int]:
-        return [layer for stage in self.own_stages for layer in self.stages[stage]]
-
-    @property
-    def has_first(self) -> bool:
-        return 0 in self.own_stages
-
-    @property
-    def has_last(self) -> bool:
-        return len(self.stages) - 1 in self.own_stages
-
-    def is_moe(self, layer: int) -> bool:
-        return layer >= self.config.model.num_dense_layers
-
-    @property
-    def dp(self) -> int:
-        return self.axes["dp_replicate"] * self.axes["dp_shard"]
-
-    @property
-    def micro_steps(self) -> int:
-        train = self.config.train
-        return train.global_batch_tokens // (train.micro_batch_tokens * self.dp)
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.config.train.micro_batch_tokens // self.axes["cp"]
-
-    @property
-    def own_tokens(self) -> int:
-        """t."""
-        return self.tokens // self.axes["tp"]
-
-    @property
-    def width(self) -> int:
-        """w."""
-        return 2 if self.config.train.dtype == "bf16" else 4
-
-    @property
-    def world_size(self) -> int:
-        return self.axes["pp"] * self.stage_size
-
-    @property
-    def stage_size(self) -> int:
-        return self.dp * self.axes["cp"] * self.axes["tp"]
-
-    def size(self, group: str) -> int:
-        """Ranks of the group."""
-        axes = self.axes
-        sizes = {
-            **axes,
-            "shard": axes["dp_shard"] * axes["cp"],
-            "edp": axes["edp_replicate"] * axes["edp_shard"],
-            "sequence": axes["cp"] * axes["tp"],
-            "replica": self.dp * axes["cp"],
-            "stage": self.stage_size,
-            "world": self.world_size,
-        }
-        return sizes[group]
 
     def all_reduce(self, group: str, purpose: str, nbytes: int) -> Sent:
         """Each rank has `nbytes`."""
@@ -281,7 +202,7 @@ def _sharded(case: CommunicationCase) -> Iterator[Sent]:
     """What FSDP sends: parameters gathered, gradients reduced, by block and per step or micro-step."""
     zero = case.config.parallel.zero
     for stage in case.own_stages:
-        for unit in _units(case, stage):
+        for unit in case.units(stage):
             is_expert = unit[0].is_expert
             shard, replicate = (
                 ("edp_shard", "edp_replicate") if is_expert else ("shard", "dp_replicate")
@@ -310,37 +231,17 @@ def _gathers(case: CommunicationCase, stage: int) -> int:
     return sum(before != "B" for before, _ in pairwise(f"F{case.orders[stage]}"))
 
 
-def _units(case: CommunicationCase, stage: int) -> Iterator[list[Parameter]]:
-    """The parameters that FSDP gathers together."""
-    model = case.config.model
-    for layer in case.stages[stage]:
-        parameters = list(block_parameters(model, case.axes, layer))
-        yield from (
-            unit
-            for is_expert in (True, False)
-            if (unit := [p for p in parameters if p.is_expert is is_expert])
-        )
-    first, last = stage == 0, stage == len(case.stages) - 1
-    outer = list(outer_parameters(model, case.axes, first, last))
-    if model.tie_embeddings:
-        yield outer
-    else:
-        yield from ([parameter] for parameter in outer)
-
-
 def _gradient_sums(case: CommunicationCase) -> Iterator[Sent]:
     """Once per step: what parallelize/gradients.py sums over ranks, which is all that FSDP does not."""
-    parallel, model = case.config.parallel, case.config.model
-    parameters = [p for layer in case.layers for p in block_parameters(model, case.axes, layer)]
-    parameters += outer_parameters(model, case.axes, case.has_first, case.has_last)
-    shard = case.size("shard")
-    shard_rank = case.at["dp_shard"] * case.axes["cp"] + case.at["cp"]
+    parallel = case.config.parallel
     elements = dict.fromkeys(("edp", "replica", "stage", "tp"), 0)
-    for parameter in parameters:
+    for parameter in case.parameters:
         is_partial = parameter.is_partial_over_tp(parallel.sequence_parallel)
         if parallel.zero:
             if is_partial:
-                elements["tp"] += parameter.shard_of(shard_rank, shard)
+                elements["tp"] += parameter.shard_of(
+                    case.shard_rank(parameter), case.num_shards(parameter)
+                )
         elif parameter.is_expert:
             elements["edp"] += parameter.size
         else:

@@ -8,6 +8,9 @@ from itertools import accumulate
 from math import inf
 from typing import Literal, NamedTuple, get_args
 
+from moesys.config.schema import ModelConfig, ParallelConfig
+from moesys.plan.costs import head_flops_per_token, layer_flops_per_token
+
 ScheduleName = Literal[
     "gpipe", "1f1b", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev"
 ]
@@ -30,6 +33,13 @@ def stages_of_rank(schedule: str, pp_rank: int, pp: int, virtual_stages: int) ->
     if schedule in V_SHAPED:
         return [pp_rank, 2 * pp - 1 - pp_rank]
     return [pp_rank + pp * i for i in range(stages_per_rank(schedule, virtual_stages))]
+
+
+def layers_of_stages(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[list[int]]:
+    """The layers of each stage, by cost, the head's included."""
+    costs = [layer_flops_per_token(model, i, seq_len) for i in range(model.num_layers)]
+    num_stages = parallel.pp * stages_per_rank(parallel.pp_schedule, parallel.pp_virtual_stages)
+    return split_layers(costs, num_stages, last_cost=head_flops_per_token(model))
 
 
 def split_layers(

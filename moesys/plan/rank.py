@@ -1,0 +1,128 @@
+"""One rank of a run as integers: its layers, tokens, parameters and groups, for formulas about it. Pure.
+
+T tokens of a tensor-parallel group in one micro-batch (after cp), t = T / tp of them this rank's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from moesys.config.schema import RunConfig
+from moesys.plan.parameters import Parameter, block_parameters, outer_parameters
+from moesys.plan.pipeline import stages_of_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOfRun:
+    """Its micro-batch is that of `config.train`."""
+
+    config: RunConfig
+    axes: Mapping[str, int]
+    """Degrees, by the names of ParallelDims: those of both grids."""
+    at: Mapping[str, int]
+    """This rank's index along each."""
+    stages: Sequence[Sequence[int]]
+    """The layers of each pipeline stage, of all ranks."""
+
+    @property
+    def own_stages(self) -> list[int]:
+        parallel = self.config.parallel
+        if parallel.pp == 1:
+            return [0]
+        return stages_of_rank(
+            parallel.pp_schedule, self.at["pp"], parallel.pp, parallel.pp_virtual_stages
+        )
+
+    @property
+    def layers(self) -> list[int]:
+        return [layer for stage in self.own_stages for layer in self.stages[stage]]
+
+    @property
+    def has_first(self) -> bool:
+        return 0 in self.own_stages
+
+    @property
+    def has_last(self) -> bool:
+        return len(self.stages) - 1 in self.own_stages
+
+    def is_moe(self, layer: int) -> bool:
+        return layer >= self.config.model.num_dense_layers
+
+    @property
+    def dp(self) -> int:
+        return self.axes["dp_replicate"] * self.axes["dp_shard"]
+
+    @property
+    def micro_steps(self) -> int:
+        return self.config.train.micro_steps(self.dp)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.config.train.micro_batch_tokens // self.axes["cp"]
+
+    @property
+    def own_tokens(self) -> int:
+        """t."""
+        return self.tokens // self.axes["tp"]
+
+    @property
+    def width(self) -> int:
+        """Bytes of the compute type."""
+        return 2 if self.config.train.dtype == "bf16" else 4
+
+    @property
+    def world_size(self) -> int:
+        return self.axes["pp"] * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        return self.dp * self.axes["cp"] * self.axes["tp"]
+
+    def size(self, group: str) -> int:
+        """Ranks of the group: an axis, or stage, replica, sequence, edp, world as parallel/mesh.py has them."""
+        axes = self.axes
+        sizes = {
+            **axes,
+            "shard": axes["dp_shard"] * axes["cp"],
+            "edp": axes["edp_replicate"] * axes["edp_shard"],
+            "sequence": axes["cp"] * axes["tp"],
+            "replica": self.dp * axes["cp"],
+            "stage": self.stage_size,
+            "world": self.world_size,
+        }
+        return sizes[group]
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        """All that are here, before data ranks share them out."""
+        for stage in self.own_stages:
+            for unit in self.units(stage):
+                yield from unit
+
+    def units(self, stage: int) -> Iterator[list[Parameter]]:
+        """The parameters of a stage that FSDP gathers together."""
+        for layer in self.stages[stage]:
+            yield from self.block_units(layer)
+        first, last = stage == 0, stage == len(self.stages) - 1
+        outer = list(outer_parameters(self.config.model, self.axes, first, last))
+        if self.config.model.tie_embeddings:
+            yield outer
+        else:
+            yield from ([parameter] for parameter in outer)
+
+    def block_units(self, layer: int) -> Iterator[list[Parameter]]:
+        """Experts, then the rest."""
+        parameters = list(block_parameters(self.config.model, self.axes, layer))
+        for is_expert in (True, False):
+            if unit := [p for p in parameters if p.is_expert is is_expert]:
+                yield unit
+
+    def shard_rank(self, parameter: Parameter) -> int:
+        """This rank's place among those that `zero` shares the parameter out over."""
+        if parameter.is_expert:
+            return self.at["edp_shard"]
+        return self.at["dp_shard"] * self.axes["cp"] + self.at["cp"]
+
+    def num_shards(self, parameter: Parameter) -> int:
+        """1 without `zero`."""
+        return self.size("edp_shard" if parameter.is_expert else "shard")
