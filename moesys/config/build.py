@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 _INVALID: Any = object()
 _NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "text"}
+_TEXTS, _NAMED_TEXTS = tuple[str, ...], Mapping[str, str]
 
 
 def build(schema: type[T], data: Mapping[str, Any]) -> T:
@@ -107,6 +108,10 @@ def describe(hint: Any) -> str:
             words.append(f"one of {', '.join(map(str, typing.get_args(part)))}")
         elif part is ComponentConfig:
             words.append("a section with _target_ and options")
+        elif part == _TEXTS:
+            words.append("a list of texts")
+        elif part == _NAMED_TEXTS:
+            words.append("texts by name")
         else:
             words.append(_NAMES.get(part, "a section"))
     return " or ".join(words)
@@ -188,7 +193,15 @@ def _convert(hint: Any, value: Any, key: str, root: type, problems: list[Problem
         return _build_component(value, key, problems)
     if dataclasses.is_dataclass(kind):
         return _build_section(typing.cast(type, kind), value, key, root, problems)
-    if typing.get_origin(kind) is Literal:
+    if kind == _TEXTS:
+        if isinstance(value, list | tuple) and all(type(part) is str for part in value):
+            return tuple(value)
+    elif kind == _NAMED_TEXTS:
+        if isinstance(value, Mapping) and all(
+            type(part) is str for pair in value.items() for part in pair
+        ):
+            return types.MappingProxyType(dict(value))
+    elif typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         # type() too: True == 1 and hash alike.
         if any(type(value) is type(choice) and value == choice for choice in choices):
@@ -243,6 +256,10 @@ def _build_component(value: Any, key: str, problems: list[Problem]) -> Any:
 
 
 def _fix_type(kind: Any, value: Any) -> str:
+    if kind == _TEXTS:
+        return 'write a list, ["a", "b"], numbers and true or false in quotes'
+    if kind == _NAMED_TEXTS:
+        return 'write {A: "1", B: "x"}, numbers and true or false in quotes'
     if typing.get_origin(kind) is Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
         if isinstance(value, bool):

@@ -11,6 +11,7 @@ keys, `${run.name}`, and `${oc.env:NAME}`; the hash of the result is what ranks 
 """
 
 import difflib
+import itertools
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -30,9 +31,20 @@ from moesys.config.build import build, config_hash, to_dict, unknown_key
 from moesys.config.errors import ConfigError, Problem, did_you_mean
 from moesys.config.schema import RunConfig
 
-__all__ = ["compose", "config_hash", "group_options", "load_resolved", "to_dict", "to_yaml"]
+__all__ = [
+    "compose",
+    "config_hash",
+    "group_options",
+    "load_resolved",
+    "search_path",
+    "sweep_points",
+    "to_dict",
+    "to_yaml",
+]
 
 _ROOT = "train"
+_NOT_OF_A_RUN = ("cluster",)
+"""Groups of configs/ that other commands read: a run is the same on every cluster."""
 _RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 _RESOLVERS = ("oc.env",)
 _MISSING = "???"
@@ -47,7 +59,7 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunConf
     Raises:
         ConfigError: every misspelt key, unknown option, wrong type and forbidden interpolation.
     """
-    folders = _search_path(config_dir)
+    folders = search_path(config_dir)
     known, problems = _check_overrides(overrides, folders)
     composed = _compose(known, folders)
     if isinstance(composed, RunConfig):
@@ -56,6 +68,37 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> RunConf
     else:
         problems += composed
     raise ConfigError(problems)
+
+
+def sweep_points(words: Sequence[str]) -> list[list[str]]:
+    """The overrides of every point of a sweep: the cartesian product of a=1,2 b=x,y, the last word fastest.
+
+    Hydra's syntax of --multirun for values that can be listed: a=1,2, a=choice(1,2), a=range(1,9,2).
+
+    Raises:
+        ConfigError: every word that is none, or that is an interval or glob(), which have no list.
+    """
+    parser = OverridesParser.create()
+    values: list[list[str]] = []
+    problems: list[Problem] = []
+    for text in words:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            fix = f"write section.key=value,value ({_one_line(error)})"
+            problems.append(Problem(key=text, rule="is not a key=value override", fix=fix))
+            continue
+        if not override.is_sweep_override():
+            values.append([text])
+        elif override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
+            key = override.get_key_element()
+            values.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            rule = "must be values that can be listed"
+            problems.append(Problem(key=text, rule=rule, fix=f"write {text.partition('=')[0]}=1,2"))
+    if problems:
+        raise ConfigError(problems)
+    return [list(point) for point in itertools.product(*values)]
 
 
 def load_resolved(path: Path) -> RunConfig:
@@ -80,10 +123,10 @@ def to_yaml(config: RunConfig) -> str:
 def group_options(folders: Sequence[Path] | None = None) -> dict[str, list[str]]:
     """Config groups and their options, e.g. {"router": ["topk_sigmoid", "topk_softmax"]}."""
     groups: dict[str, set[str]] = {}
-    for folder in folders if folders is not None else _search_path(None):
+    for folder in folders if folders is not None else search_path(None):
         for file in folder.rglob("*.yaml"):
             group = file.parent.relative_to(folder).as_posix()
-            if group != ".":
+            if group not in (".", *_NOT_OF_A_RUN):
                 groups.setdefault(group, set()).add(file.stem)
     return {group: sorted(options) for group, options in sorted(groups.items())}
 
@@ -114,8 +157,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _search_path(config_dir: Path | None) -> list[Path]:
-    """The folder of moesys, then the user's."""
+def search_path(config_dir: Path | None) -> list[Path]:
+    """The folder of moesys, then the user's. Raises ValueError where either is not there, or both have a file."""
     candidates = [
         Path(__file__).resolve().parents[2] / "configs",
         Path(sysconfig.get_path("data")) / "share" / "moesys" / "configs",

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
@@ -160,3 +161,22 @@ def test_keys_have_the_type_default_and_docstring_of_the_schema() -> None:
     # A docstring of two lines.
     assert "so sizes are known" in keys["model.moe.capacity_policy"].doc
     assert all(key.doc for key in keys.values()), [n for n, key in keys.items() if not key.doc]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lists:
+    words: tuple[str, ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+def test_lists_and_names_of_texts() -> None:
+    built = build(Lists, {"words": ["a", "b"], "env": {"A": "1"}})
+    assert (built.words, dict(built.env)) == (("a", "b"), {"A": "1"})
+    with pytest.raises(ConfigError) as raised:
+        build(Lists, {"words": ["a", 1], "env": {"A": 1}})
+    assert [str(problem).partition(":")[0] for problem in raised.value.problems] == [
+        "words=['a', 1] must be a list of texts",
+        "env={'A'",
+    ]
+    with pytest.raises(ConfigError, match="must be a list of texts"):
+        build(Lists, {"words": "ab"})

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesys.config.build import build, to_dict
-from moesys.config.compose import compose, config_hash, load_resolved, to_yaml
+from moesys.config.compose import compose, config_hash, load_resolved, sweep_points, to_yaml
 from moesys.config.errors import ConfigError
 from moesys.config.schema import RunConfig
 
@@ -77,8 +77,8 @@ def test_a_users_folder_adds_options_and_groups(tmp_path: Path) -> None:
         "experiment/mine.yaml",
         "# @package _global_\ndefaults:\n  - override /router: mine\ntrain:\n  steps: 7\n",
     )
-    write(tmp_path, "cluster/ours.yaml", "# @package _global_\ntrain:\n  timeout_s: 5\n")
-    config = compose(["experiment=mine", "cluster=ours"], tmp_path)
+    write(tmp_path, "site/ours.yaml", "# @package _global_\ntrain:\n  timeout_s: 5\n")
+    config = compose(["experiment=mine", "site=ours"], tmp_path)
     assert config.model.moe.router.target == "my_package.MyRouter"
     assert config.model.moe.router.options == {"temperature": 0.5}
     assert config.train.steps == 7
@@ -218,3 +218,26 @@ def test_nothing_executable_is_read_from_a_resolved_file(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not readable as YAML"):
         load_resolved(path)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_sweep_is_every_combination_the_last_word_fastest() -> None:
+    assert sweep_points(["optim.lr=1e-3,3e-3", "run.seed=range(0,2)", "model=tiny"]) == [
+        ["optim.lr=0.001", "run.seed=0", "model=tiny"],
+        ["optim.lr=0.001", "run.seed=1", "model=tiny"],
+        ["optim.lr=0.003", "run.seed=0", "model=tiny"],
+        ["optim.lr=0.003", "run.seed=1", "model=tiny"],
+    ]
+    assert sweep_points(["a=[1,2],[3]", "b='x,y'"]) == [
+        ["a=[1,2]", "b='x,y'"],
+        ["a=[3]", "b='x,y'"],
+    ]
+
+
+def test_a_sweep_without_a_list_of_values_is_refused() -> None:
+    with pytest.raises(ConfigError) as raised:
+        sweep_points(["a=1,2", "b=interval(0,1)", "c=glob(*)", "d"])
+    assert [problem.key for problem in raised.value.problems] == [
+        "b=interval(0,1)",
+        "c=glob(*)",
+        "d",
+    ]
