@@ -69,6 +69,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "launch": ("launch", "config", "plan", "report.records"),
     "launch.status": (),
+    "chaos": (
+        *("chaos", "train", "report", "checkpoint", "models", "moe", "parallel", "ops", "config"),
+    ),
+    # The one door for faults on purpose: nothing of it is imported where none are asked for.
+    "train.__main__": ("train", "chaos"),
+    "doctor": ("doctor", "checkpoint", "parallel", "plan", "ops", "config.schema"),
     "cli": ("",),
     "__main__": ("cli",),
 }
