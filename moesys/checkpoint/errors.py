@@ -11,6 +11,10 @@ class CheckpointMismatch(CheckpointError):
     """A sound checkpoint of something else: other names, shapes or dtypes than the request. An older one is no remedy."""
 
 
+class Superseded(CheckpointError):
+    """This job may write here no longer: a later start has taken the folder over."""
+
+
 def itemize(heading: str, problems: Sequence[str], limit: int = 20) -> str:
     """One problem on the heading's line, several below it; past `limit` they are counted."""
     if len(problems) == 1:

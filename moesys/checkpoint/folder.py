@@ -34,7 +34,7 @@ def latest(directory: Path) -> Path | None:
 
 
 def clear(directory: Path) -> None:
-    """Remove what dead saves left. Only for the one who saves here."""
+    """Remove what is unfinished. Only for the one who saves here: another's save fails then."""
     good = set(step_folders(directory))
     for path in directory.iterdir() if directory.is_dir() else []:
         superseded = _STEP.fullmatch(path.name) and path.is_dir() and path not in good
@@ -64,7 +64,12 @@ def commit(folder: Path) -> Path:
     fsync(folder)
     if final.exists():
         os.replace(final, retired)
-    os.replace(folder, final)
+    try:
+        os.replace(folder, final)
+    except OSError:
+        if retired.exists() and not final.exists():
+            os.replace(retired, final)
+        raise
     fsync(final.parent)
     if retired.exists():
         remove(retired)

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from moesys.checkpoint.errors import CheckpointError, CheckpointMismatch
+from moesys.checkpoint.errors import CheckpointError, CheckpointMismatch, Superseded
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Ranks:
 
         Raises:
             CheckpointError: the same on all ranks if it raised on any, with every rank's reason.
-                A CheckpointMismatch if all reasons are.
+                A CheckpointMismatch, or Superseded, if all reasons are.
         """
         result, cause, failure = None, None, None
         try:
@@ -40,11 +40,12 @@ class Ranks:
         except Exception as error:  # whatever it is: the other ranks wait for us
             told = isinstance(error, CheckpointError | OSError)
             text = str(error) if told else f"{type(error).__name__}: {error}"
-            cause, failure = error, (text, isinstance(error, CheckpointMismatch))
+            cause, failure = error, (text, type(error))
         failures = {r: f for r, f in enumerate(self.gather(failure)) if f is not None}
         if failures:
-            is_mismatch = all(mismatch for _, mismatch in failures.values())
-            kind = CheckpointMismatch if is_mismatch else CheckpointError
+            kinds = {kind for _, kind in failures.values()}
+            one = kinds.pop() if len(kinds) == 1 else CheckpointError
+            kind = one if one in (CheckpointMismatch, Superseded) else CheckpointError
             raise kind(self._tell({r: text for r, (text, _) in failures.items()})) from cause
         return result  # pyright: ignore[reportReturnType]
 

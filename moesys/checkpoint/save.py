@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.checkpoint import folder as folders
-from moesys.checkpoint.errors import CheckpointError, itemize
+from moesys.checkpoint.errors import CheckpointError, Superseded, itemize
 from moesys.checkpoint.manifest import (
     RANK_PREFIX,
     Chunk,
@@ -131,11 +131,15 @@ def write(
     directory: Path,
     ranks: Ranks,
     before_commit: Callable[[], None] = lambda: None,
+    check_turn: Callable[[], None] | None = None,
 ) -> SaveResult:
     """Put a prepared save on the disk. Collective; any thread may do it if `ranks` are its own. Raises as `save`.
 
     `chunk_of` gives the chunks of this rank's writes, contiguous on the CPU; rank 0 calls `before_commit` before
     the folder takes its name.
+
+    `check_turn` raises Superseded if another job has taken the folder over; rank 0 asks before each change. A job
+    that asks has cleared the folder at its start: what is unfinished now is none of its own.
     """
     start_s = time.perf_counter()
     step, plan = prepared.step, prepared.plan
@@ -144,14 +148,19 @@ def write(
     def commit() -> Path:
         assert unfinished is not None
         before_commit()
+        if check_turn is not None:
+            check_turn()
         return folders.commit(unfinished)
 
     try:
-        unfinished = ranks.first(lambda: _start(directory, prepared))
+        unfinished = ranks.first(lambda: _start(directory, prepared, check_turn))
         written = ranks.each(lambda: _write_mine(unfinished, prepared, chunk_of, ranks.rank))
         manifest = _manifest(step, prepared.state, plan, ranks.gather(written))
         manifest_bytes = ranks.first(lambda: write_manifest(unfinished, manifest))
         path = ranks.first(commit)
+    except Superseded:
+        ranks.first(lambda: abandon(directory, unfinished))
+        raise
     except CheckpointError as error:
         free_bytes = ranks.first(lambda: abandon(directory, unfinished))
         raise CheckpointError(
@@ -159,7 +168,7 @@ def write(
             f"It needs {prepared.needed_bytes:,} bytes, {free_bytes:,} are free. Earlier checkpoints are "
             "untouched: free space there or choose another run.dir"
         ) from error
-    ranks.first(lambda: folders.prune(directory, step, prepared.keep_last))
+    ranks.first(lambda: _prune(directory, prepared, check_turn))
     return SaveResult(
         step=step,
         path=path,
@@ -168,9 +177,18 @@ def write(
     )
 
 
-def _start(directory: Path, prepared: Prepared) -> Path:
-    folders.clear(directory)
+def _start(directory: Path, prepared: Prepared, check_turn: Callable[[], None] | None) -> Path:
+    if check_turn is None:
+        folders.clear(directory)
+    else:
+        check_turn()
     return folders.start(directory, prepared.step, prepared.needed_bytes)
+
+
+def _prune(directory: Path, prepared: Prepared, check_turn: Callable[[], None] | None) -> None:
+    if check_turn is not None:
+        check_turn()
+    folders.prune(directory, prepared.step, prepared.keep_last)
 
 
 def _write_mine(

@@ -38,12 +38,19 @@ class Saver:
     """
 
     def __init__(
-        self, directory: Path, *, keep_last: int, asynchronous: bool, timeout_s: float = 600.0
+        self,
+        directory: Path,
+        *,
+        keep_last: int,
+        asynchronous: bool,
+        timeout_s: float = 600.0,
+        check_turn: Callable[[], None] | None = None,
     ) -> None:
-        """Collective. `timeout_s`: how long a rank waits for the others."""
+        """Collective. `timeout_s`: how long a rank waits for the others. `check_turn`: as in `save.write`."""
         self.directory = directory
         self.keep_last = keep_last
         self.asynchronous = asynchronous
+        self.check_turn = check_turn
         self._ranks, self._thread_ranks = (Ranks(_gloo_group(timeout_s)) for _ in range(2))
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host_copy = HostCopy()
@@ -82,7 +89,13 @@ class Saver:
             chunk_of = prepared.chunk
         self._former = prepared
         self._under_way = self._thread.submit(
-            write, prepared, chunk_of, self.directory, self._thread_ranks, before_commit
+            write,
+            prepared,
+            chunk_of,
+            self.directory,
+            self._thread_ranks,
+            before_commit,
+            self.check_turn,
         )
         if not self.asynchronous:
             futures.wait([self._under_way])

@@ -10,14 +10,15 @@ import torch.distributed as dist
 from moesys.config.compose import compose, config_hash, to_yaml
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
+from moesys.launch.status import State
 from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group, ranks_per_node_from_env, world_size_from_env
 from moesys.parallel.flight import record_flights
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
-from moesys.train.folder import sole_writer
 from moesys.train.setup import build_run
 from moesys.train.signals import StopRequest
 from moesys.train.trainer import Trainer
+from moesys.train.turn import Turn, turn_to_write
 from moesys.train.watch import Watch
 
 BACKEND_EXTRA_S = 10.0
@@ -43,13 +44,30 @@ def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
         if is_writer:
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
-        with sole_writer(Path(config.run.dir)) if is_writer else nullcontext():
-            trainer = Trainer(build_run(config, process))
-            watch.step, watch.on_leave = lambda: trainer.step, trainer.record_failure
-            trainer.explain = watch.explain
+        folder = Path(config.run.dir)
+        with turn_to_write(folder, watch.explain) if is_writer else nullcontext() as turn:
+            trainer = Trainer(build_run(config, process), turn and turn.check)
+            watch.step, trainer.explain = lambda: trainer.step, watch.explain
+            if turn is not None:
+                stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")
+                watch.on_leave = lambda reason: _leave(trainer, turn, reason)
             status = trainer.train(stop)
+            if turn is not None:
+                turn.say(*_status(status, stop, trainer.step))
         dist.barrier()  # a rank that fails at its very end is still watched
     return DONE_EXIT_CODE if status == "done" else STOPPED_EXIT_CODE
+
+
+def _status(status: str, stop: StopRequest, step: int) -> tuple[State, str]:
+    if status == "done":
+        return "done", ""
+    signal = stop.requested.name if stop.requested else "a signal to another rank"
+    return "requeued", f"stopped by {signal} at step {step}"
+
+
+def _leave(trainer: Trainer, turn: Turn, reason: str) -> None:
+    trainer.record_failure(reason)
+    turn.say_failed(reason)
 
 
 def agree_on(config: RunConfig) -> None:

@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 from moesys.train.exit_codes import STOPPED_EXIT_CODE
@@ -24,6 +26,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         """The first signal."""
+        self.before_leaving: Callable[[], None] = lambda: None
+        """Called, in a thread, where a signal ends the process before the first step."""
         self._requested_at_s = 0.0
         self._is_training = False
         self._previous: dict[int, object] = {}
@@ -70,4 +74,6 @@ class StopRequest:
             if received[0] in STOP_SIGNALS and not self._is_training:
                 name = signal.Signals(received[0]).name
                 print(f"moesys: {name} before the first step: nothing to save", flush=True)
+                with suppress(Exception):
+                    self.before_leaving()
                 os._exit(STOPPED_EXIT_CODE)

@@ -40,9 +40,11 @@ Record = dict[str, Any]
 class Trainer:
     """Drives a Run. Every rank makes one and calls `train`; rank 0 alone writes records."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, check_turn: Callable[[], None] | None = None) -> None:
+        """`check_turn`: raises Superseded once another job has taken the run folder over; rank 0's is asked."""
         self.run = run
         self.config = run.config
+        self.check_turn = check_turn or (lambda: None)
         self.timer = SectionTimer(run.process.device)
         self.train_step = TrainStep(run.parallel, run.optimizer, run.meshes, run.config, self.timer)
         with torch.device("meta"):  # this rank may have no MoE layer
@@ -56,6 +58,7 @@ class Trainer:
             asynchronous=run.config.checkpoint.asynchronous,
             timeout_s=run.config.train.timeout_s,
         )
+            check_turn=check_turn,
         self.explain: Callable[[BaseException], str] = str
         """Whose fault an error is, for the record; a job of several ranks knows better than the error."""
         self.step = 0
@@ -354,6 +357,7 @@ class Trainer:
             "steps": self.config.train.steps,
             "resumed_from_step": self.step,
             "notes": [
+        self.check_turn()
                 f"skipped {bad.path.name}: {bad.reason}"
                 for bad in (resumed.skipped if resumed else ())
             ],
@@ -394,3 +398,4 @@ class Trainer:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
+        self.check_turn()
