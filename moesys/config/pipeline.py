@@ -6,7 +6,7 @@ from moesys.config.bounds import in_range
 from moesys.config.errors import Problem
 from moesys.config.schema import ParallelConfig, RunConfig
 from moesys.parallel.dims import parallel_dims
-from moesys.plan.pipeline import LOOPED, ScheduleProblem, schedule_problems
+from moesys.plan.pipeline import LOOPED, V_SHAPED, ScheduleProblem, schedule_problems
 
 
 def find_pipeline_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -16,12 +16,13 @@ def find_pipeline_problems(config: RunConfig, world_size: int) -> Iterator[Probl
     yield from small
     if parallel.pp < 2 or small:
         return
-    if config.model.tie_embeddings:
+    if config.model.tie_embeddings and parallel.zero and parallel.pp_schedule in V_SHAPED:
         yield Problem(
             key="model.tie_embeddings",
             given=True,
-            rule=f"has one matrix on the first and the last stage, which parallel.pp={parallel.pp} keeps apart",
-            fix="use model.tie_embeddings=false, or parallel.pp=1",
+            rule=f"makes one matrix of two stages that parallel.pp_schedule={parallel.pp_schedule} puts on one rank, "
+            f"which parallel.zero={parallel.zero} cannot share out",
+            fix="use model.tie_embeddings=false, or parallel.zero=0, or parallel.pp_schedule=1f1b",
         )
     try:
         dims = parallel_dims(parallel, world_size)

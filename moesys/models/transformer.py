@@ -75,8 +75,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         indices = range(config.num_layers) if layers is None else list(layers)
-        is_first, is_last = 0 in indices, config.num_layers - 1 in indices
-        self.embed = Embedding(config.vocab_size, config.d_model) if is_first else None
+        self.is_first, is_last = 0 in indices, config.num_layers - 1 in indices
+        # A last stage that is tied has a copy of the table, for the head alone.
+        has_table = self.is_first or (is_last and config.tie_embeddings)
+        self.embed = Embedding(config.vocab_size, config.d_model) if has_table else None
         self.layers = nn.ModuleDict(
             {
                 str(i): DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config)
@@ -88,7 +90,7 @@ class Transformer(nn.Module):
         self.cross_entropy_sum: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
         self.positions: Callable[[int, torch.device], Tensor] = all_positions
         self.seq_len: int | None = None
-        """S, which a stage without the embedding cannot see from its input."""
+        """S, which only the first stage sees from its input."""
         self.state_dim = 0
         """Of what the routers hand on from layer to layer, if it has to cross a stage's end: numbers per token."""
         self.tie()
@@ -114,10 +116,11 @@ class Transformer(nn.Module):
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
         far as one fp32 tensor, and with `state_dim` the last router's state.
         """
-        if self.embed is not None:
+        if self.is_first:
+            assert self.embed is not None
             self.seq_len = x.shape[-1]
             x = self.embed(x.flatten())
-        assert self.seq_len is not None, "a stage without the embedding is told seq_len"
+        assert self.seq_len is not None, "a stage but the first is told seq_len"
         rope_SH = rope_tables(
             self.positions(self.seq_len, x.device),
             self.config.resolved_head_dim,

@@ -27,6 +27,8 @@ class Meshes:
     cp_group: dist.ProcessGroup
     edp_group: dist.ProcessGroup
     """Ranks that hold the same experts (edp_replicate and edp_shard)."""
+    ends_group: dist.ProcessGroup | None
+    """The first and the last rank of this rank's pipeline; None between them, and without a pipeline."""
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
@@ -68,11 +70,18 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
         sequence_group=_group(dims.groups("cp", "tp")),
         cp_group=_group(dims.groups("cp")),
         edp_group=_group(dims.groups("edp_replicate", "edp_shard")),
+        ends_group=_ends_group(dims),
     )
 
 
 def _mesh(device_type: str, axes: dict[str, int]) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+
+def _ends_group(dims: ParallelDims) -> dist.ProcessGroup | None:
+    ends = [[ranks[0], ranks[-1]] for ranks in dims.groups("pp")] if dims.pp > 1 else []
+    made = _group(ends)
+    return made if any(dist.get_rank() in ranks for ranks in ends) else None
 
 
 def _group(groups: Iterable[list[int]]) -> dist.ProcessGroup:

@@ -33,6 +33,8 @@ class ParallelModel:
     """Its pipeline stages; [whole] without a pipeline. Run these."""
     gradient_sums: list[tuple[dist.ProcessGroup, list[nn.Parameter]]] = field(default_factory=list)
     pipeline: Pipeline | None = None
+    copies: set[nn.Parameter] = field(default_factory=set)
+    """Parameters that a rank of another stage has too, which counts them in the gradient norm."""
 
 
 def build_model(
@@ -55,6 +57,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     with torch.device("meta"):
         pipeline = _pipeline(config, meshes) if meshes.dims.pp > 1 else None
         parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
+        _tie(parts)
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
     for layer in whole.moe_layers():
         shard_experts(layer, meshes)
@@ -62,6 +65,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
             shard_tensors(part, meshes.dense["tp"], tp, config.train.recompute)
+        _tie(parts)
     if meshes.dims.cp > 1:
         for part in parts:
             shard_context(part, meshes, parallel.cp_attention)
@@ -80,7 +84,20 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         zero=parallel.zero,
         sequence_parallel=parallel.sequence_parallel,
     )
-    return ParallelModel(whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline)
+    copies: set[nn.Parameter] = set()
+    if meshes.ends_group is not None and _is_tied_to_another_rank(parts):
+        table = whole.get_parameter("embed.weight")
+        sums.append((meshes.ends_group, [table]))
+        copies = set() if parts[0].is_first else {table}
+    return ParallelModel(
+        whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, copies=copies
+    )
+
+
+def _is_tied_to_another_rank(parts: list[Transformer]) -> bool:
+    """Whether this rank has the embedding or the head, tied, and not both."""
+    first, last = parts[0], parts[-1]
+    return first.config.tie_embeddings and first.is_first != (last.head is not None)
 
 
 def _pipeline(config: RunConfig, meshes: Meshes) -> Pipeline:
@@ -107,4 +124,15 @@ def _whole(config: ModelConfig, parts: list[Transformer]) -> Transformer:
 def _materialize(parts: list[Transformer], device: torch.device) -> None:
     for part in parts:
         part.to_empty(device=device)
+    _tie(parts)
+
+
+def _tie(parts: list[Transformer]) -> None:
+    """Make embedding and head one parameter where the configuration says so, also of two stages of this rank."""
+    first, last = parts[0], parts[-1]
+    for part in parts:
         part.tie()
+    if last is not first and first.is_first and last.head is not None:
+        last.embed = None  # the copy that it would need elsewhere
+        if first.config.tie_embeddings and first.embed is not None:
+            last.head.weight = first.embed.weight

@@ -81,11 +81,12 @@ class TrainStep:
                 self._begin_micro_step(is_last=index == len(micro_batches) - 1)
                 self._forward_backward(batch)
         with self.timer.section("optimizer"):
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             self._reduce()
-            norm = gradient_norm(gradients, self.meshes.dims.stage_size)
+            counted = [grad for p, grad in gradients.items() if p not in self.parallel.copies]
+            norm = gradient_norm(counted, self.meshes.dims.stage_size)
             if self.config.optim.clip_grad_norm:
-                scale_gradients(gradients, norm, self.config.optim.clip_grad_norm)
+                scale_gradients([*gradients.values()], norm, self.config.optim.clip_grad_norm)
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -22,10 +22,10 @@ WRONG = [
         "at least 1",
     ),
     Wrong(
-        "parallel.pp=2 parallel.ep=1 model.tie_embeddings=true train.global_batch_tokens=4096",
+        "parallel.pp=2 parallel.ep=1 parallel.pp_schedule=zbv parallel.zero=1 model.num_layers=4 model.tie_embeddings=true train.global_batch_tokens=8192",
         "model.tie_embeddings",
-        "the first and the last stage",
-        "use model.tie_embeddings=false, or parallel.pp=1",
+        "makes one matrix of two stages that parallel.pp_schedule=zbv puts on one rank",
+        "use model.tie_embeddings=false, or parallel.zero=0, or parallel.pp_schedule=1f1b",
     ),
     Wrong(
         "parallel.pp=2 parallel.ep=1 train.micro_batch_tokens=2048 train.global_batch_tokens=2048",
@@ -267,8 +267,9 @@ def test_broken_layouts_are_listed_together(data: Path) -> None:
 
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_tied_embeddings_go_with_every_layout(zero: int, data: Path) -> None:
-    layout = ["parallel.tp=2", "parallel.ep=4", f"parallel.zero={zero}"]
-    assert refused(["model.tie_embeddings=true", *layout], 4, data) == ()
+    for layout in (["parallel.tp=2", "parallel.ep=4"], ["parallel.pp=2", "parallel.ep=2"]):
+        tied = ["model.tie_embeddings=true", f"parallel.zero={zero}"]
+        assert refused([*tied, *layout], 4, data) == ()
 
 
 def test_groups_that_talk_much_and_cross_nodes_are_a_warning(data: Path) -> None:

@@ -124,6 +124,19 @@ def test_compiled_blocks_train_with_one_process_numbers(one_process, name):
     assert_same(config, world_size, one_process)
 
 
+TIED = ("pp", "tp", "zbv", "four stages", "interleaved", "pp+zero", "pp+tp+ep+zero")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n == "pp" else pytest.param(n, marks=pytest.mark.parity) for n in TIED]
+)
+def test_embedding_and_head_stay_one_matrix_under_every_layout(name):
+    tied = replace(BASE, model=replace(BASE.model, tie_embeddings=True))
+    world_size, degrees = LAYOUTS[name]
+    config = replace(tied, parallel=ParallelConfig(**degrees))  # type: ignore[arg-type]
+    assert_same(config, world_size, parity(tied, 1, MICRO_STEPS)[0])
+
+
 RECOMPUTED = [
     *(("tp", "layer"), ("zero", "layer"), ("pp", "layer"), ("zbv+zero", "layer")),
     *(("pp+tp+ep", "layer"), ("cp", "selective"), ("zero 1", "selective")),
