@@ -57,8 +57,8 @@ class Trainer:
             keep_last=run.config.checkpoint.keep_last,
             asynchronous=run.config.checkpoint.asynchronous,
             timeout_s=run.config.train.timeout_s,
-        )
             check_turn=check_turn,
+        )
         self.explain: Callable[[BaseException], str] = str
         """Whose fault an error is, for the record; a job of several ranks knows better than the error."""
         self.step = 0
@@ -315,6 +315,7 @@ class Trainer:
         return torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
 
     def _open_log(self) -> MetricsLog:
+        self.check_turn()
         folder, metrics = self.run.folder, self.config.metrics
         write_text(folder / "config.yaml", to_yaml(self.config))
         shutil.copyfile(
@@ -357,7 +358,6 @@ class Trainer:
             "steps": self.config.train.steps,
             "resumed_from_step": self.step,
             "notes": [
-        self.check_turn()
                 f"skipped {bad.path.name}: {bad.reason}"
                 for bad in (resumed.skipped if resumed else ())
             ],
@@ -389,6 +389,7 @@ class Trainer:
             **self._sizes(),
             "tokens": self._tokens(),
         }
+        self.check_turn()
         write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")
 
     def _write(self, record: Record) -> None:
@@ -398,4 +399,3 @@ class Trainer:
 
 def _due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
-        self.check_turn()
