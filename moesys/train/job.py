@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moesys.config.compose import compose, config_hash, to_yaml
+from moesys.config.compose import compose, config_hash, load_resolved, to_yaml
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
 from moesys.launch.status import State
@@ -25,9 +25,14 @@ BACKEND_EXTRA_S = 10.0
 """Until a backend's own timeout ends a collective that the watch could not."""
 
 
-def main(overrides: Sequence[str], config_dir: Path | None = None) -> int:
-    """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration."""
-    config = compose(overrides, config_dir)
+def main(
+    overrides: Sequence[str], config_dir: Path | None = None, resolved: Path | None = None
+) -> int:
+    """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration.
+
+    `resolved` is a whole configuration, as a run folder has it, in place of overrides.
+    """
+    config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
     warnings = check(config, world_size_from_env(), ranks_per_node_from_env())
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
