@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from moesys.config.schema import RunConfig
+
 PHASES = ("data", "forward", "exchange", "backward", "optimizer", "save")
 """Of a step. Forward and exchange mean the step's first; save means the first save at or after the step."""
 
@@ -142,6 +144,17 @@ def _seconds(text: str) -> float | None:
     except ValueError:
         return None
     return value if 0 <= value <= 86_400 else None
+
+
+def phases_of(config: RunConfig) -> tuple[str, ...]:
+    """The phases that every rank of such a run enters: without expert parallelism rows stay where they are, and
+    under a pipeline forward and backward are one."""
+    absent = set()
+    if config.parallel.ep * config.parallel.etp == 1:
+        absent.add("exchange")
+    if config.parallel.pp > 1:
+        absent.add("backward")
+    return tuple(phase for phase in PHASES if phase not in absent)
 
 
 def problems_in_run(

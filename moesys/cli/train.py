@@ -51,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     if (is_rank or world_size == 1) and not args.dry_run:
         from moesys.train.job import main as train
 
-        return train(args.overrides, args.config_dir)
+        prepare = None
+        if os.environ.get("MOESYS_CHAOS"):
+            from moesys.chaos.inject import arm as prepare
+        return train(args.overrides, args.config_dir, prepare=prepare)
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
     if not args.dry_run:

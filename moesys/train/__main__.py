@@ -1,6 +1,7 @@
 """`python -m moesys.train [--config-dir DIR] OVERRIDES...` or `--config FILE`: one rank of a job, as torchrun starts it."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -27,8 +28,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 if __name__ == "__main__":
     given = parse(sys.argv[1:])
+    prepare = None
+    if os.environ.get("MOESYS_CHAOS"):  # faults on purpose, else nothing of them is imported
+        from moesys.chaos.inject import arm as prepare
     try:
-        sys.exit(main(given.overrides, given.config_dir, given.config))
+        sys.exit(main(given.overrides, given.config_dir, given.config, prepare))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,6 @@
 """A training job from its overrides to its exit code: compose, check, join, agree, train."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,11 +26,15 @@ BACKEND_EXTRA_S = 10.0
 
 
 def main(
-    overrides: Sequence[str], config_dir: Path | None = None, resolved: Path | None = None
+    overrides: Sequence[str],
+    config_dir: Path | None = None,
+    resolved: Path | None = None,
+    prepare: Callable[[Trainer], None] | None = None,
 ) -> int:
     """Run `moesys train` on this rank; return the exit code. Raises ValueError for a wrong configuration.
 
-    `resolved` is a whole configuration, as a run folder has it, in place of overrides.
+    `resolved` is a whole configuration, as a run folder has it, in place of overrides. `prepare` gets this rank's
+    trainer before it trains.
     """
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
     warnings = check(config, world_size_from_env(), ranks_per_node_from_env())
@@ -56,6 +60,8 @@ def main(
             if turn is not None:
                 stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")
                 watch.on_leave = lambda reason: _leave(trainer, turn, reason)
+            if prepare is not None:
+                prepare(trainer)
             status = trainer.train(stop)
             if turn is not None:
                 turn.say(*_status(status, stop, trainer.step))

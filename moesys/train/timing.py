@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,12 +13,16 @@ class SectionTimer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.on_enter: Callable[[str], None] | None = None
+        """Called with a section's name before its time begins."""
         self._wall_ms: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def section(self, name: str, on_host: bool = False) -> Iterator[None]:
         """Time the block. On a GPU only events are recorded, no sync, unless the work is `on_host`."""
+        if self.on_enter is not None:
+            self.on_enter(name)
         if self.device.type == "cuda" and not on_host:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
