@@ -1,18 +1,30 @@
 """Start and end of a process's part in a run: the only process-wide state.
 
-Rank and world size come from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); without it the
-process is a world of one.
+Where the process stands comes from its launcher (`launcher`); the ranks meet in the job's store and compare
+what they are (`meeting`); only then is the backend's process group made.
 """
 
 import gc
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+import moesys
+from moesys.parallel.interfaces import choose_interface, interfaces_here, own_address
+from moesys.parallel.job_store import open_store, spell_address
+from moesys.parallel.launcher import Launcher, Place
+from moesys.parallel.meeting import Meeting, meet
+from moesys.parallel.roll_call import Expected, Facts
+from moesys.parallel.surroundings import place_here
+
+START_TIMEOUT_S = 300.0
+INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,56 +36,180 @@ class Process:
     local_rank: int
     device: torch.device
     backend: str
+    launcher: Launcher = "single"
+    nodes: tuple[str, ...] = ("localhost",)
+    """The name of each rank's node."""
+    generation: int = 1
+    """How often ranks have met in this job's store: a restart in place is one more."""
+    rank_order: str = "as started"
+    """Or "by topology", if that puts ranks of a node, or nodes of a switch, together."""
+
+    @property
+    def node(self) -> str:
+        return self.nodes[self.rank]
 
 
 def world_size_from_env() -> int:
-    """The world size that torchrun announced, or 1; needs no process group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The world size that the launcher announced, or 1; needs no process group."""
+    return place_here(os.environ).world_size
 
 
 def ranks_per_node_from_env() -> int | None:
-    """How many ranks torchrun started on this node; None if it did not say."""
-    text = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(text) if text else None
+    """How many ranks the launcher started on each node; None if it did not say, or nodes differ."""
+    return place_here(os.environ).ranks_per_node
 
 
 @contextmanager
-def process_group(device: str, timeout_s: float) -> Iterator[Process]:
-    """Join the run (NCCL on GPUs, gloo on CPUs), leave it at the end. `device`: auto, cpu or cuda."""
-    rank = int(os.environ.get("RANK", "0"))
-    world_size = world_size_from_env()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def process_group(
+    device: str,
+    timeout_s: float,
+    start_timeout_s: float = START_TIMEOUT_S,
+    place: Place | None = None,
+    settings: str = "",
+) -> Iterator[Process]:
+    """Join the run (NCCL on GPUs, gloo on CPUs), leave it at the end. `device`: auto, cpu or cuda.
+
+    Collective. The ranks have `start_timeout_s` to meet, and must have the same `settings`; after that a
+    collective has `timeout_s`. `place` is this process's own unless given. Rank 0 prints warnings.
+
+    Raises:
+        ValueError: the launcher's variables are wrong; a rank is missing or differs; the store is out of reach.
+    """
+    place = place or place_here(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if use_cuda:
-        count = torch.cuda.device_count()
-        if local_rank >= count:
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} "
-                "ranks per node, or set train.device=cpu"
-            )
-        torch.cuda.set_device(local_rank)
     backend = "nccl" if use_cuda else "gloo"
-    own_device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    store = dist.HashStore() if world_size == 1 else None
-    dist.init_process_group(
-        backend,
-        store=store,
-        init_method=None if store is not None else "env://",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-        device_id=own_device if use_cuda else None,
-    )
-    try:
-        yield Process(
-            rank=rank,
-            world_size=world_size,
-            local_rank=local_rank,
-            device=own_device,
-            backend=backend,
+    problem = _without_gpu(place.local_rank) if use_cuda else ""
+    own_device = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
+    if place.world_size == 1:
+        if problem:
+            raise ValueError(problem)
+        process, store = _alone(place, own_device, backend), dist.HashStore()
+        variables: dict[str, str] = {}
+    else:
+        base = open_store(place, start_timeout_s)
+        mine = _facts(place, own_device, backend, problem)
+        expected = Expected(
+            world_size=place.world_size,
+            nodes=place.nodes,
+            ranks_per_node=place.ranks_per_node,
+            within_s=start_timeout_s,
         )
-        # A rank that leaves while another still talks to it can bring both down.
-        dist.barrier()
+        meeting = meet(dist.PrefixStore(f"moesys {place.job}", base), mine, settings, expected)
+        base.set_timeout(timedelta(seconds=timeout_s))
+        process, store = _joined(place, own_device, backend, meeting), meeting.store
+        variables = _variables(place, mine, backend, meeting)
+        if process.rank == 0:
+            _tell(process, place, variables, meeting)
+    if use_cuda:
+        torch.cuda.set_device(own_device)
+    with _set(variables):
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=own_device if use_cuda else None,
+        )
+        try:
+            yield process
+            # A rank that leaves while another still talks to it can bring both down.
+            dist.barrier()
+        finally:
+            gc.collect()  # groups that only cycles still hold must not outlive the interpreter
+            dist.destroy_process_group()
+
+
+def _without_gpu(local_rank: int) -> str:
+    count = torch.cuda.device_count()
+    if local_rank < count:
+        return ""
+    return (
+        f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} "
+        "ranks per node, or set train.device=cpu"
+    )
+
+
+def _alone(place: Place, device: torch.device, backend: str) -> Process:
+    return Process(
+        rank=0,
+        world_size=1,
+        local_rank=place.local_rank,
+        device=device,
+        backend=backend,
+        launcher=place.launcher,
+        nodes=(place.node,),
+    )
+
+
+def _joined(place: Place, device: torch.device, backend: str, meeting: Meeting) -> Process:
+    verdict = meeting.verdict
+    return Process(
+        rank=verdict.new_ranks[place.rank],
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        device=device,
+        backend=backend,
+        launcher=place.launcher,
+        nodes=tuple(verdict.nodes),
+        generation=meeting.generation,
+        rank_order="by topology" if verdict.is_reordered else "as started",
+    )
+
+
+def _facts(place: Place, device: torch.device, backend: str, problem: str) -> Facts:
+    assert place.store_host is not None
+    address = own_address(place.store_host)
+    chosen = os.environ.get(INTERFACE_VARIABLES[backend])
+    if chosen is None and address is not None:
+        chosen = choose_interface(interfaces_here(), address)
+    has_device = device.type == "cuda" and not problem
+    return Facts(
+        rank=place.rank,
+        node=place.node,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        moesys=moesys.__version__,
+        device=torch.cuda.get_device_name(device) if has_device else device.type,
+        address=address,
+        interface=chosen,
+        topology=place.topology,
+        problem=problem,
+    )
+
+
+def _variables(place: Place, mine: Facts, backend: str, meeting: Meeting) -> dict[str, str]:
+    """What other code of this process, and the backend, read from the environment while the group lives."""
+    found = {"MASTER_ADDR": str(place.store_host), "MASTER_PORT": str(place.store_port)}
+    name = INTERFACE_VARIABLES[backend]
+    if meeting.verdict.has_several_machines and mine.interface and name not in os.environ:
+        found[name] = mine.interface
+    return found
+
+
+def _tell(process: Process, place: Place, variables: Mapping[str, str], meeting: Meeting) -> None:
+    for warning in meeting.verdict.warnings:
+        print(f"warning: {warning}", flush=True)
+    name = INTERFACE_VARIABLES[process.backend]
+    if name in variables:
+        where = spell_address(str(place.store_host), int(place.store_port or 0))
+        print(f"{name}={variables[name]}: the way to the job's store at {where}", flush=True)
+    elif meeting.verdict.has_several_machines and name not in os.environ:
+        print(
+            f"warning: {process.node} has no one interface towards the other machines: set {name}",
+            flush=True,
+        )
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
     finally:
-        gc.collect()  # groups that only cycles still hold must not outlive the interpreter
-        dist.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

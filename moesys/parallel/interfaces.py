@@ -1,0 +1,60 @@
+"""The network interface that leads to the job's store: the one that gloo and NCCL shall use between machines."""
+
+import ipaddress
+import socket
+from collections.abc import Mapping, Sequence
+
+import psutil
+
+VIRTUAL = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "tun", "tap")
+"""Interfaces of containers and virtual machines begin so: they lead to no other machine."""
+
+
+def choose_interface(interfaces: Mapping[str, Sequence[str]], own_address: str) -> str | None:
+    """The name of the interface that holds `own_address`, the address on the way to the store.
+
+    A loopback address leads to no other machine (/etc/hosts may give a machine's own name one): then the
+    only other interface that is not a container's. None if there is no one choice.
+    """
+    if not is_loopback(own_address):
+        named = [name for name, addresses in interfaces.items() if own_address in addresses]
+        return named[0] if named else None
+    outward = [
+        name
+        for name, addresses in interfaces.items()
+        if not name.startswith(VIRTUAL) and any(leads_outward(address) for address in addresses)
+    ]
+    return outward[0] if len(outward) == 1 else None
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def leads_outward(address: str) -> bool:
+    """Whether another machine may reach it without being told an interface."""
+    parsed = ipaddress.ip_address(address)
+    return not parsed.is_loopback and not parsed.is_link_local
+
+
+def interfaces_here() -> dict[str, list[str]]:
+    """The addresses of each interface of this machine that is up."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [a.address.partition("%")[0] for a in addresses if a.family in families]
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in up
+    }
+
+
+def own_address(host: str) -> str | None:
+    """This machine's address on the way to `host`; None without a way. Sends nothing."""
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.connect(address)
+            except OSError:
+                continue
+            return str(probe.getsockname()[0]).partition("%")[0]
+    return None
