@@ -131,8 +131,15 @@ def formula(config: RunConfig, world_size: int, rank: int, slots: list[Slots]) -
     )
     found: ByGroup = defaultdict(Fraction)
     for sent in communication(case, _rows(dims, rank, slots)):
-        found[tuple(dims.group_of(rank, *AXES[sent.group])), sent.kind] += sent.bytes
+        found[_ranks(dims, rank, sent.group), sent.kind] += sent.bytes
     return dict(found)
+
+
+def _ranks(dims: ParallelDims, rank: int, group: str) -> tuple[int, ...]:
+    if group == "ends":
+        pipeline = dims.group_of(rank, "pp")
+        return pipeline[0], pipeline[-1]
+    return tuple(dims.group_of(rank, *AXES[group]))
 
 
 def _orders(config: RunConfig, dims: ParallelDims, pp_rank: int) -> dict[int, str]:

@@ -12,6 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+from moesys.plan.parameters import outer_parameters
 from moesys.plan.rank import RankOfRun
 
 FP32 = 4
@@ -248,6 +249,12 @@ def _gradient_sums(case: CommunicationCase) -> Iterator[Sent]:
             elements["stage" if is_partial else "replica"] += parameter.size
     for group, size in elements.items():
         yield case.all_reduce(group, "gradients", FP32 * size)
+    if case.config.model.tie_embeddings and case.has_first != case.has_last:
+        (table,) = outer_parameters(case.config.model, case.axes, has_first=True, has_last=False)
+        size = table.size
+        if parallel.zero:
+            size = table.shard_of(case.shard_rank(table), case.num_shards(table))
+        yield case.all_reduce("ends", "the tied table's gradient", FP32 * size)
 
 
 # --- experts --------------------------------------------------------------------------------------

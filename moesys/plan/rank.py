@@ -79,7 +79,7 @@ class RankOfRun:
         return self.dp * self.axes["cp"] * self.axes["tp"]
 
     def size(self, group: str) -> int:
-        """Ranks of the group: an axis, or stage, replica, sequence, edp, world as parallel/mesh.py has them."""
+        """Ranks of the group: an axis, or stage, replica, sequence, edp, ends, world as parallel/mesh.py has them."""
         axes = self.axes
         sizes = {
             **axes,
@@ -88,6 +88,7 @@ class RankOfRun:
             "sequence": axes["cp"] * axes["tp"],
             "replica": self.dp * axes["cp"],
             "stage": self.stage_size,
+            "ends": min(2, axes["pp"]),
             "world": self.world_size,
         }
         return sizes[group]
@@ -106,7 +107,8 @@ class RankOfRun:
         first, last = stage == 0, stage == len(self.stages) - 1
         outer = list(outer_parameters(self.config.model, self.axes, first, last))
         if self.config.model.tie_embeddings:
-            yield outer
+            # In a V the last stage's table is the first's.
+            yield outer[:1] if last and not first and self.has_first else outer
         else:
             yield from ([parameter] for parameter in outer)
 
