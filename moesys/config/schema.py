@@ -207,6 +207,8 @@ class TrainConfig:
     """Held-out tokens per evaluation; 0 = all of the validation split."""
     log_every_steps: int = 1
     """Optimizer steps between records of metrics.jsonl."""
+    start_timeout_s: float = 300.0
+    """How long a rank waits for all the others to have started."""
     timeout_s: float = 600.0
     """How long a collective may wait before the run fails."""
     grace_s: float = 120.0

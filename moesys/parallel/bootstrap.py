@@ -39,7 +39,7 @@ class Process:
     launcher: Launcher = "single"
     nodes: tuple[str, ...] = ("localhost",)
     """The name of each rank's node."""
-    generation: int = 1
+    meeting: int = 1
     """How often ranks have met in this job's store: a restart in place is one more."""
     rank_order: str = "as started"
     """Or "by topology", if that puts ranks of a node, or nodes of a switch, together."""
@@ -47,16 +47,6 @@ class Process:
     @property
     def node(self) -> str:
         return self.nodes[self.rank]
-
-
-def world_size_from_env() -> int:
-    """The world size that the launcher announced, or 1; needs no process group."""
-    return place_here(os.environ).world_size
-
-
-def ranks_per_node_from_env() -> int | None:
-    """How many ranks the launcher started on each node; None if it did not say, or nodes differ."""
-    return place_here(os.environ).ranks_per_node
 
 
 @contextmanager
@@ -152,7 +142,7 @@ def _joined(place: Place, device: torch.device, backend: str, meeting: Meeting) 
         backend=backend,
         launcher=place.launcher,
         nodes=tuple(verdict.nodes),
-        generation=meeting.generation,
+        meeting=meeting.generation,
         rank_order="by topology" if verdict.is_reordered else "as started",
     )
 

@@ -1,5 +1,6 @@
-"""A training job from its overrides to its exit code: compose, check, join, agree, train."""
+"""A training job from its overrides to its exit code: compose, check, join, train."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,13 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moesys.config.compose import compose, config_hash, load_resolved, to_yaml
-from moesys.config.schema import RunConfig
+from moesys.config.compose import compose, load_resolved, to_yaml
 from moesys.config.validate import check
 from moesys.launch.status import State
 from moesys.models.transformer import Transformer
-from moesys.parallel.bootstrap import process_group, ranks_per_node_from_env, world_size_from_env
+from moesys.parallel.bootstrap import process_group
 from moesys.parallel.flight import record_flights
+from moesys.parallel.surroundings import place_here
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
 from moesys.train.setup import build_run
 from moesys.train.signals import StopRequest
@@ -37,7 +38,8 @@ def main(
     trainer before it trains.
     """
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
-    warnings = check(config, world_size_from_env(), ranks_per_node_from_env())
+    place = place_here(os.environ)
+    warnings = check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
     timeout_s = config.train.timeout_s
@@ -45,10 +47,15 @@ def main(
     # The watch gives up first and says more than a backend does.
     with (
         StopRequest() as stop,
-        process_group(config.train.device, timeout_s + BACKEND_EXTRA_S) as process,
+        process_group(
+            config.train.device,
+            timeout_s + BACKEND_EXTRA_S,
+            config.train.start_timeout_s,
+            place,
+            settings=to_yaml(config),
+        ) as process,
         Watch(process, timeout_s) as watch,
     ):
-        agree_on(config)
         is_writer = process.rank == 0
         if is_writer:
             for warning in warnings:
@@ -79,24 +86,3 @@ def _status(status: str, stop: StopRequest, step: int) -> tuple[State, str]:
 def _leave(trainer: Trainer, turn: Turn, reason: str) -> None:
     trainer.record_failure(reason)
     turn.say_failed(reason)
-
-
-def agree_on(config: RunConfig) -> None:
-    """Collective: every rank's resolved configuration must be rank 0's, else ValueError naming the lines."""
-    store = dist.distributed_c10d._get_default_store()
-    rank = dist.get_rank()
-    if rank == 0:
-        store.set("moesys/config", to_yaml(config))
-        store.set("moesys/config_hash", config_hash(config))
-    if store.get("moesys/config_hash").decode() == config_hash(config):
-        return
-    theirs = store.get("moesys/config").decode().splitlines()
-    ours = to_yaml(config).splitlines()
-    lines = "\n".join(
-        [f"  rank 0: {line}" for line in theirs if line not in ours]
-        + [f"  rank {rank}: {line}" for line in ours if line not in theirs]
-    )
-    raise ValueError(
-        f"rank {rank} composed another configuration than rank 0: start every rank with the same "
-        f"overrides, files and environment\n{lines}"
-    )

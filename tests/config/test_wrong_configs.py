@@ -80,6 +80,7 @@ WRONG = [
         "train.steps=0 schedule=constant schedule.warmup_steps=0", "train.steps", "at least 1", "1"
     ),
     Wrong("train.timeout_s=0", "train.timeout_s", "must be above 0", "above 0"),
+    Wrong("train.start_timeout_s=0", "train.start_timeout_s", "must be above 0", "above 0"),
     Wrong("run.seed=-1", "run.seed", "at least 0", "at least 0"),
     Wrong("run.name=a/b run.dir=build/x", "run.name", "name a folder", "run.dir"),
     Wrong("checkpoint.keep_last=0", "checkpoint.keep_last", "at least 1", "at least 1"),
