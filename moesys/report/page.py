@@ -10,6 +10,7 @@ import yaml
 
 from moesys.report.figures import figures
 from moesys.report.numbers import NONE, duration, is_number, moment, number, short, size
+from moesys.report.records import time_of
 from moesys.report.run import Run
 from moesys.report.sections import Section, chart_sections, marks
 from moesys.report.style import SCRIPT, STYLE
@@ -53,7 +54,7 @@ def _lead(run: Run, facts: Mapping[str, Any]) -> str:
         f"{_ranks(start['world_size'])} (dp {start['dp']}, ep {start['ep']})",
         f"{start['device']}, {start['dtype']}, {start['backend']}",
         f"experts: {start['expert_backend']}",
-        f"last record {moment(run.last_time_unix_s)}",
+        f"last record {moment(run.last_unix_s)}",
     ]
     return " · ".join(words)
 
@@ -112,7 +113,7 @@ def _restarts(count: int) -> str:
 def _history(run: Run) -> Section:
     rows = [
         {
-            "when": moment(event["time_unix_s"]) if "time_unix_s" in event else "",
+            "when": moment(at) if (at := time_of(event)) is not None else "",
             "step": event.get("resumed_from_step" if event["kind"] == "start" else "step") or 0,
             **_told(event),
         }

@@ -5,9 +5,11 @@ line without its newline that is not JSON is left out, any other bad line is an 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from moesys.report.numbers import is_number
 
 # The writer puts this key last, so that a reader who wants the numbers need not parse
 # layers * experts integers of every step.
@@ -49,6 +51,13 @@ def parse_line(line: bytes, *, path: Path, number: int) -> dict[str, Any] | None
             "remove the line to read the rest."
         )
     return record
+
+
+def time_of(record: Mapping[str, Any]) -> float | None:
+    """When a record was written, seconds since 1970; None where it does not say."""
+    # `time_unix_s` was its name in older files.
+    found = record.get("unix_s", record.get("time_unix_s"))
+    return float(found) if is_number(found) else None
 
 
 def without_load(line: bytes) -> bytes:

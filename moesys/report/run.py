@@ -14,7 +14,8 @@ import yaml
 from numpy.typing import NDArray
 
 from moesys.report.binned import Binned
-from moesys.report.records import load_stride_for, read_records
+from moesys.report.goodput import Books, Ledger
+from moesys.report.records import load_stride_for, read_records, time_of
 
 PARTS = ("data", "forward", "backward", "optimizer")
 """Where a step's time goes, in its order; `<part>_ms` of a train record. They do not overlap, and
@@ -79,7 +80,11 @@ class Run:
     """Largest value of a column, and its step."""
     seconds: float
     """From each start to the last record before the next one, summed."""
-    last_time_unix_s: float | None
+    last_unix_s: float | None
+    ledger: Ledger
+    """Where its wall time went."""
+    stragglers: list[dict[str, Any]]
+    """Ranks that were slower than the others, as their records say."""
     ended: bool
     """The last word of metrics.jsonl is a stop."""
     loads: Loads | None
@@ -131,7 +136,9 @@ def read_run(folder: str | Path) -> Run:
         totals=reading.totals,
         peaks=reading.peaks,
         seconds=reading.seconds,
-        last_time_unix_s=reading.time_unix_s,
+        last_unix_s=reading.unix_s,
+        ledger=reading.books.ledger(),
+        stragglers=reading.stragglers,
         ended=reading.last_kind == "stop",
         loads=reading.loads(stride),
         summary=_json(folder / "summary.json"),
@@ -157,8 +164,10 @@ class _Reading:
         self.totals: dict[str, float] = defaultdict(float)
         self.peaks: dict[str, tuple[float, int]] = {}
         self.seconds = 0.0
-        self.time_unix_s: float | None = None
+        self.unix_s: float | None = None
         self.last_kind = ""
+        self.books = Books()
+        self.stragglers: list[dict[str, Any]] = []
         self._binned_loads: Binned | None = None
         self._final_load: NDArray[np.float64] | None = None
         self._load_steps = (0, 0)
@@ -166,6 +175,7 @@ class _Reading:
     def add(self, record: dict[str, Any]) -> None:
         kind = self.last_kind = record["kind"]
         self._clock(record)
+        self.books.add(record)
         if kind == "train":
             self._add_train(record)
         elif kind == "eval":
@@ -185,6 +195,8 @@ class _Reading:
         elif kind == "stop":
             self.stops.append(record)
             self.events.append(record)
+        elif kind == "straggler":
+            self.stragglers.append(record)
 
     def loads(self, stride: int) -> Loads | None:
         if self._binned_loads is None or self._final_load is None:
@@ -228,12 +240,12 @@ class _Reading:
         self._load_steps = (self._load_steps[0], step)
 
     def _clock(self, record: dict[str, Any]) -> None:
-        now = record.get("time_unix_s")
-        if not isinstance(now, int | float):
+        now = time_of(record)
+        if now is None:
             return
-        if record["kind"] != "start" and self.time_unix_s is not None:
-            self.seconds += max(0.0, now - self.time_unix_s)
-        self.time_unix_s = float(now)
+        if record["kind"] != "start" and self.unix_s is not None:
+            self.seconds += max(0.0, now - self.unix_s)
+        self.unix_s = now
 
 
 def _row(record: dict[str, Any], columns: tuple[str, ...]) -> NDArray[np.float64]:

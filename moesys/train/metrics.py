@@ -1,25 +1,25 @@
 """metrics.jsonl: the one true record of a run. Everything else (console, TensorBoard, W&B, report)
 is a view of the same records.
 
-One JSON object per line, written by rank 0, in order of step, every step at most once:
-`start` (one per (re)start), `train`, `eval`, `checkpoint`, `stop`. Times are *_ms or *_s, sizes *_bytes.
-A number that is not finite is written as null, so that every line is strict JSON.
+One JSON object per line, written by rank 0, in order of step, every step at most once: `start` (one per
+(re)start), `train`, `eval`, `checkpoint`, `anomaly`, `straggler`, `undone` (what a resume took back), `goodput` and `stop`.
+`unix_s` says when; times are *_ms or *_s, sizes *_bytes. A number that is not finite is written as null, so that every line is strict JSON.
 """
 
 import json
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from moesys.report.goodput import Books
 from moesys.report.records import LOAD_KEY, parse_line, read_records, without_load
+from moesys.train.undone import UNDONE_BY_RESUME, Undone
 
 FILE_NAME = "metrics.jsonl"
-
-# A start or a stop happened, whatever is resumed from; these are about steps that will be made again.
-_UNDONE_BY_RESUME = frozenset({"train", "eval", "checkpoint"})
 
 
 class Sink(Protocol):
@@ -34,7 +34,9 @@ class MetricsLog:
     """The open metrics.jsonl of a run folder; made by rank 0 only.
 
     Opening drops what a resume undoes: `train`, `eval` and `checkpoint` records of steps after
-    `resume_step` (0 = from the beginning), and a last line torn by a kill. A record is on its way to the
+    `resume_step` (0 = from the beginning), `anomaly` records after the first `resume_anomalies`, and a last line
+    torn by a kill. One `undone` record for each start
+    that loses some says how many steps and how much time they took. A record is on its way to the
     disk when `write` returns, so a later kill of this process cannot lose it.
 
     A sink that raises is reported once as a warning and left out from then on: no view of a run may end it.
@@ -44,19 +46,28 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run_dir: str | Path, *, resume_step: int = 0, sinks: Iterable[Sink] = ()
+        self,
+        run_dir: str | Path,
+        *,
+        resume_step: int = 0,
+        resume_anomalies: int = 0,
+        sinks: Iterable[Sink] = (),
     ) -> None:
         self.path = Path(run_dir) / FILE_NAME
         self._sinks = list(sinks)
         self._last_step = resume_step
+        self.books = Books()
+        """The run's time so far, earlier starts included."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _rewind(self.path, resume_step)
+            _rewind(self.path, Undone(resume_step, resume_anomalies), self.books)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the sinks. `kind` is required, `expert_load` is moved last."""
+        """Append one record and hand it to the sinks. `kind` is required, `unix_s` is now where it is not given,
+        `expert_load` is moved last."""
         complete = {key: value for key, value in record.items() if key != LOAD_KEY}
+        complete.setdefault("unix_s", time.time())
         if LOAD_KEY in record:
             complete[LOAD_KEY] = record[LOAD_KEY]
         if complete["kind"] == "train":
@@ -66,8 +77,17 @@ class MetricsLog:
             self._last_step = complete["step"]
         self._file.write(_dump(complete) + "\n")
         self._file.flush()
+        self.books.add(complete)
         for sink in tuple(self._sinks):
             self._guard(sink, lambda sink=sink: sink.write(complete))
+
+    def rewind(self, step: int) -> None:
+        """Drop what a roll back to `step` undoes, as a resume does; anomalies stay."""
+        self._file.close()
+        self.books = Books()
+        _rewind(self.path, Undone(step, None), self.books)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._last_step = step
 
     def sync(self) -> None:
         """Wait until every record is on the disk itself, safe from a node that loses power."""
@@ -107,17 +127,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(read_records(Path(path)))
 
 
-def _rewind(path: Path, resume_step: int) -> None:
+def _rewind(path: Path, undone: Undone, books: Books) -> None:
     beside = path.with_name(path.name + ".tmp")
     with path.open("rb") as old, beside.open("wb") as new:
+
+        def tell_undone() -> None:
+            if (told := undone.take()) is not None:
+                books.add(told)
+                new.write(_dump(told).encode() + b"\n")
+
         for number, line in enumerate(old, start=1):
             # A torn line must be judged whole, and without_load leaves it so.
             record = parse_line(without_load(line), path=path, number=number)
-            if record is None or (
-                record["kind"] in _UNDONE_BY_RESUME and record.get("step", 0) > resume_step
-            ):
+            if record is None or undone.add(record):
                 continue
+            if record["kind"] not in UNDONE_BY_RESUME:
+                tell_undone()
+            books.add(record)
             new.write(line if line.endswith(b"\n") else line + b"\n")
+        tell_undone()
         new.flush()
         os.fsync(new.fileno())
     os.replace(beside, path)

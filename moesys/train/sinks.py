@@ -14,14 +14,16 @@ _CURVES = ("train", "eval", "checkpoint")
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """`kind/name` -> value for each number of a record that belongs to a step (`step` itself left out)."""
+    """`kind/name` -> value for each number of a record that belongs to a step (the step and the time left out)."""
     kind = record["kind"]
     if kind not in _CURVES:
         return {}
     return {
         f"{kind}/{name}": value
         for name, value in record.items()
-        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        if name not in ("step", "unix_s")
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
     }
 
 

@@ -397,7 +397,7 @@ class Trainer:
 
     def _write(self, record: Record) -> None:
         if self.log is not None:
-            self.log.write({**record, "time_unix_s": time.time()})
+            self.log.write(record)
 
 
 def _due(step: int, every_steps: int) -> bool:

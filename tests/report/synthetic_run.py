@@ -15,9 +15,9 @@ UNIGRAM_BITS = 4.41
 BITS_PER_NAT = 1 / math.log(2) / 3.9
 
 
-def start_record(*, steps: int, time_unix_s: float, resumed_from_step: int = 0) -> dict[str, Any]:
+def start_record(*, steps: int, unix_s: float, resumed_from_step: int = 0) -> dict[str, Any]:
     return {
-        "kind": "start", "time_unix_s": time_unix_s, "world_size": 4, "dp": 4, "ep": 2, "device": "cpu",
+        "kind": "start", "unix_s": unix_s, "world_size": 4, "dp": 4, "ep": 2, "device": "cpu",
         "dtype": "fp32", "backend": "gloo", "expert_backend": "grouped_mm",
         "expert_backend_reason": "1.2 ms, loop 3.4 ms", "notes": [], "peak_tflops": 0.68,
         "peak_source": "measured, a large fp32 matrix product on rank 0", "parameters": 18_874_368, "active_parameters": 7_340_032,
@@ -58,7 +58,7 @@ def train_record(
         "tflops_per_rank": tokens_per_s * 4.4e7 / 4e12, "mfu": tokens_per_s * 4.4e7 / 4e12 / 0.68,
         "load_imbalance": float(ratios.mean()), "max_load_imbalance": float(ratios.max()),
         "dead_experts": int((load_LE == 0).sum()), "dropped_slots": 0, "sent_bytes": 25_165_824, "step_ms": step_ms,
-        **times, "time_unix_s": START_UNIX_S + 0.36 * step, "expert_load": load_LE.tolist() if load else [],
+        **times, "unix_s": START_UNIX_S + 0.36 * step, "expert_load": load_LE.tolist() if load else [],
     }  # fmt: skip
 
 
@@ -79,16 +79,15 @@ def write_run(
     for first, last in pieces:
         log = MetricsLog(folder, resume_step=first)
         log.write(
-            start_record(
-                steps=steps, time_unix_s=START_UNIX_S + 0.36 * first, resumed_from_step=first
-            )
+            start_record(steps=steps, unix_s=START_UNIX_S + 0.36 * first, resumed_from_step=first)
         )
         for step in range(first + 1, last + 1):
+            unix_s = START_UNIX_S + 0.36 * step
             record = train_record(step, steps=steps, layers=layers, experts=experts, rng=rng)
             log.write(record)
             if step % 50 == 0:
                 loss = record["loss"] + 0.03
-                log.write({"kind": "eval", "step": step, "val_loss": loss, "val_bits_per_byte": loss * BITS_PER_NAT, "val_tokens": 65536, "eval_ms": 800.0})  # fmt: skip
+                log.write({"kind": "eval", "step": step, "val_loss": loss, "val_bits_per_byte": loss * BITS_PER_NAT, "val_tokens": 65536, "eval_ms": 800.0, "unix_s": unix_s})  # fmt: skip
             if step % 100 == 0:
                 log.write(
                     {
@@ -96,12 +95,13 @@ def write_run(
                         "step": step,
                         "checkpoint_ms": 160.0,
                         "bytes": 226_492_416,
+                        "unix_s": unix_s,
                     }
                 )
-        if last == broke:
-            log.write({"kind": "stop", "step": last, "reason": "stopped"})
-        elif last == steps:
-            log.write({"kind": "stop", "step": last, "reason": "done"})
+        if last in (broke, steps):
+            reason = "stopped" if last == broke else "done"
+            unix_s = START_UNIX_S + 0.36 * last
+            log.write({"kind": "stop", "step": last, "reason": reason, "unix_s": unix_s})
         log.close()
     write_config(folder)
     write_manifest(folder)

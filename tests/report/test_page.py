@@ -110,7 +110,7 @@ def test_configuration_is_shown_whole_and_escaped(full_run: Path, tmp_path: Path
 def test_a_run_in_progress_without_evaluation_or_side_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     log = MetricsLog(tmp_path)
-    log.write(start_record(steps=600, time_unix_s=1_790_000_000.0))
+    log.write(start_record(steps=600, unix_s=1_790_000_000.0))
     for step in range(1, 31):
         record = train_record(step, steps=600, layers=2, experts=40, rng=rng)
         log.write(
@@ -164,7 +164,7 @@ def test_a_huge_run_stays_small(tmp_path: Path) -> None:
     """The worst case for the page: every bin of every curve and of 60 x 256 noisy experts in use."""
     rng = np.random.default_rng(0)
     with MetricsLog(tmp_path) as log:
-        log.write(start_record(steps=100_000, time_unix_s=1_790_000_000.0))
+        log.write(start_record(steps=100_000, unix_s=1_790_000_000.0))
         record = train_record(1, steps=100_000, layers=1, experts=4, rng=rng)
         del record["expert_load"]
         for step in range(1, 9601, 3):

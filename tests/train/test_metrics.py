@@ -76,7 +76,8 @@ def test_what_is_written_is_read_back_in_order_with_the_loads_last(tmp_path: Pat
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert found == sink.records
     assert [record["kind"] for record in found] == ["start", "train", "eval", "train"]
-    assert found[1] == train(1)
+    assert found[1] == train(1, unix_s=found[1]["unix_s"])
+    assert [record["unix_s"] for record in found] == sorted(record["unix_s"] for record in found)
     assert list(found[1])[-1] == "expert_load"
     assert sink.closed == 1
 
@@ -114,7 +115,8 @@ def test_resume_drops_later_steps_and_keeps_starts_and_stops(tmp_path: Path) -> 
 def test_a_run_from_the_beginning_drops_every_step_of_the_last(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 5)
     MetricsLog(tmp_path).close()
-    assert [record["kind"] for record in read_metrics(tmp_path / "metrics.jsonl")] == ["start"]
+    kinds = [record["kind"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert kinds == ["start", "undone"]
 
 
 @pytest.mark.parametrize("cut_bytes", [1, 2, 9, 60])
@@ -126,7 +128,9 @@ def test_a_torn_last_line_is_left_out_then_dropped(tmp_path: Path, cut_bytes: in
     assert steps_of(read_metrics(path)) == whole
     write_steps(tmp_path, 3, 4)
     assert steps_of(read_metrics(path)) == [1, 2, 3, 4]
-    assert path.read_bytes().count(b"\n") == 6
+    assert path.read_bytes().count(b"\n") == 6 + len(
+        whole[2:]
+    )  # a step that was whole is told as undone
 
 
 def test_a_killed_writer_leaves_a_file_that_resumes(tmp_path: Path) -> None:
