@@ -64,12 +64,7 @@ def commit(folder: Path) -> Path:
     fsync(folder)
     if final.exists():
         os.replace(final, retired)
-    try:
-        os.replace(folder, final)
-    except OSError:
-        if retired.exists() and not final.exists():
-            os.replace(retired, final)
-        raise
+    os.replace(folder, final)
     fsync(final.parent)
     if retired.exists():
         remove(retired)

@@ -163,6 +163,7 @@ def write(
         raise
     except CheckpointError as error:
         free_bytes = ranks.first(lambda: abandon(directory, unfinished))
+        ranks.first(lambda: check_turn() if check_turn is not None else None)  # it may be why
         raise CheckpointError(
             f"cannot save step {step} in {directory}: {error}\n"
             f"It needs {prepared.needed_bytes:,} bytes, {free_bytes:,} are free. Earlier checkpoints are "

@@ -44,6 +44,7 @@ def turn_to_write(folder: Path, explain: Callable[[BaseException], str] = str) -
     with sole_writer(folder):
         job_id = job_id_of(os.environ)
         turn = Turn(folder, claim(folder, job_id=job_id), job_id)
+        turn.check()
         clear(folder / "checkpoints")  # after the claim: see `fence`
         turn.say("running")
         try:
