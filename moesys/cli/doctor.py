@@ -30,6 +30,20 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         default=Path(),
         help="the folder that runs are written to (default: here)",
     )
+    parser.add_argument(
+        "--cluster",
+        action="store_true",
+        help="examine all nodes and links of a job; start it on every rank",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller files and fewer links, before each job"
+    )
+    parser.add_argument(
+        "--exclude-file",
+        metavar="FILE",
+        type=Path,
+        help="with --cluster: add the nodes that must go, as one line for sbatch --exclude",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +51,32 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.run_dir.is_dir():
         raise ValueError(f"--run-dir {args.run_dir} is no folder: name one that is there")
-    return _local(args.json, Where(run_dir=args.run_dir.resolve()))
+    if args.exclude_file and not args.cluster:
+        raise ValueError("--exclude-file names nodes of a cluster: add --cluster")
+    where = Where(run_dir=args.run_dir.resolve(), quick=args.quick)
+    return _cluster(args, where) if args.cluster else _local(args.json, where)
+
+
+def _cluster(args: argparse.Namespace, where: "Where") -> int:
+    from moesys.doctor.cluster import QUICK, Limits, Outcome, examine
+    from moesys.doctor.cluster_text import add_excluded, lines, to_json
+    from moesys.doctor.text import summary
+
+    start_s = time.monotonic()
+
+    def tell(outcome: Outcome) -> None:
+        if args.json:
+            print(json.dumps(to_json(outcome), indent=2), flush=True)
+        else:
+            findings = [one.finding for one in outcome.placed]
+            print("\n".join(lines(outcome)))
+            print(f"\n{len(outcome.nodes)} nodes, {summary(findings, time.monotonic() - start_s)}")
+            if outcome.exclude:
+                print(f"must go: {' '.join(outcome.exclude)}", flush=True)
+        if args.exclude_file:
+            add_excluded(args.exclude_file, outcome.exclude)
+
+    return examine(where, QUICK if args.quick else Limits(), tell)
 
 
 def _local(as_json: bool, where: "Where") -> int:
