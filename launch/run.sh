@@ -3,8 +3,10 @@
 #
 #   launch/run.sh [--nproc RANKS_PER_MACHINE] experiment=quickstart train.steps=50
 #   srun --ntasks-per-node=1 launch/run.sh experiment=...      # the same on every node of a Slurm job
+#   srun --ntasks-per-node=8 launch/run.sh experiment=...      # every task is a rank; no torchrun
 #
 # RANKS_PER_MACHINE defaults to the machine's GPUs, or 2 without any. PYTHON names the interpreter.
+# PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies.
 set -euo pipefail
 
 nproc_per_node=
@@ -12,6 +14,12 @@ if [[ ${1:-} == --nproc ]]; then
   nproc_per_node=${2:-}
   [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
   shift 2
+fi
+# Only srun sets SLURM_STEP_*: a script under sbatch that calls this without srun trains on its one machine.
+nodes=${SLURM_STEP_NUM_NODES:-1} tasks=${SLURM_STEP_NUM_TASKS:-1}
+if ((tasks != nodes)); then
+  [[ -z $nproc_per_node ]] || { echo "run.sh: --nproc $nproc_per_node beside $tasks tasks of srun on $nodes nodes: every task is a rank; leave --nproc out, or use --ntasks-per-node=1" >&2; exit 2; }
+  nproc_per_node=$(((tasks + nodes - 1) / nodes))
 fi
 if [[ -z $nproc_per_node ]]; then
   gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
@@ -26,11 +34,8 @@ python=${PYTHON:-$here/.venv/bin/python}
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 
-# Only srun sets SLURM_STEP_*: a script under sbatch that calls this without srun trains on its one machine.
-nodes=${SLURM_STEP_NUM_NODES:-1}
-if ((${SLURM_STEP_NUM_TASKS:-1} != nodes)); then
-  echo "run.sh: srun started $SLURM_STEP_NUM_TASKS tasks on $nodes nodes; torchrun starts the ranks itself: use --ntasks-per-node=1" >&2
-  exit 2
+if ((tasks != nodes)); then
+  exec "$python" -m moesys.train "$@"
 fi
 if ((nodes > 1)); then
   # Every node works out the same meeting point: the step's first node, a port from the job's id.

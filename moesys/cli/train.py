@@ -5,17 +5,20 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moesys.parallel.launcher import Place
 
 _TORCHRUN = "torch.distributed.run"
-_OTHER_LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun"}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a model",
-        description="Compose the configuration, check all of it, then train. On several machines use "
-        "launch/run.sh, which starts torchrun on each.",
+        description="Compose the configuration, check all of it, then train. Started by torchrun, srun or mpirun "
+        "it is one rank of their job; launch/run.sh starts the ranks of several machines.",
         epilog="example: moesys train --nproc 2 experiment=quickstart optim.lr=1e-3",
         allow_abbrev=False,
     )
@@ -39,15 +42,17 @@ def run(args: argparse.Namespace) -> int:
     # As under `python -m`, so that a router in the working folder is found from the script too.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    world_size = _world_size(args.nproc)
-    is_rank = "RANK" in os.environ
 
     from moesys.config.compose import compose, to_yaml
     from moesys.config.validate import check
+    from moesys.parallel.surroundings import place_here
 
     # Before moesys.train and torch: a misspelt key is told at once.
+    place = place_here(os.environ)
+    is_rank = place.launcher != "single"
+    world_size = _world_size(args.nproc, place)
     config = compose(args.overrides, args.config_dir)
-    warnings = check(config, world_size)
+    warnings = check(config, world_size, place.ranks_per_node)
     if (is_rank or world_size == 1) and not args.dry_run:
         from moesys.train.job import main as train
 
@@ -65,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"# warning: {warning}")
     if is_rank:
-        print(f"# would train as one of {world_size} ranks")
+        print(f"# would train as one of {world_size} ranks that {place.launcher} started")
     else:
         print(f"# would run: OMP_NUM_THREADS={threads} {shlex.join(command)}")
     print(to_yaml(config), end="")
@@ -94,26 +99,16 @@ def _torchrun(arguments: list[str]) -> int:
     return 0
 
 
-def _world_size(nproc: int | None) -> int:
-    """Ranks in the run: announced by torchrun, or to be started by us."""
+def _world_size(nproc: int | None, place: "Place") -> int:
+    """Ranks in the run: started by a launcher, or to be started by us."""
     if nproc is not None and nproc < 1:
         raise ValueError(f"--nproc {nproc} must be at least 1: it is the number of ranks to start")
-    if "RANK" in os.environ:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if nproc is not None:
-            raise ValueError(
-                f"--nproc {nproc} inside a job of {world_size} ranks: leave it out, torchrun has "
-                "started the ranks already"
-            )
-        return world_size
-    for variable, launcher in _OTHER_LAUNCHERS.items():
-        tasks = int(os.environ.get(variable, "1"))
-        if tasks > 1:
-            raise ValueError(
-                f"{launcher} started {tasks} tasks that would each train alone: start one task per "
-                "machine, each running launch/run.sh, which starts torchrun"
-            )
-    return nproc or 1
+    if place.launcher != "single" and nproc is not None:
+        raise ValueError(
+            f"--nproc {nproc} inside a job of {place.world_size} ranks: leave it out, {place.launcher} has "
+            "started the ranks already"
+        )
+    return place.world_size if place.launcher != "single" else nproc or 1
 
 
 def _command(world_size: int, config_dir: Path | None, overrides: list[str]) -> list[str]:

@@ -17,6 +17,28 @@ from tests.config.prepared import prepared_data
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "1",
+}
+SRUN = {
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+    "SLURM_JOB_ID": "3",
+}
+MPIRUN = {
+    f"OMPI_COMM_WORLD_{name}": value
+    for name, value in {"RANK": "1", "SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()
+} | {"PMIX_NAMESPACE": "prterun-vm-1@1"}
+LAUNCHERS = {"torchrun": TORCHRUN, "srun": SRUN, "mpirun": MPIRUN}
 
 
 @pytest.fixture(autouse=True)
@@ -109,9 +131,11 @@ def test_dry_run_prints_the_command_and_the_configuration(
     ("environment", "arguments", "message"),
     [
         ({}, ["--nproc", "0"], "--nproc 0 must be at least 1"),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, ["--nproc", "2"], "torchrun has started the ranks"),
-        ({"SLURM_STEP_NUM_TASKS": "8"}, [], "srun started 8 tasks"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, [], "mpirun started 4 tasks"),
+        (TORCHRUN, ["--nproc", "2"], "torchrun has started the ranks"),
+        (SRUN, ["--nproc", "2"], "srun has started the ranks"),
+        (MPIRUN, ["--nproc", "2"], "mpirun has started the ranks"),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, [], "SLURM_PROCID is not set"),
+        ({"WORLD_SIZE": "4"}, [], "WORLD_SIZE=4 without RANK"),
     ],
 )
 def test_launchers_that_do_not_fit_are_refused(
@@ -127,15 +151,19 @@ def test_launchers_that_do_not_fit_are_refused(
     assert message in capsys.readouterr().err
 
 
-def test_a_rank_of_torchrun_takes_its_world_size(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_rank_takes_its_launchers_world_size(
+    launcher: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHERS[launcher].items():
+        monkeypatch.setenv(name, value)
     data = prepared_data(tmp_path)
     overrides = ["experiment=quickstart", f"data.path={data}"]
     assert main(["train", "--dry-run", *overrides]) == 0
-    assert "# would train as one of 2 ranks" in capsys.readouterr().out
+    assert f"# would train as one of 2 ranks that {launcher} started" in capsys.readouterr().out
     assert main(["train", "--dry-run", *overrides, "parallel.ep=4"]) == 2
     assert "must divide the world size 2" in capsys.readouterr().err
 

@@ -105,10 +105,13 @@ def test_under_srun_every_node_names_the_same_meeting_point(programs: Path) -> N
         )
 
 
-def test_several_tasks_on_a_node_are_refused(programs: Path) -> None:
-    done = launch(programs, **SLURM | {"SLURM_STEP_NUM_TASKS": "8"}, SLURM_NODEID="0")
+def test_several_tasks_on_a_node_are_the_ranks(programs: Path) -> None:
+    several = SLURM | {"SLURM_STEP_NUM_TASKS": "8"}
+    done = launch(programs, "a=b", **several, SLURM_NODEID="0")
+    assert done.stdout == "OMP=2 -m moesys.train a=b\n"
+    done = launch(programs, "--nproc", "2", **several, SLURM_NODEID="0")
     assert done.returncode == 2
-    assert "use --ntasks-per-node=1" in done.stderr
+    assert "--nproc 2 beside 8 tasks of srun on 2 nodes" in done.stderr
 
 
 def test_an_sbatch_script_without_srun_is_one_machine(programs: Path) -> None:
