@@ -27,18 +27,20 @@ def lines(outcome: Outcome) -> list[str]:
 
 def link_table(links: Links) -> list[str]:
     """Each node's best and worst link and quickest round trip; of many nodes the slowest."""
-    best = ratings(links.gbit_per_s, len(links.nodes))
-    rows: list[tuple[float, Sequence[str]]] = []
-    for index, node in enumerate(links.nodes):
-        rates = [rate for pair, rate in links.gbit_per_s.items() if index in pair]
-        trips = [us for pair, us in links.round_trip_us.items() if index in pair]
-        if rates:
-            cells = (f"{max(rates):.2f}", f"{min(rates):.2f}", f"{min(trips):.0f}")
-            rows.append((best[index] or 0.0, (node, *cells)))
+    count = len(links.nodes)
+    best = ratings(links.gbit_per_s, count)
+    worst = ratings({pair: -rate for pair, rate in links.gbit_per_s.items()}, count)
+    trips = ratings({pair: -us for pair, us in links.round_trip_us.items()}, count)
+    rows = [
+        (high, (node, f"{high:.2f}", f"{-(low or 0.0):.2f}", f"{-(trip or 0.0):.0f}"))
+        for node, high, low, trip in zip(links.nodes, best, worst, trips, strict=True)
+        if high is not None
+    ]
     if len(rows) > MAX_ROWS:
         rows = sorted(rows)[:MAX_ROWS]
-    heads = ("node", "best Gbit/s", "worst Gbit/s", "round trip us")
-    return table(heads, [cells for _, cells in rows])
+    return table(
+        ("node", "best Gbit/s", "worst Gbit/s", "round trip us"), [cells for _, cells in rows]
+    )
 
 
 def link_map(links: Links) -> list[str]:

@@ -13,6 +13,8 @@ from moesys.doctor.tournament import Round
 PING_BYTES = 8
 NUM_PINGS = 5
 NUM_EXCHANGES = 3
+MAX_ROUNDS, QUICK_MAX_ROUNDS = 128, 8
+"""All pairs of up to 128 nodes; of more each node's links to 128 others tell enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,11 @@ class Sizes:
 
 def sizes(device: torch.device, quick: bool) -> Sizes:
     """A CPU moves some GB/s, a GPU a hundred; 1 MiB takes about 1 ms, 64 MiB too."""
-    if device.type == "cuda":
-        return Sizes(exchange_bytes=2**24 if quick else 2**26, max_rounds=8 if quick else 2**16)
-    return Sizes(exchange_bytes=2**20 if quick else 2**22, max_rounds=8 if quick else 2**16)
+    small, large = (2**24, 2**26) if device.type == "cuda" else (2**20, 2**22)
+    return Sizes(
+        exchange_bytes=small if quick else large,
+        max_rounds=QUICK_MAX_ROUNDS if quick else MAX_ROUNDS,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,10 +35,12 @@ def ratings(pairs: Mapping[tuple[int, int], float], members: int) -> list[float 
 
     A link is as slow as the slower of its ends, so a member's own rate shows in its best link.
     """
-    return [
-        max((rate for pair, rate in pairs.items() if member in pair), default=None)
-        for member in range(members)
-    ]
+    best: list[float | None] = [None] * members
+    for pair, rate in pairs.items():
+        for member in pair:
+            known = best[member]
+            best[member] = rate if known is None else max(known, rate)
+    return best
 
 
 def slow_pairs(pairs: Mapping[tuple[int, int], float], factor: float) -> list[tuple[int, int]]:

@@ -53,8 +53,8 @@ class Measured:
     size_bytes: int = 0
     rail: int = 0
     """Its position among the ranks of its node: those of one position talk to each other."""
-    links: Sequence[LinkTime] = field(default_factory=tuple)
-    product_s: Sequence[float] = field(default_factory=tuple)
+    links: Sequence[LinkTime] = field(default_factory=list)
+    product_s: Sequence[float] = field(default_factory=list)
     """One matrix product, in each try; all ranks at the same time."""
     sees_run_dir: bool = True
     """Whether it reads what rank 0 wrote in the folder of the runs."""

@@ -11,11 +11,14 @@ import pytest
 
 import moesys.doctor
 from moesys.doctor.finding import worst
-from tests.doctor import local_cases
+from tests.doctor import cluster_cases, local_cases
+from tests.doctor.cluster_cases import CLUSTER_CASES
 from tests.doctor.local_cases import CASES, Case
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.findings[-1].name}-{case.says}")
+@pytest.mark.parametrize(
+    "case", [*CASES, *CLUSTER_CASES], ids=lambda case: f"{case.findings[-1].name}-{case.says}"
+)
 def test_facts_come_to_their_level(case: Case) -> None:
     assert worst(case.findings) == case.level
     said = [f.detail for f in case.findings if f.level == case.level]
@@ -54,6 +57,7 @@ def test_the_cases_run_every_line_of_every_judge() -> None:
     sys.settrace(trace)
     try:
         importlib.reload(local_cases)
+        importlib.reload(cluster_cases)
     finally:
         sys.settrace(before)
     assert len(wanted) > 200
