@@ -232,10 +232,10 @@ def install(library: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
-def config_files() -> list[tuple[str, Sequence[str]]]:
-    """configs/ as data_files: one entry per folder, under share/moesys/."""
+def shared_files() -> list[tuple[str, Sequence[str]]]:
+    """configs/ and launch/ as data_files: one entry per folder, under share/moesys/."""
     folders: dict[str, list[str]] = {}
-    for path in sorted((ROOT / "configs").rglob("*")):
+    for path in sorted([*(ROOT / "configs").rglob("*"), *(ROOT / "launch").rglob("*")]):
         if path.is_file():
             relative = path.relative_to(ROOT)
             folders.setdefault(f"share/moesys/{relative.parent.as_posix()}", []).append(
@@ -246,7 +246,7 @@ def config_files() -> list[tuple[str, Sequence[str]]]:
 
 setup(
     package_data={"moesys": [LIBRARY]},
-    data_files=config_files(),
+    data_files=shared_files(),
     # A name for build_ext to hang the library on; the sources are found by BuildOps.
     ext_modules=[Extension("moesys.ops_library", sources=[])],
     cmdclass={"build_ext": BuildOps},

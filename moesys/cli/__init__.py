@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from moesys.cli import bench, ckpt, config, doctor, prep, report, train
+from moesys.cli import bench, ckpt, config, doctor, launch, prep, report, runs, train
 
 _COMMANDS: dict[str, Any] = {
     "train": train,
@@ -21,6 +21,8 @@ _COMMANDS: dict[str, Any] = {
     "ckpt": ckpt,
     "bench": bench,
     "doctor": doctor,
+    "launch": launch,
+    "runs": runs,
 }
 
 
