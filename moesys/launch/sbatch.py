@@ -78,7 +78,8 @@ def batch_script(components: Sequence[Component], job: Job) -> str:
     ]
     lines += _run_folder(job)
     lines += _environment(first, job)
-    lines += ["", f"python={shlex.quote(job.python)}"]
+    # shellcheck does not see that job.sh reads it.
+    lines += ["", "# shellcheck disable=SC2034", f"python={shlex.quote(job.python)}"]
     lines += [*_source(job.code / "launch" / "job.sh"), 'run_job "$run_folder" \\']
     lines += [f"  {shlex.join(_srun(components, job))} \\"]
     if inside := _container(first, job):
@@ -180,7 +181,12 @@ def _environment(cluster: ClusterConfig, job: Job) -> list[str]:
         }
     if cluster.rails:
         own["NCCL_IB_HCA"] = "=" + ",".join(cluster.rails)
-    return lines + [f"export {k}={shlex.quote(v)}" for k, v in (own | dict(cluster.env)).items()]
+    return lines + [f"export {k}={_quoted(v)}" for k, v in (own | dict(cluster.env)).items()]
+
+
+def _quoted(value: str) -> str:
+    """In single quotes always, because shellcheck takes a leading = for a comparison."""
+    return "'" + value.replace("'", "'\"'\"'") + "'"
 
 
 def _source(path: Path) -> list[str]:

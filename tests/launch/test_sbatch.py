@@ -84,9 +84,9 @@ def test_every_fact_of_a_cluster_is_said() -> None:
         "module load a/1 b",
         "ulimit -l unlimited",
         ". /runs/a/code/launch/env/nccl.env",
-        "export GLOO_SOCKET_IFNAME=eth0",
-        "export NCCL_SOCKET_IFNAME==eth0",
-        "export NCCL_IB_HCA==mlx5_0,mlx5_1,mlx5_2,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_7",
+        "export GLOO_SOCKET_IFNAME='eth0'",
+        "export NCCL_SOCKET_IFNAME='=eth0'",
+        "export NCCL_IB_HCA='=mlx5_0,mlx5_1,mlx5_2,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_7'",
         "export X='a b'",
         ". /runs/a/code/launch/job.sh",
     ]
