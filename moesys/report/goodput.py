@@ -89,7 +89,7 @@ class Books:
     def add(self, record: Mapping[str, Any]) -> None:
         """The next record. One that tells no time is left out, so files from before records had one say nothing."""
         unix_s = time_of(record)
-        if unix_s is None:
+        if unix_s is None or record["kind"] == "goodput":  # which is made of the stop after it
             return
         at_ms = round(unix_s * 1e3)
         if self._now_ms is not None:
@@ -153,7 +153,7 @@ class Books:
         self._move("queue", created_ms - begin_ms)
         self._move("load", load_ms)
         self._move("start_up", at_ms - created_ms - load_ms)
-        for part, seconds in parts_s.items():
+        for part, seconds in ({**parts_s, "queue": (created_ms - begin_ms) / 1e3}).items():
             self._start_up_s[part] += seconds
         self._settled_ms = self._now_ms = at_ms
         self._is_wanted = True

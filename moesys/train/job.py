@@ -18,6 +18,7 @@ from moesys.parallel.surroundings import place_here
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
 from moesys.train.setup import build_run
 from moesys.train.signals import StopRequest
+from moesys.train.start_up import begin_start_up
 from moesys.train.trainer import Trainer
 from moesys.train.turn import Turn, turn_to_write
 from moesys.train.watch import Watch
@@ -37,6 +38,7 @@ def main(
     `resolved` is a whole configuration, as a run folder has it, in place of overrides. `prepare` gets this rank's
     trainer before it trains.
     """
+    start_up = begin_start_up(os.environ)
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
     place = place_here(os.environ)
     warnings = check(config, place.world_size, place.ranks_per_node)
@@ -44,6 +46,7 @@ def main(
         Transformer(config.model)
     timeout_s = config.train.timeout_s
     record_flights()
+    start_up.mark("configuration")
     # The watch gives up first and says more than a backend does.
     with (
         StopRequest() as stop,
@@ -56,14 +59,17 @@ def main(
         ) as process,
         Watch(process, timeout_s) as watch,
     ):
+        start_up.mark("rendezvous")
         is_writer = process.rank == 0
         if is_writer:
             for warning in warnings:
                 print(f"warning: {warning}", flush=True)
         folder = Path(config.run.dir)
         with turn_to_write(folder, watch.explain) if is_writer else nullcontext() as turn:
-            trainer = Trainer(build_run(config, process), turn and turn.check)
+            run = build_run(config, process, start_up.mark)
+            trainer = Trainer(run, turn and turn.check, start_up)
             watch.step, trainer.explain = lambda: trainer.step, watch.explain
+            trainer.is_hang = watch.is_hang
             if turn is not None:
                 stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")
                 watch.on_leave = lambda reason: _leave(trainer, turn, reason)

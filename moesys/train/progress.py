@@ -19,7 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from moesys.report.goodput import goodput_lines
 from moesys.train.metrics import Sink
+from moesys.train.straggler import straggler_line
 
 _PART_COLOURS = {"data": "magenta", "forward": "blue", "backward": "cyan", "optimizer": "green"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -58,7 +60,7 @@ class Pace:
 
 
 class PlainView:
-    """The banner, then one line for each `log_every_steps`-th step, evaluation, and stop."""
+    """The banner, then one line for each `log_every_steps`-th step, evaluation, straggler and stop."""
 
     def __init__(self, run_name: str, *, log_every_steps: int, stream: TextIO) -> None:
         self._run_name = run_name
@@ -82,6 +84,10 @@ class PlainView:
                 f"{self._step_text(record['step'])}  val loss {number(record.get('val_loss'), '.4f')}"
                 f"  val bpb {number(record.get('val_bits_per_byte'), '.4f')}"
             )
+        elif kind == "straggler":
+            self._print(f"{self._step_text(record['step'])}  {straggler_line(record)}")
+        elif kind == "goodput":
+            self._print("\n".join(goodput_lines(record)))
         elif kind == "stop":
             self._print(f"{self._step_text(record['step'])}  stopped: {record.get('reason', '-')}")
 
@@ -143,6 +149,10 @@ class LiveView:
                 self._losses.append(record["loss"])
         elif kind == "eval":
             self._eval = record
+        elif kind == "straggler":
+            self._console.print(Text(f"step {record['step']:,}  {straggler_line(record)}", "red"))
+        elif kind == "goodput":
+            self._console.print(Text("\n".join(goodput_lines(record))))
         elif kind == "stop":
             self._stopped = str(record.get("reason", ""))
 

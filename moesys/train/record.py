@@ -8,8 +8,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moesys.config.schema import RunConfig
+from moesys.parallel.bootstrap import Process
+from moesys.parallel.dims import ParallelDims
 from moesys.train.evaluate import EvalResult
 from moesys.train.step import StepResult
+
+
+def start_record(config: RunConfig, dims: ParallelDims, process: Process) -> dict[str, Any]:
+    """What every start says of its configuration and its ranks; the trainer adds what it found out."""
+    return {
+        "kind": "start",
+        "world_size": process.world_size,
+        "dp": dims.dp,
+        **{axis: getattr(dims, axis) for axis in ("pp", "cp", "tp", "ep", "etp", "dp_shard")},
+        "zero": config.parallel.zero,
+        "device": str(process.device),
+        "dtype": config.train.dtype,
+        "backend": process.backend,
+        "launcher": process.launcher,
+        "nodes": list(dict.fromkeys(process.nodes)),
+        "rank_order": process.rank_order,
+        "steps": config.train.steps,
+    }
 
 
 def train_record(

@@ -3,6 +3,7 @@
 Shapes: V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +54,10 @@ class Run:
         return split.bytes / split.tokens
 
 
-def build_run(config: RunConfig, process: Process) -> Run:
-    """Collective. Data files are checked before a model is built."""
+def build_run(
+    config: RunConfig, process: Process, mark: Callable[[str], None] = lambda part: None
+) -> Run:
+    """Collective. Data files are checked before a model is built. `mark` is told when "data" and "model" are done."""
     dims = parallel_dims(config.parallel, process.world_size)
     meshes = build_meshes(dims, process.device.type)
     data = Path(config.data.path)
@@ -81,7 +84,10 @@ def build_run(config: RunConfig, process: Process) -> Run:
         eval_tokens=config.train.eval_tokens,
         with_documents=config.data.mask_documents,
     )
+    mark("data")
     parallel = build_parallel_model(config, meshes, process.device)
+    optimizer = build_optimizer(parallel.whole, config.optim)
+    mark("model")
     token_bytes_V = torch.from_numpy(np.load(data / "token_bytes.npy", allow_pickle=False))
     return Run(
         config=config,
@@ -89,7 +95,7 @@ def build_run(config: RunConfig, process: Process) -> Run:
         meshes=meshes,
         manifest=manifest,
         parallel=parallel,
-        optimizer=build_optimizer(parallel.whole, config.optim),
+        optimizer=optimizer,
         loader=loader,
         eval_batches=eval_batches,
         token_bytes_V=token_bytes_V.to(process.device, torch.int64),

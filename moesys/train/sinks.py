@@ -1,7 +1,7 @@
 """The same records in TensorBoard and Weights & Biases: scalars only, under the same names.
 
 A record of kind `train` with a `loss` becomes the scalar `train/loss`, in both. `start` and `stop`
-records carry no curves and are left out.
+records carry no curves and are left out. `open_sinks` makes these and the console's view.
 """
 
 import os
@@ -10,7 +10,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from moesys.config.compose import to_dict
+from moesys.config.schema import RunConfig
+from moesys.train.metrics import Sink
+from moesys.train.progress import console_view
+
 _CURVES = ("train", "eval", "checkpoint")
+
+
+def open_sinks(config: RunConfig, *, resume_step: int) -> list[Sink]:
+    """The console and what `metrics` asks for; rank 0 only. Raises ValueError for a package that is missing."""
+    folder, metrics = Path(config.run.dir), config.metrics
+    sinks: list[Sink] = [
+        console_view(config.run.name, log_every_steps=config.train.log_every_steps)
+    ]
+    if metrics.tensorboard:
+        sinks.append(TensorboardSink(folder, resume_step=resume_step))
+    if metrics.wandb != "off":
+        sinks.append(
+            WandbSink(
+                folder,
+                project=metrics.wandb_project,
+                name=config.run.name,
+                config=to_dict(config),
+                mode=metrics.wandb,
+            )
+        )
+    return sinks
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:

@@ -2,10 +2,36 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+
+
+class StepTimes:
+    """Time of steps that leave no record of their own, for the next record: a ledger needs all of it."""
+
+    def __init__(self) -> None:
+        self._step_ms, self._data_ms = 0.0, 0.0
+        self._first_step_ms: float | None = None
+        self._is_first = True
+
+    def add(self, step_s: float, sections_ms: Mapping[str, float]) -> None:
+        """A step of which no record may follow."""
+        if self._is_first:
+            self._first_step_ms, self._is_first = step_s * 1e3, False
+        self._step_ms += step_s * 1e3
+        self._data_ms += sections_ms.get("data", 0.0)
+
+    def fields(self, step_s: float, sections_ms: Mapping[str, float]) -> dict[str, float]:
+        """For the record of this step, the one last added: what the ones before took, and a start's first step."""
+        told = {
+            "unrecorded_step_ms": max(0.0, self._step_ms - step_s * 1e3),
+            "unrecorded_data_ms": max(0.0, self._data_ms - sections_ms.get("data", 0.0)),
+            "first_step_ms": self._first_step_ms or 0.0,
+        }
+        self._step_ms, self._data_ms, self._first_step_ms = 0.0, 0.0, None
+        return {name: ms for name, ms in told.items() if ms > 0}
 
 
 class SectionTimer:

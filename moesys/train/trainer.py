@@ -15,24 +15,24 @@ import torch.distributed as dist
 
 from moesys.checkpoint.saver import Saved, Saver
 from moesys.checkpoint.store import LoadedState, load_latest_good
-from moesys.config.compose import to_dict, to_yaml
+from moesys.config.compose import to_yaml
 from moesys.models.transformer import Transformer
 from moesys.optim.schedule import learning_rate
-from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
+from moesys.train.backend_choice import choose_backend
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop
-from moesys.train.metrics import MetricsLog, Sink
-from moesys.train.progress import console_view
-from moesys.train.record import eval_record, train_record
+from moesys.train.metrics import MetricsLog
+from moesys.train.record import eval_record, start_record, train_record
 from moesys.train.setup import Run
 from moesys.train.signals import StopRequest
-from moesys.train.sinks import TensorboardSink, WandbSink
+from moesys.train.sinks import open_sinks
+from moesys.train.start_up import StartUp
 from moesys.train.state import random_state, restore_random_state, run_tensors
 from moesys.train.step import StepResult, TrainStep
-from moesys.train.timing import SectionTimer
+from moesys.train.timing import SectionTimer, StepTimes
 
 Record = dict[str, Any]
 
@@ -40,9 +40,16 @@ Record = dict[str, Any]
 class Trainer:
     """Drives a Run. Every rank makes one and calls `train`; rank 0 alone writes records."""
 
-    def __init__(self, run: Run, check_turn: Callable[[], None] | None = None) -> None:
-        """`check_turn`: raises Superseded once another job has taken the run folder over; rank 0's is asked."""
+    def __init__(
+        self,
+        run: Run,
+        check_turn: Callable[[], None] | None = None,
+        start_up: StartUp | None = None,
+    ) -> None:
+        """`check_turn`: raises Superseded once another job has taken the run folder over; rank 0's is asked.
+        `start_up`: has been running since this process began; None = it begins now."""
         self.run = run
+        self.start_up = start_up or StartUp(time.time())
         self.config = run.config
         self.check_turn = check_turn or (lambda: None)
         self.timer = SectionTimer(run.process.device)
@@ -61,6 +68,8 @@ class Trainer:
         )
         self.explain: Callable[[BaseException], str] = str
         """Whose fault an error is, for the record; a job of several ranks knows better than the error."""
+        self.is_hang: Callable[[], bool] = lambda: False
+        """Whether the run ends because a collective did not."""
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
@@ -70,6 +79,7 @@ class Trainer:
         self.step_seconds: list[float] = []
         self.eval_s, self.save_s = 0.0, 0.0
         """The last evaluation and the longest save of this start."""
+        self.step_times = StepTimes()
         self.unrecorded_checkpoint_ms = 0.0
         """Waited for the checkpoints that ended since the last train record: the next one says so."""
         self.tokens_per_s: float | None = None
@@ -79,7 +89,8 @@ class Trainer:
         """Train to the last step or until asked to stop; return "done" or "stopped"."""
         is_writer = self.run.process.rank == 0
         resumed = self._resume()
-        self._choose_backend(is_writer)
+        self.start_up.mark("load")
+        self.backend, self.backend_reason = choose_backend(self.run, self._dtype())
         self.peak_tflops, self.peak_source = self._peak()
         self._set_random_state(resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
@@ -89,6 +100,7 @@ class Trainer:
             )
         self.log = self._open_log() if is_writer else None
         try:
+            self.start_up.mark("measure")
             self._write(self._start_record(resumed))
             try:
                 stop.begin_training()
@@ -96,7 +108,7 @@ class Trainer:
             except BaseException as error:
                 self.record_failure(self.explain(error))
                 raise
-            self._write({"kind": "stop", "step": self.step, "reason": status, **self.stop_note})
+            self._write_stop({"reason": status, **self.stop_note})
             if is_writer and (self.step_seconds or not self._summary_path.exists()):
                 self._write_summary(status)
         finally:
@@ -106,9 +118,18 @@ class Trainer:
         return status
 
     def record_failure(self, reason: str) -> None:
-        """The run's last record, why it ends before its time."""
+        """The run's last records, why it ends before its time."""
         with suppress(OSError):  # a full disk must not hide what failed first
-            self._write({"kind": "stop", "step": self.step, "reason": f"failed: {reason}"})
+            cause = "hung" if self.is_hang() else "failed"
+            self._write_stop({"reason": f"failed: {reason}", "cause": cause})
+
+    def _write_stop(self, said: Record) -> None:
+        """A stop is the last record; the ledger before it already counts it."""
+        if self.log is not None:
+            stop = {"kind": "stop", "step": self.step, **said, "unix_s": time.time()}
+            self.goodput = self.log.books.ledger(stop).as_dict()
+            self._write({"kind": "goodput", "step": self.step, **self.goodput})
+            self._write(stop)
 
     def _loop(self, stop: StopRequest) -> str:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps
@@ -191,6 +212,7 @@ class Trainer:
 
     def _record_step(self, result: StepResult, lr: float, step_s: float) -> None:
         sections_ms = self.timer.read()
+        self.step_times.add(step_s, sections_ms)
         if not (_due(self.step, self.config.train.log_every_steps) or result.stop_requested):
             return
         self._write(
@@ -207,6 +229,7 @@ class Trainer:
                 world_size=self.run.process.world_size,
                 peak_tflops=self.peak_tflops,
             )
+            | self.step_times.fields(step_s, sections_ms)
         )
         self.unrecorded_checkpoint_ms = 0.0
 
@@ -282,29 +305,6 @@ class Trainer:
         if resumed is not None and resumed.rank_tensors is not None:
             restore_random_state(resumed.rank_tensors, process.device)
 
-    def _choose_backend(self, is_writer: bool) -> None:
-        """Keep what this run folder's first start measured on this layout: another backend rounds differently."""
-        path = self.run.folder / "expert_backend.json"
-        dims = self.run.meshes.dims
-        layout = [self.run.process.device.type, dims.ep, dims.etp]
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        is_auto = self.config.model.moe.expert_backend == "auto"
-        if is_auto and self.config.checkpoint.resume and saved.get("layout") == layout:
-            self.backend, self.backend_reason = saved["backend"], f"kept from {path.name}"
-        elif self.config.model.num_dense_layers == self.config.model.num_layers:
-            self.backend, self.backend_reason = "grouped_mm", "no MoE layers"
-        else:
-            self.backend, self.backend_reason = choose_expert_backend(
-                self.config.model,
-                self.run.meshes,
-                micro_batch_tokens=self.config.train.micro_batch_tokens,
-                dtype=self._dtype(),
-            )
-        set_expert_backend(self.run.model, self.backend)
-        if is_writer and is_auto:
-            # All ranks have looked: choosing is collective.
-            write_text(path, json.dumps({"backend": self.backend, "layout": layout}) + "\n")
-
     def _peak(self) -> tuple[float, str]:
         if self.config.metrics.peak_tflops is not None:
             return self.config.metrics.peak_tflops, "set by metrics.peak_tflops"
@@ -316,49 +316,24 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         self.check_turn()
-        folder, metrics = self.run.folder, self.config.metrics
+        folder = self.run.folder
         write_text(folder / "config.yaml", to_yaml(self.config))
         shutil.copyfile(
             Path(self.config.data.path) / "manifest.json", folder / "data_manifest.json"
         )
-        sinks: list[Sink] = [
-            console_view(self.config.run.name, log_every_steps=self.config.train.log_every_steps)
-        ]
-        if metrics.tensorboard:
-            sinks.append(TensorboardSink(folder, resume_step=self.step))
-        if metrics.wandb != "off":
-            sinks.append(
-                WandbSink(
-                    folder,
-                    project=metrics.wandb_project,
-                    name=self.config.run.name,
-                    config=to_dict(self.config),
-                    mode=metrics.wandb,
-                )
-            )
+        sinks = open_sinks(self.config, resume_step=self.step)
         return MetricsLog(folder, resume_step=self.step, sinks=sinks)
 
     def _start_record(self, resumed: LoadedState | None) -> Record:
-        dims, process = self.run.meshes.dims, self.run.process
         return {
-            "kind": "start",
-            "world_size": process.world_size,
-            "dp": dims.dp,
-            **{axis: getattr(dims, axis) for axis in ("pp", "cp", "tp", "ep", "etp", "dp_shard")},
-            "zero": self.config.parallel.zero,
-            "device": str(process.device),
-            "dtype": self.config.train.dtype,
-            "backend": process.backend,
-            "launcher": process.launcher,
-            "nodes": list(dict.fromkeys(process.nodes)),
-            "rank_order": process.rank_order,
+            **start_record(self.config, self.run.meshes.dims, self.run.process),
             "expert_backend": self.backend,
             "expert_backend_reason": self.backend_reason,
             "peak_tflops": self.peak_tflops,
             "peak_source": self.peak_source,
             **self._sizes(),
             "flops_per_token": self.flops_per_token,
-            "steps": self.config.train.steps,
+            **self.start_up.fields(),
             "resumed_from_step": self.step,
             "notes": [
                 f"skipped {bad.path.name}: {bad.reason}"
@@ -391,6 +366,7 @@ class Trainer:
             "world_size": self.run.process.world_size,
             **self._sizes(),
             "tokens": self._tokens(),
+            "goodput": self.goodput,
         }
         self.check_turn()
         write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")

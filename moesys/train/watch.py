@@ -128,6 +128,11 @@ class Watch:
             self._explained = error, str(error) if is_own else self._sentence(found)
         return self._explained[1]
 
+    def is_hang(self) -> bool:
+        """Whether what is known so far follows from a collective that did not end."""
+        found = cause(self._reports)
+        return found is not None and found.kind == "hung"
+
     # The first thread: the store.
 
     def _talk(self) -> None:
