@@ -232,6 +232,35 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnomalyConfig:
+    """Steps whose loss or gradient norm is not finite or spikes, and copies of the weights that differ."""
+
+    policy: Literal["stop", "skip", "reinject", "lower_rate", "roll_back"] = "stop"
+    """The first answer: stop the run; skip = drop the gradients, the data goes on; reinject = that, and train on
+    the batch later; lower_rate; roll_back = load the newest checkpoint, the data goes on. When its tries are used up
+    the next of skip or reinject, lower_rate, roll_back, stop follows."""
+    tries: int = 3
+    """How often each answer is given before the next one, at least 1."""
+    calm_steps: int = 100
+    """Good steps in a row after which tries count from 0 again, at least 1."""
+    sigma: float = 0.0
+    """A loss or gradient norm so many deviations above the last good ones is a spike; at least 3. 0 = none is,
+    only what is not finite is an anomaly."""
+    window_steps: int = 128
+    """The last good ones: so many steps, at least 16."""
+    warmup_steps: int = 64
+    """Good steps before a spike is looked for; 16..window_steps."""
+    rate_factor: float = 0.1
+    """lower_rate: the learning rate is multiplied by this, between 0 and 1."""
+    rate_steps: int = 20
+    """lower_rate: for so many steps, at least 1."""
+    reinject_after_steps: int = 50
+    """reinject: optimizer steps until the batch is trained on again, at least 1."""
+    replicas_every_steps: int = 0
+    """Optimizer steps between comparisons of what ranks hold alike, also made before each checkpoint; 0 = none."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """metrics.jsonl is always written; these are further sinks of the same records."""
 
@@ -268,3 +297,4 @@ class RunConfig:
     train: TrainConfig
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
+    anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)

@@ -15,6 +15,7 @@ from moesys.config.layout import find_layout_problems, layout_warnings, values_p
 from moesys.config.nodes import node_warnings
 from moesys.config.pipeline import find_pipeline_problems, pipeline_warnings
 from moesys.config.schema import (
+    AnomalyConfig,
     BalanceConfig,
     MetricsConfig,
     ModelConfig,
@@ -107,6 +108,10 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
     project = config.metrics.wandb_project
     if config.metrics.wandb == "off" and project != _default(MetricsConfig, "wandb_project"):
         found.append(f"metrics.wandb_project={project} has no effect with metrics.wandb=off")
+    for key, has_reader, reader in _anomaly_readers(config, world_size):
+        if not has_reader and getattr(config.anomaly, key) != _default(AnomalyConfig, key):
+            value = getattr(config.anomaly, key)
+            found.append(f"anomaly.{key}={value} has no effect {reader}")
     if config.train.eval_every_steps > config.train.steps:
         found.append(
             f"train.eval_every_steps={config.train.eval_every_steps} is beyond "
@@ -128,6 +133,21 @@ def _default(section: type, key: str) -> object:
     return section.__dataclass_fields__[key].default
 
 
+def _anomaly_readers(config: RunConfig, world_size: int) -> Iterator[tuple[str, bool, str]]:
+    """Key, whether anything reads it, and what does if not."""
+    anomaly = config.anomaly
+    lowers = anomaly.policy in ("skip", "reinject", "lower_rate")
+    for key in ("window_steps", "warmup_steps"):
+        yield key, anomaly.sigma > 0, "with anomaly.sigma=0"
+    for key in ("tries", "calm_steps"):
+        yield key, anomaly.policy != "stop", "with anomaly.policy=stop"
+    for key in ("rate_factor", "rate_steps"):
+        yield key, lowers, f"with anomaly.policy={anomaly.policy}"
+    reinjects = anomaly.policy == "reinject"
+    yield "reinject_after_steps", reinjects, f"with anomaly.policy={anomaly.policy}"
+    yield "replicas_every_steps", world_size > 1, "with one rank"
+
+
 def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     assert world_size >= 1
     yield from _run(config)
@@ -135,6 +155,7 @@ def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     yield from _moe(config)
     yield from _optim(config)
     yield from _schedule(config)
+    yield from _anomaly(config)
     yield from find_layout_problems(config, world_size)
     yield from find_pipeline_problems(config, world_size)
 
@@ -281,3 +302,24 @@ def _schedule(config: RunConfig) -> Iterator[Problem]:
                 rule=f"must be at least schedule.min_lr_ratio={schedule.min_lr_ratio}",
                 fix=f"use {schedule.min_lr_ratio} to 1.0",
             )
+
+
+def _anomaly(config: RunConfig) -> Iterator[Problem]:
+    anomaly = config.anomaly
+    for key in ("tries", "calm_steps", "rate_steps", "reinject_after_steps"):
+        yield from in_range(f"anomaly.{key}", getattr(anomaly, key), 1)
+    if anomaly.sigma:
+        yield from in_range("anomaly.sigma", anomaly.sigma, 3.0)
+    yield from in_range("anomaly.window_steps", anomaly.window_steps, 16)
+    if anomaly.window_steps >= 16:
+        most = anomaly.window_steps
+        yield from in_range("anomaly.warmup_steps", anomaly.warmup_steps, 16, at_most=most)
+    yield from in_range("anomaly.rate_factor", anomaly.rate_factor, above=0.0, below=1.0)
+    yield from in_range("anomaly.replicas_every_steps", anomaly.replicas_every_steps, 0)
+    if anomaly.policy == "roll_back" and config.checkpoint.every_steps == 0:
+        yield Problem(
+            key="anomaly.policy",
+            given=anomaly.policy,
+            rule="must not be roll_back with checkpoint.every_steps=0, which saves nothing to go back to",
+            fix="set checkpoint.every_steps, or use stop, skip, reinject or lower_rate",
+        )

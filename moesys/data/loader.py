@@ -107,15 +107,20 @@ class TokenLoader:
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step, in order. Every rank gets equally many."""
+        batches = self.step_at(self.consumed_samples)
+        self.consumed_samples += self._global_batch_samples
+        return batches
+
+    def step_at(self, first_sample: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step whose batch begins at this position; the loader stays where it is."""
         batches = []
         for rows_B in self._rows:
-            samples_B = self.samples_at(self.consumed_samples + rows_B)
+            samples_B = self.samples_at(first_sample + rows_B)
             starts_B = samples_B * self._seq_len
             batch = _shifted(_read(self._tokens, starts_B, self._seq_len + 1))
             if self._with_documents:
                 batch = _told_documents(batch, self._tokens, starts_B)
             batches.append(batch)
-        self.consumed_samples += self._global_batch_samples
         return batches
 
     def samples_at(self, positions_B: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 Shapes: B sequences of S tokens in a micro-batch, M MoE layers, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from moesys.data.loader import MicroBatch
 from moesys.models.transformer import MoEBlock
 from moesys.moe.balance import updated_bias
 from moesys.moe.dispatch import ExpertParallelDispatcher
+from moesys.moe.layer import MoELayer
 from moesys.optim.build import set_learning_rate
 from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.parallel.gradients import sum_over_replicas
@@ -46,6 +47,26 @@ class StepResult:
     """Mean over ranks; part of forward and backward."""
     stop_requested: bool
     """Some rank was asked to stop."""
+    is_applied: bool
+    """The optimizer has stepped; if not, the step left no trace in weights, optimizer state and selection biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sums:
+    """Of all ranks, on the host."""
+
+    loss: float
+    balance: float
+    z: float
+    sent_bytes: float
+    exchange_s: float
+    stops: float
+    grad_norm: float
+    expert_load_MX: list[list[int]]
+
+
+Judge = Callable[[float, float], float | None]
+"""From loss and gradient norm, the same on all ranks, to the learning rate of the update; None = none is made."""
 
 
 class TrainStep:
@@ -70,8 +91,13 @@ class TrainStep:
             self._start_pipeline(parallel.pipeline)
 
     def __call__(
-        self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool = False
+        self,
+        micro_batches: Sequence[MicroBatch],
+        lr: float,
+        stop_requested: bool = False,
+        judge: Judge | None = None,
     ) -> StepResult:
+        """The host waits for the device once: at the end, or with a `judge` before the update, which then runs on."""
         self.model.train()
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
         if self.parallel.pipeline is not None:
@@ -85,13 +111,20 @@ class TrainStep:
             self._reduce()
             counted = [grad for p, grad in gradients.items() if p not in self.parallel.copies]
             norm = gradient_norm(counted, self.meshes.dims.stage_size)
-            if self.config.optim.clip_grad_norm:
-                scale_gradients([*gradients.values()], norm, self.config.optim.clip_grad_norm)
-            set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
+            load_MX = self._sum_load()
+            rate, sums = lr, None
+            if judge is not None:
+                sums = self._read_sums(norm, load_MX, stop_requested)
+                rate = judge(sums.loss / self.config.train.global_batch_tokens, sums.grad_norm)
+            if rate is not None:
+                if self.config.optim.clip_grad_norm:
+                    scale_gradients([*gradients.values()], norm, self.config.optim.clip_grad_norm)
+                set_learning_rate(self.optimizer, rate)
+                self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            load_MX = self._finish_balance()
-        return self._result(norm, load_MX, stop_requested)
+            self._end_balance(load_MX, is_applied=rate is not None)
+        sums = sums or self._read_sums(norm, load_MX, stop_requested)
+        return self._result(sums, is_applied=rate is not None)
 
     def _forward_backward(self, batch: MicroBatch) -> None:
         """Add one micro-batch's gradients."""
@@ -126,8 +159,7 @@ class TrainStep:
         train = self.config.train
         for part in pipeline.parts:
             part.forward = autocast(self.device, train.dtype)(part.forward)
-        micro_steps = train.global_batch_tokens // (train.micro_batch_tokens * self.meshes.dims.dp)
-        pipeline.start(self.device, micro_steps, self._loss)
+        pipeline.start(self.device, train.micro_steps(self.meshes.dims.dp), self._loss)
 
     def _run_pipeline(self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch]) -> None:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
@@ -149,31 +181,37 @@ class TrainStep:
         for group, parameters in self.parallel.gradient_sums:
             sum_over_replicas([p.grad for p in parameters if p.grad is not None], group)
 
-    @torch.no_grad()
-    def _finish_balance(self) -> Tensor:
-        """Sum the step's expert load over ranks, move the selection biases; return int64 [M, E + 1] of all stages."""
+    def _layers(self) -> dict[int, MoELayer]:
+        """This rank's MoE layers by their place among all stages' MoE layers."""
+        return {
+            int(index) - self.config.model.num_dense_layers: block.moe
+            for index, block in self.model.layers.items()
+            if isinstance(block, MoEBlock)
+        }
+
+    def _sum_load(self) -> Tensor:
+        """Take the step's expert load; return it summed over ranks, int64 [M, E + 1] of all stages."""
         model = self.config.model
         num_moe = model.num_layers - model.num_dense_layers
         load_MX = torch.zeros(
             num_moe, model.moe.num_experts + 1, dtype=torch.int64, device=self.device
         )
-        layers = {
-            int(index) - model.num_dense_layers: block.moe
-            for index, block in self.model.layers.items()
-            if isinstance(block, MoEBlock)
-        }
-        for index, layer in layers.items():
+        for index, layer in self._layers().items():
             load_MX[index] = layer.load.take(self.device)
         dist.all_reduce(load_MX)
-        for index, layer in layers.items():
-            layer.balance.end_step()
-            rate = layer.config.balance.bias_update_rate
-            if rate:
-                bias_E = layer.router.get_buffer("selection_bias_E")
-                bias_E.copy_(updated_bias(bias_E, load_MX[index, :-1], rate))
         return load_MX
 
-    def _result(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> StepResult:
+    @torch.no_grad()
+    def _end_balance(self, load_MX: Tensor, is_applied: bool) -> None:
+        """Forget the step's counts; move the selection biases, if weights have moved."""
+        for index, layer in self._layers().items():
+            layer.balance.end_step()
+            rate = layer.config.balance.bias_update_rate
+            if rate and is_applied:
+                bias_E = layer.router.get_buffer("selection_bias_E")
+                bias_E.copy_(updated_bias(bias_E, load_MX[index, :-1], rate))
+
+    def _read_sums(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> _Sums:
         """One all-reduce of a few numbers, and the step's only reads on the host."""
         sent_bytes, exchange_s = self.read_exchange_meters()
         host = torch.tensor(
@@ -182,18 +220,30 @@ class TrainStep:
         numbers = torch.cat([self.sums, host.to(self.device)])
         dist.all_reduce(numbers)
         loss, balance, z, sent, seconds, stops = numbers.tolist()
-        tokens = self.config.train.global_batch_tokens
-        load = load_MX.tolist()
-        return StepResult(
-            loss=loss / tokens,
-            balance_loss=balance / tokens,
-            z_loss=z / tokens,
+        return _Sums(
+            loss=loss,
+            balance=balance,
+            z=z,
+            sent_bytes=sent,
+            exchange_s=seconds,
+            stops=stops,
             grad_norm=norm.item(),
-            expert_load_ME=[row[:-1] for row in load],
-            dropped_slots=sum(row[-1] for row in load),
-            sent_bytes=int(sent),
-            exchange_ms=seconds * 1e3 / self.meshes.dims.world_size,
-            stop_requested=stops > 0,
+            expert_load_MX=load_MX.tolist(),
+        )
+
+    def _result(self, sums: _Sums, is_applied: bool) -> StepResult:
+        tokens = self.config.train.global_batch_tokens
+        return StepResult(
+            loss=sums.loss / tokens,
+            balance_loss=sums.balance / tokens,
+            z_loss=sums.z / tokens,
+            grad_norm=sums.grad_norm,
+            expert_load_ME=[row[:-1] for row in sums.expert_load_MX],
+            dropped_slots=sum(row[-1] for row in sums.expert_load_MX),
+            sent_bytes=int(sums.sent_bytes),
+            exchange_ms=sums.exchange_s * 1e3 / self.meshes.dims.world_size,
+            stop_requested=sums.stops > 0,
+            is_applied=is_applied,
         )
 
     def read_exchange_meters(self) -> tuple[int, float]:

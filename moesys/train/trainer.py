@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from moesys.checkpoint.saver import Saved, Saver
 from moesys.checkpoint.store import LoadedState, load_latest_good
@@ -21,11 +21,14 @@ from moesys.optim.schedule import learning_rate
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
 from moesys.train.backend_choice import choose_backend
+from moesys.train.anomaly import AnomalyState
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop
+from moesys.train.guard import Guard
 from moesys.train.metrics import MetricsLog
 from moesys.train.record import eval_record, start_record, train_record
+from moesys.train.replicas import Replicas
 from moesys.train.setup import Run
 from moesys.train.signals import StopRequest
 from moesys.train.sinks import open_sinks
@@ -70,6 +73,10 @@ class Trainer:
         """Whose fault an error is, for the record; a job of several ranks knows better than the error."""
         self.is_hang: Callable[[], bool] = lambda: False
         """Whether the run ends because a collective did not."""
+        self.guard = Guard(run.config.anomaly)
+        self.replicas = Replicas(run.process.nodes)
+        self.has_checkpoint = False
+        """There is one to roll back to, or it is being written."""
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
@@ -94,10 +101,7 @@ class Trainer:
         self.peak_tflops, self.peak_source = self._peak()
         self._set_random_state(resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
-            self.saver.reserve(
-                run_tensors(self.run.model, self.run.optimizer),
-                random_state(self.run.process.device),
-            )
+            self.saver.reserve(self._tensors(), random_state(self.run.process.device))
         self.log = self._open_log() if is_writer else None
         try:
             self.start_up.mark("measure")
@@ -139,6 +143,10 @@ class Trainer:
         while self.step < steps:
             stopping = self._one_step(stop.requested is not None)
             self._record_save(self.saver.poll())
+            if self.guard.decision.answer == "roll_back":
+                continue  # that step has been evaluated and saved before
+            if _due(self.step, self.config.anomaly.replicas_every_steps):
+                self.wall_s += self.replicas.check(self._tensors(), self.step)
             last = self.step == steps
             plan = self._plan_stop(stop) if stopping else StopPlan(evaluate=True, save=True)
             if plan.evaluate and self._is_eval_due():
@@ -177,24 +185,48 @@ class Trainer:
     def _one_step(self, stop_requested: bool) -> bool:
         """Train one step and record it; return whether some rank was asked to stop."""
         began = time.perf_counter()
-        with self.timer.section("data", on_host=True):
-            batches = self.run.loader.next_step()
         self.step += 1
+        with self.timer.section("data", on_host=True):
+            batches = self.guard.read_batches(self.step, self.run.loader)
         lr = self._learning_rate()
-        result = self.train_step(batches, lr, stop_requested)
-        if not np.isfinite([result.loss, result.grad_norm]).all():
-            raise FloatingPointError(
-                f"step {self.step}: loss={result.loss}, grad_norm={result.grad_norm}: not finite. The last "
-                "checkpoint is untouched; lower optim.lr or set optim.clip_grad_norm"
-            )
+        judge = self.guard.begin(lr, can_roll_back=self.has_checkpoint)
+        result = self.train_step(batches, lr, stop_requested, judge)
+        decision = self.guard.end(result.loss, result.grad_norm)
+        if decision.finding is not None:
+            self._answer(result)
         step_s = time.perf_counter() - began
         self.wall_s += step_s
         self.step_seconds.append(step_s)
         self.tokens_per_s = self.config.train.global_batch_tokens / statistics.median(
             self.step_seconds
         )
-        self._record_step(result, lr, step_s)
+        if result.is_applied:
+            self._record_step(result, lr * (decision.rate or 1.0), step_s)
+        else:
+            self.timer.read()
         return result.stop_requested
+
+    def _answer(self, result: StepResult) -> None:
+        """Tell the anomaly in the step just made, and do what is left to do about it. Collective."""
+        record = self.guard.record(self.step, result.loss, result.grad_norm)
+        error = self.guard.error(self.step, result.loss, result.grad_norm)
+        if record["action"] == "roll_back":
+            if not self._roll_back():
+                raise error
+            record["to_step"] = self.step
+        self._write(record)
+        if record["action"] == "stop":
+            raise error
+
+    def _roll_back(self) -> bool:
+        """Load the newest good checkpoint; only the order of data and what is known of anomalies go on. Collective."""
+        self._record_save(self.saver.wait())
+        found = load_latest_good(self.run.folder / "checkpoints", self._tensors())
+        if found is not None:
+            self.step, self.last_eval = found.state["step"], found.state["last_eval"]
+            if self.log is not None:
+                self.log.rewind(self.step)
+        return found is not None
 
     def _learning_rate(self) -> float:
         return learning_rate(
@@ -248,17 +280,24 @@ class Trainer:
         self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
         self._write(self.last_eval)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return run_tensors(self.run.model, self.run.optimizer)
+
     def _save(self) -> None:
+        if self.config.anomaly.replicas_every_steps:
+            self.wall_s += self.replicas.check(self._tensors(), self.step)
         self._record_save(self.saver.wait())
+        self.has_checkpoint = True
         self.saver.begin(
             self.step,
-            run_tensors(self.run.model, self.run.optimizer),
+            self._tensors(),
             {
                 "step": self.step,
                 "wall_s": self.wall_s,
                 "loader": self.run.loader.state_dict(),
                 "last_eval": self.last_eval,
                 "tokens_per_s": self.tokens_per_s,
+                "anomaly": self.guard.state.to_json(),
             },
             random_state(self.run.process.device),
             # The record on disk is never behind the checkpoint that a resume goes on from.
@@ -288,14 +327,15 @@ class Trainer:
         """Continue from the newest good checkpoint, if wanted and there; return what it said."""
         if not self.config.checkpoint.resume:
             return None
-        found = load_latest_good(
-            self.run.folder / "checkpoints", run_tensors(self.run.model, self.run.optimizer)
-        )
+        found = load_latest_good(self.run.folder / "checkpoints", self._tensors())
         if found is not None:
             state = found.state
             self.run.loader.load_state_dict(state["loader"])
             self.step, self.wall_s = state["step"], state["wall_s"]
             self.last_eval, self.tokens_per_s = state["last_eval"], state["tokens_per_s"]
+            self.has_checkpoint = True
+            if "anomaly" in state:  # checkpoints of older versions know nothing of it
+                self.guard.state = AnomalyState.from_json(state["anomaly"])
         return found
 
     def _set_random_state(self, resumed: LoadedState | None) -> None:
@@ -322,7 +362,8 @@ class Trainer:
             Path(self.config.data.path) / "manifest.json", folder / "data_manifest.json"
         )
         sinks = open_sinks(self.config, resume_step=self.step)
-        return MetricsLog(folder, resume_step=self.step, sinks=sinks)
+        anomalies = self.guard.state.num_found
+        return MetricsLog(folder, resume_step=self.step, resume_anomalies=anomalies, sinks=sinks)
 
     def _start_record(self, resumed: LoadedState | None) -> Record:
         return {

@@ -96,8 +96,20 @@ WRONG = [
         "at least 0",
         "at least 0",
     ),
+    Wrong("anomaly.sigma=2", "anomaly.sigma", "at least 3", "at least 3"),
+    Wrong("anomaly.tries=0", "anomaly.tries", "at least 1", "at least 1"),
+    Wrong("anomaly.window_steps=8", "anomaly.window_steps", "at least 16", "at least 16"),
+    Wrong("anomaly.warmup_steps=200", "anomaly.warmup_steps", "at most 128", "at most 128"),
+    Wrong("anomaly.rate_factor=1", "anomaly.rate_factor", "below 1.0", "below 1.0"),
+    Wrong("anomaly.replicas_every_steps=-1", "anomaly.replicas_every_steps", "at least 0", "0"),
     Wrong("schedule.min_lr_ratio=2", "schedule.min_lr_ratio", "at most 1.0", "at most 1.0"),
     # Rules between keys.
+    Wrong(
+        "anomaly.policy=roll_back",
+        "anomaly.policy",
+        "checkpoint.every_steps=0",
+        "set checkpoint.every_steps",
+    ),
     Wrong(
         "model.num_kv_heads=3", "model.num_kv_heads", "must divide model.num_heads=4", "use 2 or 4"
     ),
@@ -328,6 +340,9 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
         ("parallel.zero=1 parallel.dp_shard=1", "zero=1 has no effect"),
         ("metrics.wandb_project=x", "has no effect with metrics.wandb=off"),
         ("train.eval_every_steps=101", "beyond train.steps=100"),
+        ("anomaly.warmup_steps=16", "anomaly.warmup_steps=16 has no effect with anomaly.sigma=0"),
+        ("anomaly.tries=2", "no effect with anomaly.policy=stop"),
+        ("anomaly.policy=skip anomaly.reinject_after_steps=9", "no effect with anomaly.policy=skip"),
         ("checkpoint.every_steps=101", "beyond train.steps=100"),
     ],
 )
