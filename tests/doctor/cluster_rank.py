@@ -1,6 +1,7 @@
-"""One rank of `moesys doctor --cluster` as a node of its own, with a fault that the test chooses.
+"""One rank of `moesys doctor --cluster` as a node of its own, with a fault of node n3 that the test chooses.
 
 torchrun -m tests.doctor.cluster_rank FAULT ARGUMENTS...
+srun python -m tests.doctor.cluster_rank FAULT ARGUMENTS...
 """
 
 import contextlib
@@ -8,45 +9,53 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from moesys.cli import main as moesys
 from moesys.doctor import cluster, gemm, links, together
+from moesys.parallel.hostlist import expand_hosts
 
-FAULTY = 2
+FAULTY = "n3"
 
 
 def main() -> int:
-    return examine(int(os.environ["RANK"]), *sys.argv[1:])
+    if "SLURM_STEP_NODELIST" in os.environ:
+        nodes = expand_hosts(os.environ["SLURM_STEP_NODELIST"])
+        return examine(int(os.environ["SLURM_PROCID"]), nodes, *sys.argv[1:])
+    return examine_alone_on_node(int(os.environ["RANK"]), *sys.argv[1:])
 
 
 def examine_to_file(rank: int, environment: dict[str, str], output: str, *arguments: str) -> None:
     """The same in a process that was forked."""
     os.environ.update(environment, RANK=str(rank))
     with open(output, "w") as file, contextlib.redirect_stdout(file):
-        code = examine(rank, *arguments)
+        code = examine_alone_on_node(rank, *arguments)
     sys.exit(code)
 
 
-def examine(rank: int, fault: str, *arguments: str) -> int:
-    # One machine stands for four: each rank is the only one of its node.
+def examine_alone_on_node(rank: int, *arguments: str) -> int:
+    """One machine stands for four: each rank is the only one of its node."""
     os.environ.update(MOESYS_NODE=f"n{rank + 1}", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    _give_exact_times(rank, fault)
+    return examine(rank, ("n1", "n2", "n3", "n4"), *arguments)
+
+
+def examine(rank: int, nodes: Sequence[str], fault: str, *arguments: str) -> int:
+    _give_exact_times(rank, nodes, fault)
     if fault == "missing":
         cluster.QUICK = dataclasses.replace(cluster.QUICK, reports_s=12.0)
-    if rank == FAULTY and fault in OF_ONE_RANK:
-        OF_ONE_RANK[fault]()
+    if nodes[rank] == FAULTY and fault in OF_ONE_NODE:
+        OF_ONE_NODE[fault]()
     return moesys(["doctor", "--cluster", "--quick", *arguments])
 
 
-def _give_exact_times(rank: int, fault: str) -> None:
+def _give_exact_times(rank: int, nodes: Sequence[str], fault: str) -> None:
     """What is sent and computed is real; the times are not those of a machine that is busy with other things."""
 
     def is_slow(peer: int) -> bool:
-        return fault == "slow node" and FAULTY in (rank, peer)
+        return fault == "slow node" and FAULTY in (nodes[rank], nodes[peer])
 
     def slow_down(real: Callable, seconds: Callable[[int], float]) -> Callable:
         def timed(peer: int, *rest: Any) -> float:
@@ -58,7 +67,7 @@ def _give_exact_times(rank: int, fault: str) -> None:
     links.exchange_s = slow_down(links.exchange_s, lambda peer: 0.1 if is_slow(peer) else 0.001)
     links.round_trip_s = slow_down(links.round_trip_s, lambda peer: 1e-4)
     real_product = gemm.product_s
-    is_straggler = fault == "slow product" and rank == FAULTY
+    is_straggler = fault == "slow product" and nodes[rank] == FAULTY
 
     def product_s(a: Any) -> float:
         assert real_product(a) > 0
@@ -98,7 +107,7 @@ def _sees_another_folder() -> None:
     together.sees_token = lambda store, folder, real=together.sees_token: real(store, folder / "..")
 
 
-OF_ONE_RANK: dict[str, Callable[[], None]] = {
+OF_ONE_NODE: dict[str, Callable[[], None]] = {
     "version": _another_version,
     "clock": _another_clock,
     "raises": _raises,
