@@ -20,8 +20,8 @@ from moesys.models.transformer import Transformer
 from moesys.optim.schedule import learning_rate
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
 from moesys.profile.matmul import matmul_tflops
-from moesys.train.backend_choice import choose_backend
 from moesys.train.anomaly import AnomalyState
+from moesys.train.backend_choice import choose_backend
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop
