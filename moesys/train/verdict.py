@@ -4,7 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["died", "failed", "hung", "cut off"]
+from moesys.train.neighbour import ProcessId
+
+Kind = Literal["died", "failed", "hung", "cut off", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +22,13 @@ class Beat:
     waited_s: float
     """Without any collective completed, while one was under way."""
     unix_s: float
+    process: ProcessId | None = None
+    """Of this rank, for those on its machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What rank `by` found: that another died, or that it failed itself, waited too long, was cut off."""
+    """What rank `by` found: that another died or is stopped, or that it failed itself, waited too long, was cut off."""
 
     kind: Kind
     about: int
@@ -36,9 +40,11 @@ class Report:
 def cause(reports: Sequence[Report]) -> Report | None:
     """The report, of those in the order of their arrival, that the others follow from.
 
-    A rank that was cut off, or gave up a hung collective, leaves too: its end is no cause.
+    A rank that was cut off, or gave up a hung collective, leaves too, and one that is stopped is killed after a hang:
+    their ends are no cause.
     """
     gave_up = {r.by for r in reports if r.kind in ("failed", "hung", "cut off")}
+    gave_up |= {r.about for r in reports if r.kind == "stopped"}
     for report in reports:
         if report.kind == "failed" or (report.kind == "died" and report.about not in gave_up):
             return report

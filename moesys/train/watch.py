@@ -27,8 +27,19 @@ from moesys.parallel.bootstrap import Process
 from moesys.parallel.flight import Flight, flight
 from moesys.parallel.lifeline import Lifeline
 from moesys.train.exit_codes import LOST_EXIT_CODE
+from moesys.train.neighbour import ProcessId, end_if_stopped, is_stopped, own_process
+from moesys.train.patience import FACTOR, LONGEST_S, SHORTEST_S, unheard
 from moesys.train.signals import STOP_SIGNALS
-from moesys.train.verdict import Beat, Kind, Report, cause, is_settled, sentence, table
+from moesys.train.verdict import (
+    Beat,
+    Kind,
+    Report,
+    cause,
+    is_settled,
+    sentence,
+    silent_ranks,
+    table,
+)
 
 Where = tuple[FrameType, int]
 """A call and the line that it is at."""
@@ -49,14 +60,18 @@ _PACKAGE = str(Path(moesys.__file__).parent)
 class Watch:
     """`with Watch(...) as watch:` around all that a rank does in a job. A world of one has nothing to watch."""
 
-    def __init__(self, process: Process, timeout_s: float) -> None:
-        """`timeout_s`: a collective may take so long, the slowest rank's arrival included."""
+    def __init__(self, process: Process, timeout_s: float | None) -> None:
+        """`timeout_s`: a collective may take so long, the slowest rank's arrival included. None = as `limit_s` says."""
         self.step: Callable[[], int] = lambda: 0
         """Where the training loop is; set once there is one."""
         self.on_leave: Callable[[str], None] = lambda reason: None
         """Called with the reason before this process ends without its main thread."""
         self._rank, self._world_size = process.rank, process.world_size
         self._backend, self._timeout_s = process.backend, timeout_s
+        self.limit_s: Callable[[], float] = lambda: LONGEST_S
+        """By what was measured, for what this rank does now; set once there is a training loop. Any thread."""
+        self._process = own_process()
+        self._heard: tuple[float, dict[int, float]] | None = None
         self._reports: list[Report] = []  # in the order of their arrival; appended to only
         self._unsent: list[Report] = []
         self._news = threading.Condition()
@@ -165,6 +180,7 @@ class Watch:
             is_waiting=is_waiting,
             waited_s=waited_s if is_waiting else 0.0,
             unix_s=time.time(),
+            process=self._process,
         )
 
     # The second: the lifeline, and the end.
@@ -176,7 +192,7 @@ class Watch:
                 self._report("died", rank, "")
             now_s = time.monotonic()
             if now_s - seen_s > AWAY_S:
-                self._progress_s = now_s
+                self._progress_s, self._heard = now_s, None
             seen_s = now_s
             self._follow_flight(now_s)
             found = cause(self._reports)
@@ -198,12 +214,37 @@ class Watch:
     def _follow_flight(self, now_s: float) -> None:
         before, self._flight = self._flight, flight(self._backend)
         if before is None or self._flight.done != before.done or not self._flight.is_waiting:
-            self._progress_s = now_s
-        elif now_s - self._progress_s >= self._timeout_s and cause(self._reports) is None:
-            text = (
-                f"{self._flight.last} made no progress for {self._timeout_s:g} s (train.timeout_s)"
-            )
-            self._report("hung", self._rank, text)
+            self._progress_s, self._heard = now_s, None
+        elif cause(self._reports) is None and (
+            why := self._lost_patience(now_s - self._progress_s)
+        ):
+            waited = f"{self._flight.last} made no progress for"
+            self._report("hung", self._rank, f"{waited} {why}")
+
+    def _lost_patience(self, waited_s: float) -> str:
+        """How long was too long, and by which rule; empty as long as it is not."""
+        if self._timeout_s is not None:
+            return f"{self._timeout_s:g} s (train.timeout_s)" if waited_s >= self._timeout_s else ""
+        limit_s = self.limit_s()
+        if waited_s >= limit_s:
+            return f"{limit_s:g} s, {FACTOR:g} times the slowest before or {SHORTEST_S:g} s (train.timeout_s fixes it)"
+        # Whatever it does, a process that runs sends beats.
+        if waited_s < SHORTEST_S / 2 or self._world_size > _SMALL_WORLD:
+            return ""
+        said: dict[int, float] = {}
+        _within(2.0, lambda: said.update(self._last_words()))
+        since_s, before = self._heard = self._heard or (waited_s, said)
+        silent_s = waited_s - since_s
+        if silent_s < SHORTEST_S / 2:
+            return ""
+        self._heard = (waited_s, said)
+        if said and not unheard(before, said):
+            return ""
+        return f"{waited_s:.0f} s, and not every rank sent a beat in the last {silent_s:.0f} s"
+
+    def _last_words(self) -> dict[int, float]:
+        beats = self._beats(range(self._world_size))
+        return {rank: beat.unix_s for rank, beat in beats.items()}
 
     def _leave(self, found: Report) -> None:
         """Say why, and end this process; never returns."""
@@ -214,15 +255,33 @@ class Watch:
         _within(2.0, lambda: every.extend(self._all_lines()))
         lines += every or table({self._rank: self._beat()}, [self._rank])
         if found.kind == "hung":
-            stack = traceback.StackSummary.extract(reversed(_main_stack()))
-            lines += [f"rank {self._rank}, main thread:", *stack.format()]
+            lines += _all_stacks(f"rank {self._rank}")
         print("\n".join(lines), file=sys.stderr, flush=True)
         if self._explained is None:  # else the main thread has recorded it
             _within(2.0, lambda: self.on_leave(reason))
+        if found.kind == "hung":
+            self._end_stopped()
         self._lifeline.leave()
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(LOST_EXIT_CODE)
+
+    def _end_stopped(self) -> None:
+        """Kill the ranks of this machine that cannot end by themselves; their death is no news then."""
+        beats: dict[int, Beat] = {}
+        _within(2.0, lambda: beats.update(self._beats(range(self._world_size))))
+        stopped = {
+            rank: process
+            for rank in silent_ranks(beats, limit_s=SILENCE_S)
+            if (process := beats[rank].process) is not None and is_stopped(process)
+        }
+        for rank in stopped:
+            self._report("stopped", rank, "")
+            print(f"rank {rank} is stopped, it is killed", file=sys.stderr, flush=True)
+        if stopped:
+            time.sleep(2 * BEAT_S)  # until all have read it
+        for process in stopped.values():
+            end_if_stopped(process)
 
     def _all_lines(self) -> list[str]:
         """Every rank's last collective, from the one rank that is first to ask."""
@@ -259,7 +318,7 @@ class Watch:
 
     def _beats(self, ranks: Iterable[int]) -> dict[int, Beat]:
         known = [rank for rank in ranks if self._reader.check([f"beat/{rank}"])]
-        return {rank: Beat(**json.loads(self._reader.get(f"beat/{rank}"))) for rank in known}
+        return {rank: _read_beat(self._reader.get(f"beat/{rank}")) for rank in known}
 
 
 def _is_of_a_collective(error: BaseException) -> bool:
@@ -267,6 +326,29 @@ def _is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
     )
+
+
+def _read_beat(text: bytes) -> Beat:
+    said = json.loads(text)
+    process = said.pop("process")
+    return Beat(**said, process=ProcessId(**process) if process else None)
+
+
+def _all_stacks(whose: str) -> list[str]:
+    """What each thread that runs code of this package is at, but for the watch's own."""
+    frames = sys._current_frames()
+    lines: list[str] = []
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        stack = list(traceback.walk_stack(frame)) if frame else []
+        is_ours = any(frame.f_code.co_filename.startswith(_PACKAGE) for frame, _ in stack)
+        if is_ours and not thread.name.startswith("watch-"):
+            name = "main thread" if thread is threading.main_thread() else f"thread {thread.name}"
+            lines += [
+                f"{whose}, {name}:",
+                *traceback.StackSummary.extract(reversed(stack)).format(),
+            ]
+    return lines
 
 
 def _main_stack() -> list[Where]:

@@ -2,15 +2,19 @@
 
 import re
 import signal
+import subprocess
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
 from moesys.parallel.flight import read_flight
 from moesys.parallel.lifeline import Lifeline
+from moesys.train import neighbour
 from moesys.train.exit_codes import LOST_EXIT_CODE
+from moesys.train.patience import FACTOR, LONGEST_S, SHORTEST_S, patience_s, unheard
 from moesys.train.verdict import (
     Beat,
     Report,
@@ -63,6 +67,8 @@ def report(kind, about: int, by: int | None = None, text: str = "") -> Report:
         ([report("failed", 1), report("cut off", 0), report("died", 1, 0)], ("failed", 1)),
         ([report("cut off", 0), report("hung", 1)], ("hung", 1)),
         ([report("died", 3, 0), report("failed", 1)], ("died", 3)),
+        # A stopped rank is killed because of the hang.
+        ([report("hung", 0), report("died", 1, 2), report("stopped", 1, 0)], ("hung", 0)),
     ],
 )
 def test_what_the_rest_follows_from(reports, expected):
@@ -126,6 +132,42 @@ def test_the_oldest_collective_under_way_is_the_one_that_is_shown():
     assert not after.is_waiting
     assert after.done != now.done
     assert not read_flight({}, {}).is_waiting
+
+
+# Patience: numbers.
+
+
+def test_patience_follows_the_last_steps():
+    assert patience_s([]) == patience_s([0.1, 0.1]) == LONGEST_S, "nothing is known yet"
+    assert patience_s([0.1] * 3) == SHORTEST_S
+    assert patience_s([0.1, 0.1, 5.0]) == FACTOR * 5.0, "the slowest counts"
+    assert patience_s([5.0] + [0.1] * 100) == SHORTEST_S, "of the last ones"
+    assert patience_s([90.0] * 3) == LONGEST_S
+    assert patience_s([3.0], few=1) == FACTOR * 3.0
+
+
+def test_who_says_nothing_is_unheard_by_its_own_clock():
+    assert unheard({0: 10.0, 1: 99.0}, {0: 10.5, 1: 99.0}) == [1]
+    assert unheard({0: 10.0}, {0: 10.5, 1: 7.0}) == [], "the first word of a rank is one"
+
+
+# A neighbour: processes of this machine.
+
+
+def test_only_a_stopped_process_is_ended_and_no_other_of_its_number():
+    with subprocess.Popen(["sleep", "60"]) as child:
+        found = neighbour._look(child.pid)
+        assert found is not None
+        assert not neighbour.end_if_stopped(found), "it runs"
+        child.send_signal(signal.SIGSTOP)
+        while neighbour._state(child.pid) != "T":
+            time.sleep(0.01)
+        assert not neighbour.end_if_stopped(replace(found, started_ticks=found.started_ticks - 1))
+        assert not neighbour.end_if_stopped(replace(found, boot="another machine"))
+        assert child.poll() is None
+        assert neighbour.end_if_stopped(found)
+        assert child.wait(10) == -signal.SIGKILL
+    assert not neighbour.end_if_stopped(found), "it is gone"
 
 
 # The lifeline: sockets of this process.
@@ -231,7 +273,7 @@ def test_a_stopped_rank_ends_the_job_in_the_configured_time(tiny_data, tmp_path)
     ranks[1].send_signal(signal.SIGSTOP)
     # Ten seconds, as after a death.
     waited_s = max(wait_for_end(ranks[rank], timeout_s=8 + 10) for rank in (0, 2, 3))
-    ranks[1].kill()  # or its agent waits for it
+    wait_for_end(ranks[1], timeout_s=10)  # killed, or its agent would wait for it
     code, output = finish(process)
     assert code != 0
     assert waited_s > 7, "a rank that is only slow would have been given up too early"
@@ -245,6 +287,8 @@ def test_a_stopped_rank_ends_the_job_in_the_configured_time(tiny_data, tmp_path)
             output
         )
     assert re.search(r"^rank 0, main thread:$", output, re.M), output
+    assert not re.search(r"^rank \d, thread watch", output, re.M), output
+    assert "rank 1 is stopped, it is killed" in output
     assert "rank 1 is silent" in records(tmp_path / "run", "stop")[-1]["reason"]
 
 
