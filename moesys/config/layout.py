@@ -310,7 +310,8 @@ def _batches(config: RunConfig, dims: ParallelDims | None) -> Iterator[Problem]:
     for key in ("eval_every_steps", "eval_tokens"):
         yield from in_range(f"train.{key}", getattr(train, key), 0)
     yield from in_range("train.start_timeout_s", train.start_timeout_s, above=0.0)
-    yield from in_range("train.timeout_s", train.timeout_s, above=0.0)
+    if train.timeout_s is not None:
+        yield from in_range("train.timeout_s", train.timeout_s, above=0.0)
     yield from in_range("train.grace_s", train.grace_s, above=0.0)
     yield from in_range("data.seq_len", seq_len, 1)
     if seq_len < 1 or train.micro_batch_tokens < 1:

@@ -209,8 +209,9 @@ class TrainConfig:
     """Optimizer steps between records of metrics.jsonl."""
     start_timeout_s: float = 300.0
     """How long a rank waits for all the others to have started."""
-    timeout_s: float = 600.0
-    """How long a collective may wait before the run fails."""
+    timeout_s: float | None = None
+    """How long a collective may make no progress before the run is given up. null = ten times the slowest of the
+    last steps (or evaluations), at least 20 s, at most 600 s; where a step may suddenly take longer set it."""
     grace_s: float = 120.0
     """From a signal to the end that its sender grants (`#SBATCH --signal=B:USR2@120`): what does not fit is left out."""
 

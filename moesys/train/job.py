@@ -16,6 +16,7 @@ from moesys.parallel.bootstrap import process_group
 from moesys.parallel.flight import record_flights
 from moesys.parallel.surroundings import place_here
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
+from moesys.train.patience import LONGEST_S
 from moesys.train.setup import build_run
 from moesys.train.signals import StopRequest
 from moesys.train.start_up import begin_start_up
@@ -44,7 +45,7 @@ def main(
     warnings = check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
-    timeout_s = config.train.timeout_s
+    longest_s = config.train.timeout_s or LONGEST_S
     record_flights()
     start_up.mark("configuration")
     # The watch gives up first and says more than a backend does.
@@ -52,12 +53,12 @@ def main(
         StopRequest() as stop,
         process_group(
             config.train.device,
-            timeout_s + BACKEND_EXTRA_S,
+            longest_s + BACKEND_EXTRA_S,
             config.train.start_timeout_s,
             place,
             settings=to_yaml(config),
         ) as process,
-        Watch(process, timeout_s) as watch,
+        Watch(process, config.train.timeout_s) as watch,
     ):
         start_up.mark("rendezvous")
         is_writer = process.rank == 0
@@ -69,6 +70,7 @@ def main(
             run = build_run(config, process, start_up.mark)
             trainer = Trainer(run, turn and turn.check, start_up)
             watch.step, trainer.explain = lambda: trainer.step, watch.explain
+            watch.limit_s = lambda: trainer.patience_s
             trainer.is_hang = watch.is_hang
             if turn is not None:
                 stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")

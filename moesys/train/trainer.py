@@ -27,6 +27,7 @@ from moesys.train.folder import write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop
 from moesys.train.guard import Guard
 from moesys.train.metrics import MetricsLog
+from moesys.train.patience import LONGEST_S, patience_s
 from moesys.train.record import eval_record, start_record, train_record
 from moesys.train.replicas import Replicas
 from moesys.train.setup import Run
@@ -66,7 +67,7 @@ class Trainer:
             run.folder / "checkpoints",
             keep_last=run.config.checkpoint.keep_last,
             asynchronous=run.config.checkpoint.asynchronous,
-            timeout_s=run.config.train.timeout_s,
+            timeout_s=run.config.train.timeout_s or LONGEST_S,
             check_turn=check_turn,
         )
         self.explain: Callable[[BaseException], str] = str
@@ -86,6 +87,8 @@ class Trainer:
         self.step_seconds: list[float] = []
         self.eval_s, self.save_s = 0.0, 0.0
         """The last evaluation and the longest save of this start."""
+        self.patience_s = LONGEST_S
+        """How long a collective may make no progress in what is done now."""
         self.step_times = StepTimes()
         self.unrecorded_checkpoint_ms = 0.0
         """Waited for the checkpoints that ended since the last train record: the next one says so."""
@@ -154,6 +157,7 @@ class Trainer:
             if plan.save and (last or stopping or _due(self.step, every)):
                 self._save()
             if last or stopping:
+                self.patience_s = LONGEST_S
                 self._record_save(self.saver.wait())
             if stopping and not (last and plan.evaluate):
                 return "stopped"
@@ -185,6 +189,7 @@ class Trainer:
     def _one_step(self, stop_requested: bool) -> bool:
         """Train one step and record it; return whether some rank was asked to stop."""
         began = time.perf_counter()
+        self.patience_s = patience_s(self.step_seconds)
         self.step += 1
         with self.timer.section("data", on_host=True):
             batches = self.guard.read_batches(self.step, self.run.loader)
@@ -267,6 +272,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         began = time.perf_counter()
+        self.patience_s = patience_s([self.eval_s] if self.eval_s else [], few=1)
         result = evaluate(
             self.run.parallel,
             self.run.eval_batches,
@@ -284,6 +290,7 @@ class Trainer:
         return run_tensors(self.run.model, self.run.optimizer)
 
     def _save(self) -> None:
+        self.patience_s = LONGEST_S  # the disk decides
         if self.config.anomaly.replicas_every_steps:
             self.wall_s += self.replicas.check(self._tensors(), self.step)
         self._record_save(self.saver.wait())
