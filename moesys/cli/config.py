@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moesys.cli import mesh, pipeline
+from moesys.cli import memory, mesh, pipeline
 
 if TYPE_CHECKING:
     from moesys.config.schema import RunConfig
@@ -41,6 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         )
 
     pipeline.add_parser(actions)
+    memory.add_parser(actions)
 
     diff = actions.add_parser(
         "diff", help="keys in which two configurations differ; exit 1 if there are any"
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         "check": _check,
         "mesh": mesh.run,
         "pipeline": pipeline.run,
+        "memory": memory.run,
         "diff": _diff,
         "keys": _keys,
     }

@@ -36,7 +36,9 @@ def stages_of_rank(schedule: str, pp_rank: int, pp: int, virtual_stages: int) ->
 
 
 def layers_of_stages(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[list[int]]:
-    """The layers of each stage, by cost, the head's included."""
+    """The layers of each stage, by cost, the head's included; all in one without a pipeline."""
+    if parallel.pp == 1:
+        return [[*range(model.num_layers)]]
     costs = [layer_flops_per_token(model, i, seq_len) for i in range(model.num_layers)]
     num_stages = parallel.pp * stages_per_rank(parallel.pp_schedule, parallel.pp_virtual_stages)
     return split_layers(costs, num_stages, last_cost=head_flops_per_token(model))
@@ -157,20 +159,20 @@ def schedule_problems(
 def _fits(schedule: str, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
     """Whether torch's schedule takes so many micro-batches."""
     if schedule in LOOPED:
-        return num_micro_batches % _rounds(pp, num_micro_batches) == 0
+        return num_micro_batches % rounds_of(pp, num_micro_batches) == 0
     if schedule in ("1f1b", "dualpipev"):
         return num_micro_batches >= pp * stages_per_rank(schedule, virtual_stages)
     return True
 
 
-def _rounds(pp: int, num_micro_batches: int) -> int:
+def rounds_of(pp: int, num_micro_batches: int) -> int:
     """A rank runs as many micro-batches through one of its stages as a round has, then turns to its next stage."""
     return max(1, num_micro_batches // pp)
 
 
 def _micro_batch_rule(schedule: str, pp: int, num_micro_batches: int) -> str:
     if schedule in LOOPED:
-        rounds = _rounds(pp, num_micro_batches)
+        rounds = rounds_of(pp, num_micro_batches)
         return (
             f"must be a multiple of its {rounds} rounds ({num_micro_batches} // parallel.pp={pp}) "
             f"with parallel.pp_schedule={schedule}"

@@ -104,8 +104,14 @@ class RankOfRun:
         """The parameters of a stage that FSDP gathers together."""
         for layer in self.stages[stage]:
             yield from self.block_units(layer)
+        yield from self.outer_units(stage)
+
+    def outer_units(self, stage: int) -> Iterator[list[Parameter]]:
+        """Of embedding, last norm and head, where the stage has them."""
         first, last = stage == 0, stage == len(self.stages) - 1
         outer = list(outer_parameters(self.config.model, self.axes, first, last))
+        if not outer:
+            return
         if self.config.model.tie_embeddings:
             # In a V the last stage's table is the first's.
             yield outer[:1] if last and not first and self.has_first else outer

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            # A DTensor's own storage is a shape without bytes; its local tensor comes by itself.
+            if isinstance(leaf, torch.Tensor) and not isinstance(leaf, DTensor):
                 self.made.add(StorageWeakRef(leaf.untyped_storage()))
         return out
 
@@ -29,3 +31,20 @@ class LiveBytes(TorchDispatchMode):
         made = self.made - self.known
         storages = (torch.UntypedStorage._new_with_weak_ptr(ref.cdata) for ref in made)
         return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+class PeakBytes(LiveBytes):
+    """Within, also the most that lived after any op; `counted` tensors are there from the start."""
+
+    def __init__(
+        self, known: Iterable[torch.Tensor] = (), counted: Iterable[torch.Tensor] = ()
+    ) -> None:
+        super().__init__(known)
+        self.made |= {StorageWeakRef(tensor.untyped_storage()) for tensor in counted}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.made = {ref for ref in self.made if not ref.expired()}
+        self.peak = max(self.peak, self.total)
+        return out

@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "moesys": (),
     "config.schema": (),
     # Integers: the rules ask the equations themselves.
-    "config": ("config", "parallel.dims", "plan.pipeline"),
+    "config": ("config", "parallel.dims", "plan"),
     "ops": ("ops",),
     "plan": ("plan", "config.schema"),
     "parallel": ("parallel", "plan", "ops", "config.schema"),
