@@ -61,6 +61,7 @@ def figures(run: Run) -> dict[str, Any]:
         "recorded_steps": run.num_steps,
         "restarts": max(0, len(run.starts) - 1),
         "checkpoints": run.num_checkpoints,
+        "anomalies": run.num_anomalies,
         "goodput": run.ledger.as_dict(),
         "stragglers": run.stragglers,
     }

@@ -1,6 +1,6 @@
 """One self-contained HTML page about a run: no network, no external file, bounded size."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from moesys.report.anomalies import anomaly_line
 from moesys.report.figures import figures
 from moesys.report.numbers import NONE, duration, is_number, moment, number, short, size
 from moesys.report.records import time_of
@@ -119,7 +120,11 @@ def _history(run: Run) -> Section:
         }
         for event in run.events
     ]
-    unshown = run.num_checkpoints - sum(event["kind"] == "checkpoint" for event in run.events)
+    shown = Counter(event["kind"] for event in run.events)
+    unshown = {
+        "checkpoints": run.num_checkpoints - shown["checkpoint"],
+        "anomalies": run.num_anomalies - shown["anomaly"],
+    }
     content = {"rows": rows, "unshown": unshown} if rows else None
     return Section(id="history", title="History", content=content)
 
@@ -131,6 +136,8 @@ def _told(event: Mapping[str, Any]) -> dict[str, str]:
             "what": "resumed" if event.get("resumed_from_step") else "started",
             "detail": "; ".join([ranks, *map(str, event.get("notes") or ())]),
         }
+    if event["kind"] == "anomaly":
+        return {"what": "anomaly", "detail": anomaly_line(event)}
     if event["kind"] == "stop":
         return {"what": "ended", "detail": str(event.get("reason", ""))}
     ms = event.get("checkpoint_ms")

@@ -37,6 +37,7 @@ _HEAT_CELLS = 1_600_000
 _HEAT_BINS = 320
 _LOAD_SAMPLES = 1200
 _CHECKPOINTS_KEPT = 10
+_ANOMALIES_KEPT = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,9 @@ class Run:
     starts: list[dict[str, Any]]
     stops: list[dict[str, Any]]
     events: list[dict[str, Any]]
-    """Starts, stops and the newest checkpoints in the order in which they happened."""
+    """Starts, stops and the newest checkpoints and anomalies in the order in which they happened."""
     num_checkpoints: int
+    num_anomalies: int
     num_evals: int
     train: Binned
     """Rows of COLUMNS."""
@@ -127,6 +129,7 @@ def read_run(folder: str | Path) -> Run:
         stops=reading.stops,
         events=reading.events,
         num_checkpoints=reading.num_checkpoints,
+        num_anomalies=reading.num_anomalies,
         num_evals=reading.num_evals,
         train=reading.train,
         evals=reading.evals,
@@ -155,6 +158,7 @@ class _Reading:
         self.stops: list[dict[str, Any]] = []
         self.events: list[dict[str, Any]] = []
         self.num_checkpoints = 0
+        self.num_anomalies = 0
         self.num_evals = 0
         self.train = Binned((len(COLUMNS),), _CURVE_BINS)
         self.evals = Binned((len(EVAL_COLUMNS),), _EVAL_BINS)
@@ -186,9 +190,10 @@ class _Reading:
         elif kind == "checkpoint":
             self.num_checkpoints += 1
             self._add_total(record, "checkpoint_ms")
-            if self.num_checkpoints > _CHECKPOINTS_KEPT:
-                self.events.remove(next(event for event in self.events if event["kind"] == kind))
-            self.events.append(record)
+            self._keep_newest(record, self.num_checkpoints > _CHECKPOINTS_KEPT)
+        elif kind == "anomaly":
+            self.num_anomalies += 1
+            self._keep_newest(record, self.num_anomalies > _ANOMALIES_KEPT)
         elif kind == "start":
             self.starts.append(record)
             self.events.append(record)
@@ -197,6 +202,11 @@ class _Reading:
             self.events.append(record)
         elif kind == "straggler":
             self.stragglers.append(record)
+
+    def _keep_newest(self, event: dict[str, Any], instead_of_oldest: bool) -> None:
+        if instead_of_oldest:
+            self.events.remove(next(old for old in self.events if old["kind"] == event["kind"]))
+        self.events.append(event)
 
     def loads(self, stride: int) -> Loads | None:
         if self._binned_loads is None or self._final_load is None:

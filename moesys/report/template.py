@@ -96,7 +96,7 @@ TEMPLATE = """
 <tr><td>{{ row.when }}</td><td class="r">{{ "{:,}".format(row.step) }}</td><td>{{ row.what }}</td><td>{{ row.detail }}</td></tr>
 {% endfor %}
 </table></div>
-{% if section.content.unshown > 0 %}<p class="note">{{ section.content.unshown }} earlier checkpoints are not listed.</p>{% endif %}
+{% for what, count in section.content.unshown.items() if count > 0 %}<p class="note">{{ count }} earlier {{ what }} are not listed.</p>{% endfor %}
 {% endif %}
 {% if section.id == "configuration" %}
 <div class="card">{% for name, text in section.content.items() %}<details><summary>{{ name }}</summary><pre>{{ text }}</pre></details>{% endfor %}</div>

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from moesys.report.anomalies import anomaly_line
 from moesys.report.goodput import goodput_lines
 from moesys.train.metrics import Sink
 from moesys.train.straggler import straggler_line
@@ -60,7 +61,7 @@ class Pace:
 
 
 class PlainView:
-    """The banner, then one line for each `log_every_steps`-th step, evaluation, straggler and stop."""
+    """The banner, then one line for each `log_every_steps`-th step, evaluation, anomaly, straggler and stop."""
 
     def __init__(self, run_name: str, *, log_every_steps: int, stream: TextIO) -> None:
         self._run_name = run_name
@@ -84,6 +85,8 @@ class PlainView:
                 f"{self._step_text(record['step'])}  val loss {number(record.get('val_loss'), '.4f')}"
                 f"  val bpb {number(record.get('val_bits_per_byte'), '.4f')}"
             )
+        elif kind == "anomaly":
+            self._print(f"{self._step_text(record['step'])}  {anomaly_line(record)}")
         elif kind == "straggler":
             self._print(f"{self._step_text(record['step'])}  {straggler_line(record)}")
         elif kind == "goodput":
@@ -149,6 +152,8 @@ class LiveView:
                 self._losses.append(record["loss"])
         elif kind == "eval":
             self._eval = record
+        elif kind == "anomaly":
+            self._console.print(Text(f"step {record['step']:,}  {anomaly_line(record)}", "red"))
         elif kind == "straggler":
             self._console.print(Text(f"step {record['step']:,}  {straggler_line(record)}", "red"))
         elif kind == "goodput":

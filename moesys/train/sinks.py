@@ -56,7 +56,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 class TensorboardSink:
     """Event files under RUN/tensorboard.
 
-    After a resume from `resume_step` TensorBoard hides what earlier event files hold of later steps.
+    After a resume from `resume_step`, or a roll back, TensorBoard hides what earlier event files hold of later steps.
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int = 0) -> None:
@@ -67,11 +67,15 @@ class TensorboardSink:
                 "metrics.tensorboard=true needs the package tensorboard: pip install tensorboard, "
                 "or set metrics.tensorboard=false"
             ) from None
-        self._writer = SummaryWriter(
-            log_dir=str(Path(run_dir) / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
+        self._open = lambda step: SummaryWriter(
+            log_dir=str(Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=30
         )
+        self._writer = self._open(resume_step)
 
     def write(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "anomaly" and "to_step" in record:
+            self._writer.close()
+            self._writer = self._open(record["to_step"])
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, global_step=record["step"])
 
