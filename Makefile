@@ -112,6 +112,12 @@ parity: $(TEST_STAMP) $(BUILD_STAMP) ## compare every layout with one process, b
 slurm: $(TEST_STAMP) $(BUILD_STAMP) ## the long suite on a real Slurm (as root, with slurm-wlm and munge installed)
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
+.PHONY: chaos
+chaos: $(TEST_STAMP) $(BUILD_STAMP) data/stdlib/manifest.json ## every kind of fault in a real job, then 30 minutes with one a minute
+	$(BIN)/python -m pytest -m chaos $(ARGS)
+	$(BIN)/moesys chaos --mean-s 60 --minutes 30 --kinds kill,exception,stop,slow,partition,disk_full,corrupt_checkpoint \
+	  experiment=quickstart train.timeout_s=30 checkpoint.every_steps=20 run.dir=runs/chaos
+
 .PHONY: gpu
 gpu: ## on a machine with a GPU and torch: build for it, run the GPU tests and benchmarks
 	@$(PYTHON) -m benchmarks.gpu --check
