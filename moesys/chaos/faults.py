@@ -209,17 +209,46 @@ def draw(
         step += max(1, round(rng.expovariate(1 / mean_steps_between)))
         if step > steps:
             return tuple(faults)
-        kind = rng.choice(kinds)
-        rules = KINDS[kind]
-        faults.append(
-            Fault(
-                kind=kind,
-                rank=rng.randrange(world_size),
-                step=step,
-                phase=rng.choice([phase for phase in rules.phases if phase in phases]),
-                seconds=rules.seconds,
-            )
+        faults.append(_any_fault(rng, rng.choice(kinds), step, world_size, phases))
+
+
+def spread(
+    seed: int,
+    kind: str,
+    count: int,
+    *,
+    world_size: int,
+    every_steps: int,
+    phases: Sequence[str] = PHASES,
+) -> tuple[Fault, ...]:
+    """`count` faults of one kind, rank and phase by chance, so far apart that each finds the job recovered.
+
+    With a checkpoint every `every_steps`: the first comes after two, and two or more come between any two.
+    """
+    rng = random.Random(f"moesys chaos {seed} {kind}")
+    return tuple(
+        _any_fault(
+            rng,
+            kind,
+            (2 + 3 * index) * every_steps + 1 + rng.randrange(every_steps),
+            world_size,
+            phases,
         )
+        for index in range(count)
+    )
+
+
+def _any_fault(
+    rng: random.Random, kind: str, step: int, world_size: int, phases: Sequence[str]
+) -> Fault:
+    rules = KINDS[kind]
+    return Fault(
+        kind=kind,
+        rank=rng.randrange(world_size),
+        step=step,
+        phase=rng.choice([phase for phase in rules.phases if phase in phases]),
+        seconds=rules.seconds,
+    )
 
 
 def _choose(word: str, known: Sequence[str]) -> str:

@@ -62,6 +62,8 @@ def outcomes(faults: Sequence[Fault], events: Iterable[Event]) -> list[Outcome]:
 
 def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
     done = max((e.step for e in ordered if e.kind == "step" and e.at_s <= begin.at_s), default=0)
+    # Another rank's record of the step before may come a moment later.
+    done = max(done, begin.step - (fault.phase != "save"))
     found: Event | None = None
     back: Event | None = None
     steps_lost = restarts = relaunches = 0

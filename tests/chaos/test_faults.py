@@ -14,6 +14,7 @@ from moesys.chaos.faults import (
     format_faults,
     parse_faults,
     problems_in_run,
+    spread,
 )
 
 
@@ -108,6 +109,19 @@ def test_drawn_faults_are_possible_and_reproducible(seed, kinds, steps, sizes) -
     shorter = draw(seed, kinds, steps=steps // 2, **sizes)
     assert faults[: len(shorter)] == shorter
     assert all(fault.step > steps // 2 for fault in faults[len(shorter) :])
+
+
+@given(st.integers(), st.sampled_from(sorted(KINDS)), st.integers(0, 40), st.integers(1, 9), sizes)
+def test_spread_faults_leave_room_for_checkpoints(seed, kind, count, every_steps, sizes) -> None:
+    sizes = {key: sizes[key] for key in ("world_size", "phases")}
+    faults = spread(seed, kind, count, every_steps=every_steps, **sizes)
+    assert faults == spread(seed, kind, count, every_steps=every_steps, **sizes)
+    assert [fault.kind for fault in faults] == [kind] * count
+    checkpoints = [(fault.step - 1) // every_steps for fault in faults]
+    assert checkpoints == [2 + 3 * index for index in range(count)]
+    assert not problems_in_run(
+        faults, world_size=sizes["world_size"], steps=10**9, phases=sizes["phases"]
+    )
 
 
 def test_the_mean_gap_is_the_one_asked_for() -> None:

@@ -16,7 +16,7 @@ from moesys.chaos.outcome import (
 
 
 def seen(text: str) -> list[Event]:
-    """ "1.0 step 4; 1.5 fault 0; 1.6 ended r1; 1.8 said; 4 start 3; 5 job_ended 0"."""
+    """ "1.0 step 4; 1.5 fault 0 5; 1.6 ended r1; 1.8 said; 4 start 3; 5 job_ended 0"."""
     events = []
     for part in text.split(";"):
         at_s, kind, *rest = part.split()
@@ -26,7 +26,7 @@ def seen(text: str) -> list[Event]:
                 at_s=float(at_s),
                 kind=kind,  # type: ignore[arg-type]
                 rank=int(word[1:]) if kind == "ended" else None,
-                step=int(word) if kind in ("step", "start") else 0,
+                step=int(rest[-1]) if kind in ("step", "start") or len(rest) > 1 else 0,
                 ordinal=int(word) if kind == "fault" else -1,
                 text=word if kind == "job_ended" else "oh" if kind == "said" else "",
             )
@@ -75,6 +75,22 @@ def test_a_fault_that_ends_nothing() -> None:
     first, second = outcomes(faults, events)
     assert (first.found_s, first.back_s, first.steps_lost, first.survived) == (None, 1.5, 0, True)
     assert (second.back_s, second.survived) == (1.0, True)  # the job's end is as good as a step
+
+
+def test_the_record_of_the_step_before_may_come_late() -> None:
+    (found,) = outcomes(
+        parse_faults("slow rank=0 step=7"), seen("2 fault 0 7; 2.1 step 6; 4 step 7; 5 step 8")
+    )
+    assert found.back_s == 2
+    # A save is written while later steps are done.
+    events = seen("1 step 8; 2 fault 0 7; 2.1 step 9; 3 start 6; 4 step 7; 5 step 8; 6 step 9")
+    (found,) = outcomes(parse_faults("slow rank=0 step=7 phase=save"), events)
+    assert (found.back_s, found.steps_lost) == (pytest.approx(0.1), 0)
+    (found,) = outcomes(
+        parse_faults("kill rank=0 step=7 phase=save"),
+        seen("1 step 7; 2 fault 0 7; 3 start 5; 4 step 6; 5 step 7; 6 step 8"),
+    )
+    assert (found.back_s, found.steps_lost) == (4, 2)
 
 
 def test_what_comes_after_the_next_fault_is_not_of_the_one_before() -> None:
