@@ -212,6 +212,9 @@ class TrainConfig:
     timeout_s: float | None = None
     """How long a collective may make no progress before the run is given up. null = ten times the slowest of the
     last steps (or evaluations), at least 20 s, at most 600 s; where a step may suddenly take longer set it."""
+    elastic: bool = False
+    """A start with another number of ranks, where the layout does not fit them, goes on with smaller degrees and the
+    same batch, ep giving way first (plan/elastic.py). false = it is refused."""
     grace_s: float = 120.0
     """From a signal to the end that its sender grants (`#SBATCH --signal=B:USR2@120`): what does not fit is left out."""
 
@@ -273,6 +276,11 @@ class MetricsConfig:
     """The project that runs appear in."""
     peak_tflops: float | None = None
     """Per-rank peak that MFU is a share of. null = the rate of a large matrix product, measured at start-up."""
+    straggler_every_steps: int = 10
+    """Optimizer steps between comparisons of the ranks' compute times; 0 = none."""
+    straggler_ratio: float = 1.5
+    """A rank that takes at least so many times the median rank's compute time, in three comparisons in a row, is
+    reported as a straggler; above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,6 +112,13 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
         if not has_reader and getattr(config.anomaly, key) != _default(AnomalyConfig, key):
             value = getattr(config.anomaly, key)
             found.append(f"anomaly.{key}={value} has no effect {reader}")
+    ratio = config.metrics.straggler_ratio
+    if not config.metrics.straggler_every_steps and ratio != _default(
+        MetricsConfig, "straggler_ratio"
+    ):
+        found.append(
+            f"metrics.straggler_ratio={ratio} has no effect with metrics.straggler_every_steps=0"
+        )
     if config.train.eval_every_steps > config.train.steps:
         found.append(
             f"train.eval_every_steps={config.train.eval_every_steps} is beyond "
@@ -177,6 +184,8 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     yield from in_range("run.seed", config.run.seed, 0, below=2**63)
     yield from in_range("checkpoint.every_steps", config.checkpoint.every_steps, 0)
     yield from in_range("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    yield from in_range("metrics.straggler_every_steps", config.metrics.straggler_every_steps, 0)
+    yield from in_range("metrics.straggler_ratio", config.metrics.straggler_ratio, above=1.0)
     if config.metrics.peak_tflops is not None:
         yield from in_range("metrics.peak_tflops", config.metrics.peak_tflops, above=0.0)
 

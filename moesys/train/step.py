@@ -1,6 +1,6 @@
 """One optimizer step: micro-steps forward and backward, gradients over replicas, clip, update, balance.
 
-Shapes: B sequences of S tokens in a micro-batch, M MoE layers, E experts.
+Shapes: B sequences of S tokens in a micro-batch, M MoE layers, E experts, W ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,6 +87,12 @@ class TrainStep:
         self.config = config
         self.timer = timer
         self.device = next(self.model.parameters()).device
+        self.compute_ms: float | None = None
+        """Set before a step: what this rank tells the others with the step's numbers, all ranks or none."""
+        self.compute_ms_W: list[float] = []
+        """What each rank told in the last step; empty where none did."""
+        self.own_exchange_ms = 0.0
+        """This rank's in the last step."""
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
 
@@ -217,9 +223,14 @@ class TrainStep:
         host = torch.tensor(
             [float(sent_bytes), exchange_s, float(stop_requested)], dtype=torch.float64
         )
-        numbers = torch.cat([self.sums, host.to(self.device)])
+        self.own_exchange_ms = exchange_s * 1e3
+        told_W = torch.zeros(0, dtype=torch.float64)
+        if self.compute_ms is not None:
+            told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
+            told_W[dist.get_rank()] = self.compute_ms
+        numbers = torch.cat([self.sums, host.to(self.device), told_W.to(self.device)])
         dist.all_reduce(numbers)
-        loss, balance, z, sent, seconds, stops = numbers.tolist()
+        loss, balance, z, sent, seconds, stops, *self.compute_ms_W = numbers.tolist()
         return _Sums(
             loss=loss,
             balance=balance,

@@ -80,7 +80,12 @@ class StragglerWatch:
         return median_ms
 
     def found(self, step: int, compute_ms_W: Sequence[float]) -> list[dict[str, Any]]:
-        """The `straggler` records of a gather: of each rank that has become slow, once until it is not."""
+        """The `straggler` records of a gather: of each rank that has become slow, once until it is not.
+
+        `compute_ms_W`: what each rank gave; empty where no gather was due.
+        """
+        if not compute_ms_W:
+            return []
         self._gathers.append(compute_ms_W)
         full = len(self._gathers) == WINDOW_GATHERS
         slow = slow_ranks(self._gathers, self._limit_ratio) if full else {}

@@ -36,6 +36,7 @@ from moesys.train.sinks import open_sinks
 from moesys.train.start_up import StartUp
 from moesys.train.state import random_state, restore_random_state, run_tensors
 from moesys.train.step import StepResult, TrainStep
+from moesys.train.straggler import StragglerWatch
 from moesys.train.timing import SectionTimer, StepTimes
 
 Record = dict[str, Any]
@@ -90,6 +91,11 @@ class Trainer:
         self.patience_s = LONGEST_S
         """How long a collective may make no progress in what is done now."""
         self.step_times = StepTimes()
+        self.stragglers = StragglerWatch(
+            every_steps=run.config.metrics.straggler_every_steps,
+            limit_ratio=run.config.metrics.straggler_ratio,
+            nodes=run.process.nodes,
+        )
         self.unrecorded_checkpoint_ms = 0.0
         """Waited for the checkpoints that ended since the last train record: the next one says so."""
         self.tokens_per_s: float | None = None
@@ -194,6 +200,7 @@ class Trainer:
         with self.timer.section("data", on_host=True):
             batches = self.guard.read_batches(self.step, self.run.loader)
         lr = self._learning_rate()
+        self.train_step.compute_ms = self.stragglers.due(self.step)
         judge = self.guard.begin(lr, can_roll_back=self.has_checkpoint)
         result = self.train_step(batches, lr, stop_requested, judge)
         decision = self.guard.end(result.loss, result.grad_norm)
@@ -250,6 +257,9 @@ class Trainer:
     def _record_step(self, result: StepResult, lr: float, step_s: float) -> None:
         sections_ms = self.timer.read()
         self.step_times.add(step_s, sections_ms)
+        self.stragglers.add(sections_ms, self.train_step.own_exchange_ms)
+        for straggler in self.stragglers.found(self.step, self.train_step.compute_ms_W):
+            self._write(straggler)
         if not (_due(self.step, self.config.train.log_every_steps) or result.stop_requested):
             return
         self._write(

@@ -74,6 +74,13 @@ WRONG = [
     Wrong("model.head_dim=none", "model.head_dim", "an integer or null", "give an integer"),
     # Ranges.
     Wrong("optim.lr=0", "optim.lr", "must be above 0", "use a value above 0"),
+    Wrong(
+        "metrics.straggler_every_steps=-1",
+        "metrics.straggler_every_steps",
+        "at least 0",
+        "at least 0",
+    ),
+    Wrong("metrics.straggler_ratio=1", "metrics.straggler_ratio", "above 1", "above 1"),
     Wrong("optim.beta2=1", "optim.beta2", "at least 0.0 and below 1.0", "below 1.0"),
     Wrong("optim.weight_decay=-0.1", "optim.weight_decay", "at least 0", "at least 0"),
     Wrong(
@@ -339,10 +346,17 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
         ("parallel.tp=2 parallel.zero=3", "dp_shard=1 * cp=1 = 1 rank"),
         ("parallel.zero=1 parallel.dp_shard=1", "zero=1 has no effect"),
         ("metrics.wandb_project=x", "has no effect with metrics.wandb=off"),
+        (
+            "metrics.straggler_every_steps=0 metrics.straggler_ratio=2",
+            "straggler_ratio=2.0 has no effect",
+        ),
         ("train.eval_every_steps=101", "beyond train.steps=100"),
         ("anomaly.warmup_steps=16", "anomaly.warmup_steps=16 has no effect with anomaly.sigma=0"),
         ("anomaly.tries=2", "no effect with anomaly.policy=stop"),
-        ("anomaly.policy=skip anomaly.reinject_after_steps=9", "no effect with anomaly.policy=skip"),
+        (
+            "anomaly.policy=skip anomaly.reinject_after_steps=9",
+            "no effect with anomaly.policy=skip",
+        ),
         ("checkpoint.every_steps=101", "beyond train.steps=100"),
     ],
 )
