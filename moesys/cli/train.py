@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         sys.path.insert(0, os.getcwd())
 
     from moesys.config.compose import compose, to_yaml
+    from moesys.config.elastic import fit_to_world
     from moesys.config.validate import check
     from moesys.parallel.surroundings import place_here
 
@@ -52,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     is_rank = place.launcher != "single"
     world_size = _world_size(args.nproc, place)
     config = compose(args.overrides, args.config_dir)
-    warnings = check(config, world_size, place.ranks_per_node)
+    config, told = fit_to_world(config, world_size)
+    warnings = told + check(config, world_size, place.ranks_per_node)
     if (is_rank or world_size == 1) and not args.dry_run:
         from moesys.train.job import main as train
 
@@ -66,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = threads
         # After SIGTERM the ranks end their step and save, which may take longer than torchrun's 30 s.
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-        return _torchrun(command[command.index(_TORCHRUN) + 1 :])
+        # Ranks end their step and save for these too; without a handler they would end torchrun and leave the ranks.
+        os.environ.setdefault(
+            "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+        )
+        return _torchrun(command[command.index(_TORCHRUN) + 1 :], Path(config.run.dir))
     for warning in warnings:
         print(f"# warning: {warning}")
     if is_rank:
@@ -77,18 +84,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _torchrun(arguments: list[str]) -> int:
+def _torchrun(arguments: list[str], run_folder: Path) -> int:
     """torchrun in this process, which has imported torch already; the exit code says how the ranks ended.
 
-    A signal reaches the ranks through torchrun, which waits for them to save and leave.
+    A signal reaches the ranks through torchrun, which waits for them to save and leave. It forgets their exit codes
+    then: whether they have saved, the run's status says.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from moesys.launch.status import read_status
+    from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
+
+    began_unix_s = time.time()
     try:
         torchrun(arguments)
     except SignalException as stopped:
+        status = read_status(run_folder)
+        if status is not None and status.since_unix_s >= began_unix_s:
+            ends = {"requeued": STOPPED_EXIT_CODE, "done": DONE_EXIT_CODE}
+            return ends.get(status.state, 128 + stopped.sigval)
         return 128 + stopped.sigval
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.config.compose import compose, load_resolved, to_yaml
+from moesys.config.elastic import fit_to_world
 from moesys.config.validate import check
 from moesys.launch.status import State
 from moesys.models.transformer import Transformer
@@ -42,7 +43,8 @@ def main(
     start_up = begin_start_up(os.environ)
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
     place = place_here(os.environ)
-    warnings = check(config, place.world_size, place.ranks_per_node)
+    config, told = fit_to_world(config, place.world_size)
+    warnings = told + check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
     longest_s = config.train.timeout_s or LONGEST_S
