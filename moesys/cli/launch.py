@@ -66,6 +66,8 @@ class _Point:
     """What all runs of a sweep have in common."""
     config: "RunConfig"
     warnings: tuple[str, ...]
+    memory_gib: float | None
+    """Of the fullest rank, by formula; None = the cluster's GPUs are not known."""
 
     @property
     def folder(self) -> Path:
@@ -173,13 +175,31 @@ def _points(
         try:
             config = compose(overrides, config_dir)
             warnings = check(config, ranks, ranks_per_node)
+            memory_gib = _memory_gib(config, components, ranks)
         except ValueError as error:
             if not words.sweep:
                 raise
             raise ValueError(f"{' '.join(combination)}: {error}") from error
-        points.append(_Point(name=name, config=config, warnings=tuple(warnings)))
+        points.append(
+            _Point(name=name, config=config, warnings=tuple(warnings), memory_gib=memory_gib)
+        )
     _refuse_same_folder(points)
     return points
+
+
+def _memory_gib(config: "RunConfig", components: Sequence["Component"], ranks: int) -> float | None:
+    """What the fullest rank will need. ConfigError if the smallest GPU has less, with what would help."""
+    from moesys.config.errors import ConfigError
+    from moesys.config.memory import GIB, memory_problems, plan_memory
+    from moesys.parallel.dims import parallel_dims
+
+    sizes = [c.cluster.gpu_memory_gib for c in components if c.cluster.gpu_memory_gib is not None]
+    if not sizes:
+        return None
+    dims = parallel_dims(config.parallel, ranks)
+    if problems := memory_problems(config, dims, min(sizes)):
+        raise ConfigError(problems)
+    return max(stage.total for stage in plan_memory(config, dims)) / GIB
 
 
 def _refuse_same_folder(points: Sequence[_Point]) -> None:
@@ -216,9 +236,14 @@ def _job(points: Sequence[_Point], words: _Words) -> "Job":
 def _plan(components: Sequence["Component"], points: Sequence[_Point]) -> list[str]:
     """What is to be queued, in lines of a shell's comments."""
     ranks = sum(component.nodes * component.cluster.ranks_per_node for component in components)
-    nodes = " and ".join(f"{c.nodes} nodes of {c.cluster.name}" for c in components)
+    nodes = " and ".join(
+        f"{c.nodes} node{'s' * (c.nodes > 1)} of {c.cluster.name}" for c in components
+    )
     lines = [f"# {len(points)} run{'s' * (len(points) > 1)} of {ranks} ranks on {nodes}"]
     lines += [f"# run folder: {point.folder}" for point in points]
+    needs = [point.memory_gib for point in points if point.memory_gib is not None]
+    if needs:
+        lines.append(f"# memory of the fullest rank, by formula: {max(needs):.1f} GiB")
     warnings = dict.fromkeys(warning for point in points for warning in point.warnings)
     return lines + [f"# warning: {warning}" for warning in warnings]
 

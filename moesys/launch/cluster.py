@@ -120,15 +120,6 @@ def read_cluster(name: str, changes: Sequence[str], folders: Sequence[Path]) -> 
     raise ConfigError(problems)
 
 
-def memory_gib_per_rank(cluster: ClusterConfig) -> float | None:
-    """What a rank may fill: its GPU, or its share of the node's memory; None if the facts do not say."""
-    if cluster.gpus_per_node:
-        return cluster.gpu_memory_gib
-    if cluster.memory_gib_per_node:
-        return cluster.memory_gib_per_node / cluster.ranks_per_node
-    return None
-
-
 def _apply(change: str, data: dict[str, Any]) -> Iterator[Problem]:
     """Put cluster.a.b=value into the nested dict, its value read as YAML."""
     key, equals, text = change.partition("=")
@@ -182,6 +173,13 @@ def _find_problems(cluster: ClusterConfig) -> Iterator[Problem]:
         yield from in_range(f"{GROUP}.memory_gib_per_node", cluster.memory_gib_per_node, 0)
     if cluster.gpu_memory_gib is not None:
         yield from in_range(f"{GROUP}.gpu_memory_gib", cluster.gpu_memory_gib, above=0.0)
+        if not cluster.gpus_per_node:
+            yield Problem(
+                key=f"{GROUP}.gpu_memory_gib",
+                given=cluster.gpu_memory_gib,
+                rule=f"has no effect with {GROUP}.gpus_per_node=0",
+                fix="set it to null",
+            )
     if 0 < cluster.gpus_per_node < cluster.ranks_per_node:
         yield Problem(
             key=f"{GROUP}.ranks_per_node",

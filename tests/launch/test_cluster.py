@@ -7,7 +7,7 @@ import pytest
 from moesys.config.build import leaf_types
 from moesys.config.compose import compose, group_options, search_path
 from moesys.config.errors import ConfigError
-from moesys.launch.cluster import ClusterConfig, memory_gib_per_rank, read_cluster
+from moesys.launch.cluster import ClusterConfig, read_cluster
 
 FOLDERS = search_path(None)
 NAMES = sorted(path.stem for path in (FOLDERS[0] / "cluster").glob("*.yaml"))
@@ -60,7 +60,7 @@ def test_a_folder_of_the_users_comes_first(tmp_path: Path) -> None:
         ("cluster.ranks_per_node=0", "must be at least 1"),
         ("cluster.ranks_per_node=two", "must be an integer"),
         ("cluster.gpus_per_node=1", "ranks_per_node=2 must be at most cluster.gpus_per_node=1"),
-        ("cluster.gpu_memory_gib=0", "must be above 0"),
+        ("cluster.gpu_memory_gib=80", "has no effect with cluster.gpus_per_node=0"),
         ("cluster.memory_gib_per_node=-1", "must be at least 0"),
         ("cluster.time_limit=soon", "must be a time of sbatch"),
         ("cluster.partition='a b'", "must be a word"),
@@ -83,20 +83,11 @@ def test_what_is_wrong_is_said_with_its_key(change: str, message: str) -> None:
 
 
 def test_all_problems_come_at_once() -> None:
+    assert len(problems("cluster.gpu_memory_gib=0", name="h100_pyxis")) == 1
     assert len(problems("cluster.x=1", "cluster.grace_s=a", "cluster.modules=3")) == 3
     assert "must be one of apptainer_ib, h100_pyxis, local: did you mean local?" in "".join(
         problems(name="locl")
     )
-
-
-def test_a_rank_has_its_gpu_or_its_share_of_the_node() -> None:
-    def of(name: str, *changes: str) -> float | None:
-        return memory_gib_per_rank(read_cluster(name, changes, FOLDERS))
-
-    assert of("h100_pyxis") == 79.6
-    assert of("local") is None
-    assert of("local", "cluster.memory_gib_per_node=16") == 8.0
-    assert of("h100_pyxis", "cluster.gpu_memory_gib=null") is None
 
 
 def test_a_cluster_is_no_part_of_a_run() -> None:

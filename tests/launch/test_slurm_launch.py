@@ -1,0 +1,184 @@
+"""`moesys launch` on a real Slurm: a run that is stopped, saved, requeued and goes on to its end."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moesys.launch.status import Status, read_status
+from tests.launch.slurm import SlurmCluster
+from tests.train.launched import ROOT, overrides, records
+
+Moesys = Callable[..., str]
+WAIT_S = 240.0
+
+
+@pytest.fixture
+def moesys(slurm: SlurmCluster) -> Moesys:
+    """moesys(words...): what the command prints, in the root of the source tree, talking to the cluster."""
+
+    def run(*words: str | Path, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "moesys", *map(str, words)],
+            cwd=ROOT,
+            env=dict(slurm.environment),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    return run
+
+
+def words(run_dir: Path, data: Path, *more: str) -> list[str]:
+    """Of a run whose folder has a name that a shell would split."""
+    mine = [word for word in overrides(run_dir, data, *more) if not word.startswith("run.dir=")]
+    return ["launch", "cluster=local", "nodes=2", *mine, f'run.dir="{run_dir}"']
+
+
+def wait_for(run_dir: Path, what: Callable[[], bool]) -> Status | None:
+    deadline = time.monotonic() + WAIT_S
+    while not what():
+        log = "\n".join(path.read_text() for path in run_dir.glob("slurm-*.log"))
+        assert time.monotonic() < deadline, f"{read_status(run_dir)}\n{log}"
+        time.sleep(0.1)
+    return read_status(run_dir)
+
+
+def state(run_dir: Path) -> str | None:
+    status = read_status(run_dir)
+    return status.state if status else None
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [record["step"] for record in records(run_dir, "train")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_two_nodes_is_stopped_requeued_and_done(
+    moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "it's a run"
+    said = moesys(*words(run, tiny_data, "train.steps=60"))
+    job_id = int(said.split("job ")[1].split()[0])
+    wait_for(run, lambda: len(steps(run)) > 2)
+    # What the time limit sends to the batch script.
+    slurm.run("scancel", "--signal=USR2", "--batch", str(job_id))
+    status = wait_for(run, lambda: state(run) == "requeued")
+    assert status is not None
+    assert status.job_id == str(job_id)
+    assert list((run / "checkpoints").glob("step_*"))
+    stopped = steps(run)[-1]
+    assert stopped < 60
+
+    assert f"as job {job_id}: wait for it" in moesys(*words(run, tiny_data), code=2)
+    (row,) = json.loads(moesys("runs", "list", tmp_path, "--json"))
+    assert (row["name"], row["job_id"], row["steps"]) == (run.name, str(job_id), 60)
+    assert row["state"] in ("requeued", "running", "done")
+    assert moesys("runs", "tail", run).endswith(": done\n")
+    done = read_status(run)
+    assert done is not None
+    assert (done.attempt, done.job_id) == (2, str(job_id))
+    assert steps(run) == list(range(1, 61))
+    job = slurm.wait(job_id, "COMPLETED")
+    assert (job["Restarts"], job["NumNodes"], job["NumTasks"]) == ("1", "2", "4")
+    # From the snapshot, not from the tree.
+    assert (run / "code" / "moesys" / "train" / "job.py").is_file()
+
+
+def test_what_slurm_would_refuse_is_refused_first(
+    moesys: Moesys, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    said = moesys(*words(run, tiny_data), "cluster.partition=q", code=2)
+    assert "cluster.partition='q' must be one of p: choose from p" in said
+    said = moesys(*words(run, tiny_data), "nodes=8", "train.global_batch_tokens=2048", code=2)
+    assert "nodes=8 must be at most the 4 nodes of partition p" in said
+    said = moesys(*words(run, tiny_data), "cluster.sbatch=[--constraint=gold]", code=2)
+    assert "sbatch: " in said
+    assert "nvalid feature" in said
+    assert read_status(run) is None
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_cancelled_run_saves_and_stays_away_until_it_is_submitted_again(
+    moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    moesys(*words(run, tiny_data, "train.steps=60"))
+    wait_for(run, lambda: len(steps(run)) > 2)
+    assert "saves and ends" in moesys("runs", "cancel", run)
+    status = wait_for(run, lambda: state(run) == "failed")
+    assert status is not None
+    assert status.reason == "cancelled and saved: moesys runs resubmit goes on"
+    assert status.job_id is not None
+    slurm.wait(int(status.job_id), "FAILED")
+    stopped = steps(run)[-1]
+    moesys("runs", "resubmit", run)
+    assert moesys("runs", "tail", run).endswith(": done\n")
+    assert stopped < 60
+    assert steps(run) == list(range(1, 61))
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_what_a_run_could_not_say_slurm_does(
+    moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """A hard scancel, before it ran and while it ran; the batch script is killed with the ranks."""
+    waiting, running = tmp_path / "waiting", tmp_path / "running"
+    whole = ["nodes=4", "cluster.sbatch=[--exclusive]", "train.global_batch_tokens=1024"]
+    moesys(*words(running, tiny_data, "train.steps=1000"), *whole)
+    wait_for(running, lambda: len(steps(running)) > 2)
+    moesys(*words(waiting, tiny_data))
+    assert state(waiting) == "queued"
+    slurm.run("scancel", str(read_status(waiting).job_id))  # type: ignore[union-attr]
+    slurm.run("scancel", "--signal=KILL", "--full", str(read_status(running).job_id))  # type: ignore[union-attr]
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        rows = json.loads(moesys("runs", "list", tmp_path, "--json"))
+        if {row["state"] for row in rows} == {"failed"}:
+            break
+        assert time.monotonic() < deadline, rows
+    assert [row["reason"] for row in rows] == ["cancelled", "cancelled"]
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_a_sweep_is_one_array_and_each_task_can_be_submitted_again(
+    moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    mine = words(tmp_path, tiny_data, "train.steps=6")
+    mine[-1] = f"run.dir={tmp_path}/${{run.name}}"
+    said = moesys(*mine, "nodes=1", "--sweep", "optim.lr=1e-3,3e-3")
+    assert said.count("follow it") == 2
+    for number, lr in enumerate((1e-3, 3e-3)):
+        run = tmp_path / f"quickstart-{number}"
+        assert moesys("runs", "tail", run).endswith(": done\n")
+        assert f"lr: {lr}" in (run / "config.yaml").read_text()
+        status = read_status(run)
+        assert status is not None
+        assert str(status.job_id).endswith(f"_{number}")
+        assert steps(run) == list(range(1, 7))
+    moesys("runs", "resubmit", tmp_path / "quickstart-1")
+    assert moesys("runs", "tail", tmp_path / "quickstart-1").endswith(": done\n")
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+def test_two_kinds_of_nodes_are_one_world(
+    moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    mine = [word.replace("cluster=local", "cluster=local+local") for word in words(run, tiny_data)]
+    moesys(*mine, "nodes=1+1", "train.steps=6")
+    assert moesys("runs", "tail", run).endswith(": done\n")
+    assert steps(run) == list(range(1, 7))
