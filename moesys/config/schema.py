@@ -276,6 +276,11 @@ class MetricsConfig:
     """The project that runs appear in."""
     peak_tflops: float | None = None
     """Per-rank peak that MFU is a share of. null = the rate of a large matrix product, measured at start-up."""
+    straggler_every_steps: int = 10
+    """Optimizer steps between comparisons of the ranks' compute times; 0 = none."""
+    straggler_ratio: float = 1.5
+    """A rank that takes at least so many times the median rank's compute time, in three comparisons in a row, is
+    reported as a straggler; above 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
