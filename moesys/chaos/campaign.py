@@ -170,11 +170,10 @@ def told(outcome: Outcome) -> str:
         if outcome.found_s is None
         else f"found after {outcome.found_s:.2f} s ({outcome.found_by[:60]})"
     )
-    back = (
-        "no step after it"
-        if outcome.back_s is None
-        else f"next step after {outcome.back_s:.2f} s, {outcome.steps_lost} steps lost"
-    )
+    if outcome.back_s is not None:
+        back = f"next step after {outcome.back_s:.2f} s, {outcome.steps_lost} steps lost"
+    else:
+        back = "the next fault came first" if outcome.is_overtaken else "no step after it"
     relaunched = " by a new launch" if outcome.relaunches else ""
     return f"{outcome.fault}: {found}, {back}{relaunched}"
 

@@ -70,7 +70,7 @@ class Injector:
         """Be called at the phases that some fault waits for."""
         wanted = {fault.phase for fault in self.pending.values()}
         if wanted - {"exchange", "save"}:
-            self._trainer.timer.on_enter = self._on_section
+            self._trainer.timer.on_enter = lambda name: self.enter(name, self._trainer.step)
         if "exchange" in wanted:
             self._observe_exchange()
         if "save" in wanted:
@@ -108,10 +108,6 @@ class Injector:
         }
         write_text(path, json.dumps(marker) + "\n")
         print(f"chaos: {fault}: {what}", file=sys.stderr, flush=True)
-
-    def _on_section(self, name: str) -> None:
-        # The trainer counts a step once its data is there.
-        self.enter(name, self._trainer.step + (name == "data"))
 
     def _observe_exchange(self) -> None:
         layers = self._trainer.run.model.moe_layers()

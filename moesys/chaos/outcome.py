@@ -41,11 +41,14 @@ class Outcome:
     """Starts of the ranks because of it, without a new launcher."""
     relaunches: int = 0
     """The launcher gave up and had to be started again."""
+    is_overtaken: bool = False
+    """The next fault came before a new step: what followed is told there."""
 
     @property
     def survived(self) -> bool:
         """The job went on by itself."""
-        return self.happened and self.back_s is not None and self.relaunches == 0
+        is_back = self.back_s is not None or self.is_overtaken
+        return self.happened and is_back and self.relaunches == 0
 
 
 def outcomes(faults: Sequence[Fault], events: Iterable[Event]) -> list[Outcome]:
@@ -67,6 +70,7 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
     found: Event | None = None
     back: Event | None = None
     steps_lost = restarts = relaunches = 0
+    is_overtaken = False
     is_victims_end_due = KINDS[fault.kind].ends_rank
     for event in ordered:
         if event.at_s <= begin.at_s or back is not None:
@@ -77,6 +81,7 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
             case "ended" | "said":
                 found = found or event
             case "fault" if event.ordinal != begin.ordinal:
+                is_overtaken = True
                 break  # what comes now may be of that one
             case "start":
                 restarts += 1
@@ -98,6 +103,7 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
         steps_lost=steps_lost,
         restarts=max(0, restarts - relaunches),
         relaunches=relaunches,
+        is_overtaken=is_overtaken,
     )
 
 

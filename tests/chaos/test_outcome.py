@@ -97,7 +97,8 @@ def test_what_comes_after_the_next_fault_is_not_of_the_one_before() -> None:
     faults = parse_faults("stop rank=0 step=7; kill rank=1 step=8; kill rank=1 step=90")
     events = seen("2 step 6; 2.5 fault 0; 3 fault 1; 4 said; 5 start 4; 6 step 7")
     first, second, third = outcomes(faults, events)
-    assert (first.found_s, first.back_s) == (None, None)
+    assert (first.found_s, first.back_s, first.survived) == (None, None, True)
+    assert first.is_overtaken
     assert (second.found_s, second.back_s, second.steps_lost) == (1, 3, 2)
     assert not third.happened
     assert not third.survived
