@@ -92,6 +92,11 @@ def _tiles(run: Run, facts: Mapping[str, Any]) -> list[Tile]:
             detail=_restarts(facts["restarts"]),
         ),
         Tile(
+            label="goodput",
+            value=number(run.ledger.goodput_pct / 100, ".1%") if run.ledger.wall_ms else NONE,
+            detail=f"{run.ledger.steps_lost:,} steps lost",
+        ),
+        Tile(
             label="load imbalance",
             value=number(facts["load_imbalance"], ".2f"),
             detail=f"worst layer so far {worst:.2f} at step {worst_step:,}" if worst else "",

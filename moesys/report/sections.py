@@ -15,6 +15,7 @@ from moesys.report.chart import (
     stacked_chart,
 )
 from moesys.report.figures import time_split
+from moesys.report.goodput_section import goodput_content
 from moesys.report.load_maps import load_maps
 from moesys.report.numbers import NONE, duration, number, short
 from moesys.report.run import PARTS, Run
@@ -40,6 +41,7 @@ def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Sec
         _section("schedule", "Optimizer", _optimizer(lines)),
         _section("balance", "Expert load", _balance(lines), run.loads and load_maps(run.loads)),
         _section("time", "Where the time goes", [lines.step_time()], _time_table(run)),
+        _section("goodput", "Goodput", [], goodput_content(run)),
         _section("throughput", "Throughput", _throughput(lines)),
         _section("documents", "Training documents", [_documents(run)]),
     )

@@ -84,6 +84,9 @@ tr:last-child > * { border-bottom: 0; }
 .matrix td, .matrix th { padding: 3px 6px; text-align: center; border: 1px solid var(--card); font-size: .8rem; }
 .share { width: 34%; min-width: 90px; }
 .share i { display: block; height: 11px; border-radius: 2px; background: var(--key); }
+.pale { opacity: .45; }
+.whole { display: flex; height: 26px; margin: 10px 0 12px; border-radius: 4px; overflow: hidden; }
+.whole .key { width: 0; height: 100%; margin: 0; border: 0; border-radius: 0; background: var(--key); }
 .card { padding: 8px 14px; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: 14px; align-items: start; }
 details { border-bottom: 1px solid var(--line); padding: 5px 0; }

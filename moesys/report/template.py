@@ -89,6 +89,30 @@ TEMPLATE = """
 {{ picture(load.final, caption=false) }}
 {% endif %}
 {% endif %}
+{% if section.id == "goodput" %}
+<div class="card scroll">
+<p>{{ section.content.summary }}</p>
+<div class="whole" role="img" aria-label="{{ section.content.summary }}">{% for row in section.content.rows %}<i class="key {{ row.key }}" style="width:{{ row.width }}%" title="{{ row.part }} {{ row.time }}"></i>{% endfor %}</div>
+<table>
+<tr><th>part of the wall time</th><th class="r">time</th><th class="r">share</th><th></th></tr>
+{% for row in section.content.rows %}
+<tr><td><i class="key area {{ row.key }}"></i>{{ row.part }}</td><td class="r">{{ row.time }}</td><td class="r">{{ row.percent }}%</td><td class="soft">{{ row.about }}</td></tr>
+{% endfor %}
+</table>
+{% if section.content.start %}<p class="note">A start, on average: {{ section.content.start }}.</p>{% endif %}
+</div>
+{% if section.content.stragglers %}
+<h3>Stragglers</h3>
+<div class="card scroll"><table>
+<tr><th class="r">step</th><th class="r">rank</th><th>node</th><th class="r">times the median rank</th><th class="r">for steps</th></tr>
+{% for one in section.content.stragglers %}
+<tr><td class="r">{{ "{:,}".format(one.step) }}</td><td class="r">{{ one.rank }}</td><td>{{ one.node }}</td><td class="r">{{ "%.2f" | format(one.ratio) }}</td><td class="r">{{ one.window }}</td></tr>
+{% endfor %}
+</table>
+{% if section.content.unshown_stragglers %}<p class="note">{{ section.content.unshown_stragglers }} earlier ones are not listed.</p>{% endif %}
+</div>
+{% endif %}
+{% endif %}
 {% if section.id == "history" %}
 <div class="card scroll"><table>
 <tr><th>when</th><th class="r">step</th><th>what</th><th></th></tr>

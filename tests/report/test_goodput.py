@@ -1,6 +1,8 @@
 """The ledger of a run's wall time: against a made-up history of starts, kills and resumes, and for any records."""
 
+import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moesys.report.figures import figures
 from moesys.report.goodput import PARTS, Books, Ledger, goodput_lines, ledger_of
+from moesys.report.numbers import duration
+from moesys.report.page import render
 from moesys.report.records import time_of
 from moesys.report.run import read_run
 from moesys.train.metrics import MetricsLog, read_metrics
+from tests.report.page_reader import Page
+from tests.report.synthetic_run import START_UNIX_S, write_run
 
 BEGAN_MS = 1_790_000_000_000
 
@@ -255,3 +262,44 @@ def test_two_lines_for_people() -> None:
         "the rest: start-up 7.5 s, data 2.5 s",
     )
     assert all(math.isfinite(v) for k, v in ledger.as_dict().items() if k != "start_up_parts_s")
+
+
+def test_the_page_shows_every_part_that_took_time_and_every_straggler(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=300)
+    slow = {"kind": "straggler", "step": 9, "rank": 3, "node": "<n>", "ratio": 2.5, "window": 30}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**slow, "unix_s": START_UNIX_S + 200}) + "\n")
+    run = read_run(tmp_path)
+    html = render(run)
+    page = Page(html)
+    shown = {part: ms for part, ms in run.ledger.parts_ms.items() if ms}
+    assert {"productive", "repeated", "evaluation", "checkpoint", "data", "other"} <= set(shown)
+    texts = page.texts[page.texts.index("part of the wall time") :]
+    for part, ms in shown.items():
+        at = texts.index(part)
+        share = f"{100 * ms / run.ledger.wall_ms:.1f}%"
+        assert texts[at + 1 : at + 4] == [duration(ms / 1e3), share, PARTS[part]]
+    bar = re.findall(r'<div class="whole".*?</div>', html)[0]
+    widths = re.findall(r"width:([\d.]+)%", bar)
+    assert len(widths) == len(shown)
+    assert sum(map(float, widths)) == pytest.approx(100, abs=0.01)
+    assert page.tile("goodput")[0] == f"{run.ledger.goodput_pct:.1f}%"
+    at = texts.index("for steps")
+    assert texts[at + 1 : at + 6] == ["9", "3", "<n>", "2.50", "30"]
+    assert figures(run)["goodput"] == run.ledger.as_dict()
+    assert figures(run)["stragglers"][0]["rank"] == 3
+
+
+def test_a_file_of_before_times_were_told_makes_a_page_without_the_section(tmp_path: Path) -> None:
+    train = {"kind": "train", "step": 1, "loss": 2.0, "step_ms": 5.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(train) + "\n")
+    page = Page(render(read_run(tmp_path)))
+    assert "goodput" not in page.ids
+    assert page.tile("goodput")[0] == "-"
+    older = {**train, "time_unix_s": 5.0}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"kind": "start", "time_unix_s": 4.0}) + "\n" + json.dumps(older) + "\n"
+    )
+    run = read_run(tmp_path)
+    assert run.ledger.parts_ms == {**dict.fromkeys(PARTS, 0), "productive": 5, "other": 995}
+    assert "goodput" in Page(render(run)).ids
