@@ -58,11 +58,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _cluster(args: argparse.Namespace, where: "Where") -> int:
+    start_s = time.monotonic()
     from moesys.doctor.cluster import QUICK, Limits, Outcome, examine
     from moesys.doctor.cluster_text import add_excluded, lines, to_json
     from moesys.doctor.text import summary
-
-    start_s = time.monotonic()
 
     def tell(outcome: Outcome) -> None:
         if args.json:

@@ -17,8 +17,8 @@ from moesys.doctor.finding import Finding, Where, fail, ok, warn
 MIN_PYTHON, END_PYTHON = (3, 11), (3, 14)
 MIN_TORCH = (2, 11)
 CORE = (
-    *("hydra-core", "jinja2", "markupsafe", "numpy", "omegaconf", "pyyaml", "rich", "safetensors"),
-    *("tokenizers", "xxhash"),
+    *("hydra-core", "jinja2", "markupsafe", "numpy", "omegaconf", "psutil", "pyyaml", "rich"),
+    *("safetensors", "tokenizers", "xxhash"),
 )
 OPTIONAL = (
     *("megatron-core", "deepspeed", "transformers", "wandb", "tensorboard", "matplotlib"),

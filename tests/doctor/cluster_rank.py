@@ -45,7 +45,7 @@ def examine_alone_on_node(rank: int, *arguments: str) -> int:
 def examine(rank: int, nodes: Sequence[str], fault: str, *arguments: str) -> int:
     _give_exact_times(rank, nodes, fault)
     if fault == "missing":
-        cluster.QUICK = dataclasses.replace(cluster.QUICK, reports_s=12.0)
+        cluster.QUICK = dataclasses.replace(cluster.QUICK, reports_s=8.0)
     if nodes[rank] == FAULTY and fault in OF_ONE_NODE:
         OF_ONE_NODE[fault]()
     return moesys(["doctor", "--cluster", "--quick", *arguments])

@@ -66,7 +66,9 @@ def test_four_equal_nodes_are_fit(tmp_path: Path) -> None:
     found = {f["name"]: f for f in outcome["findings"]}
     assert {"ranks", "same everywhere", "links", "matrix product", "clock skew"} <= found.keys()
     assert found["shared folder"]["detail"] == f"{tmp_path} is one folder on all nodes"
-    assert found["own checks"]["nodes"] == ["n1", "n2", "n3", "n4"]
+    # A node whose disk is busy just now has one less that is well.
+    well = [f["nodes"] for f in outcome["findings"] if f["name"] == "own checks"]
+    assert sorted(sum(well, [])) == ["n1", "n2", "n3", "n4"]
     # 1 MiB each way in 1 ms.
     assert [link["gbit_per_s"] for link in outcome["links"]] == [pytest.approx(8.388608)] * 6
     assert len({tuple(link["nodes"]) for link in outcome["links"]}) == 6
@@ -99,7 +101,7 @@ def test_a_rank_that_never_comes_is_a_failure(tmp_path: Path) -> None:
     ((name, nodes),) = failures(outcome)
     (finding,) = (f for f in outcome["findings"] if f["level"] == "fail")
     assert (name, nodes) == ("ranks", [])
-    assert finding["detail"] == "1 did not come within 12 s, the first is rank 2"
+    assert finding["detail"] == "1 did not come within 8 s, the first is rank 2"
     assert outcome["nodes"] == ["n1", "n2", "n4"]
     assert codes == [1, 1, 0, 1]
 

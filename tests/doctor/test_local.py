@@ -103,10 +103,10 @@ def test_a_check_that_raises_or_hangs_is_a_finding_and_the_next_one_goes_on() ->
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB and 40 files."""
+    """A file system of 16 MiB and 40 files."""
     folder = tmp_path / "tiny"
     folder.mkdir()
-    options = "size=2m,nr_inodes=40"
+    options = "size=16m,nr_inodes=40"
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting needs root")
@@ -118,12 +118,14 @@ def test_a_full_disk_is_a_failure_that_says_how_much_is_needed(tiny_disk: Path) 
     (found,) = disk.disk(Where(run_dir=tiny_disk))
     assert found.level == "fail"
     assert found.detail == (
-        f"{tiny_disk} is full: {disk.NUM_BLOCKS * 2**20:,} bytes needed, {2 * 2**20:,} free"
+        f"{tiny_disk} is full: {disk.NUM_BLOCKS * 2**20:,} bytes needed, {16 * 2**20:,} free"
     )
     assert list(tiny_disk.iterdir()) == []
+    (found,) = disk.disk(Where(run_dir=tiny_disk, quick=True))
+    assert found.level == "warn"  # it takes the smaller file, but no checkpoint
     files, _ = disk.files_and_quota(Where(run_dir=tiny_disk))
     assert (files.level, files.name) == ("warn", "inodes")
-    (tiny_disk / "filler").write_bytes(bytes(2**21))
+    (tiny_disk / "filler").write_bytes(bytes(2**24))
     (found,) = checkpoint.checkpoint(Where(run_dir=tiny_disk))
     assert found.level == "fail"
     assert [path.name for path in tiny_disk.iterdir()] == ["filler"]
