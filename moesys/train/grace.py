@@ -1,6 +1,9 @@
 """What a job that was asked to stop still has time for. No clock in here."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,13 @@ class StopPlan:
     evaluate: bool
     save: bool
     note: str = ""
+
+
+def slowest(own: Pace, device: torch.device) -> Pace:
+    """The largest of every rank's, the same on all. Collective."""
+    seconds = torch.tensor([*asdict(own).values()], dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return Pace(**dict(zip(asdict(own), seconds.tolist(), strict=True)))
 
 
 def plan_stop(grace_s: float, pace: Pace) -> StopPlan:

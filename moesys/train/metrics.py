@@ -9,9 +9,10 @@ One JSON object per line, written by rank 0, in order of step, every step at mos
 import json
 import math
 import os
+import secrets
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,15 +53,18 @@ class MetricsLog:
         resume_step: int = 0,
         resume_anomalies: int = 0,
         sinks: Iterable[Sink] = (),
+        check_turn: Callable[[], None] = lambda: None,
     ) -> None:
+        """`check_turn` raises if another job has taken the folder over; asked before the file is replaced."""
         self.path = Path(run_dir) / FILE_NAME
         self._sinks = list(sinks)
         self._last_step = resume_step
+        self._check_turn = check_turn
         self.books = Books()
         """The run's time so far, earlier starts included."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            _rewind(self.path, Undone(resume_step, resume_anomalies), self.books)
+            _rewind(self.path, Undone(resume_step, resume_anomalies), self.books, check_turn)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -83,9 +87,10 @@ class MetricsLog:
 
     def rewind(self, step: int) -> None:
         """Drop what a roll back to `step` undoes, as a resume does; anomalies stay."""
+        self._check_turn()
         self._file.close()
         self.books = Books()
-        _rewind(self.path, Undone(step, None), self.books)
+        _rewind(self.path, Undone(step, None), self.books, self._check_turn)
         self._file = self.path.open("a", encoding="utf-8")
         self._last_step = step
 
@@ -127,8 +132,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return list(read_records(Path(path)))
 
 
-def _rewind(path: Path, undone: Undone, books: Books) -> None:
-    beside = path.with_name(path.name + ".tmp")
+def clear_unfinished(run_dir: Path) -> None:
+    """Remove what a job that died, or was taken over, wrote beside metrics.jsonl."""
+    for beside in run_dir.glob(f"{FILE_NAME}.tmp-*"):
+        beside.unlink(missing_ok=True)
+
+
+def _rewind(path: Path, undone: Undone, books: Books, check_turn: Callable[[], None]) -> None:
+    beside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
     with path.open("rb") as old, beside.open("wb") as new:
 
         def tell_undone() -> None:
@@ -148,6 +159,7 @@ def _rewind(path: Path, undone: Undone, books: Books) -> None:
         tell_undone()
         new.flush()
         os.fsync(new.fileno())
+    check_turn()
     os.replace(beside, path)
 
 

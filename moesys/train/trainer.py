@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moesys.checkpoint.saver import Saved, Saver
@@ -24,7 +23,7 @@ from moesys.train.anomaly import AnomalyState
 from moesys.train.backend_choice import choose_backend
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import write_text
-from moesys.train.grace import Pace, StopPlan, plan_stop
+from moesys.train.grace import Pace, StopPlan, plan_stop, slowest
 from moesys.train.guard import Guard
 from moesys.train.metrics import MetricsLog
 from moesys.train.patience import LONGEST_S, patience_s
@@ -176,16 +175,14 @@ class Trainer:
 
     def _plan_stop(self, stop: StopRequest) -> StopPlan:
         """What there is time for, the same on all ranks. Collective."""
-        left_s = max(0.0, self.save_s - self.saver.running_s) if self.saver.running_s else 0.0
-        seconds = torch.tensor(
-            [stop.elapsed_s, self.eval_s, self.save_s, left_s], device=self.run.process.device
+        running_s = self.saver.running_s
+        own = Pace(
+            elapsed_s=stop.elapsed_s,
+            eval_s=self.eval_s if self._is_eval_due() else 0.0,
+            save_s=self.save_s,
+            saving_s=max(0.0, self.save_s - running_s) if running_s else 0.0,
         )
-        dist.all_reduce(seconds, dist.ReduceOp.MAX)
-        elapsed_s, eval_s, save_s, saving_s = seconds.tolist()
-        if not self._is_eval_due():
-            eval_s = 0.0
-        pace = Pace(elapsed_s=elapsed_s, eval_s=eval_s, save_s=save_s, saving_s=saving_s)
-        plan = plan_stop(self.config.train.grace_s, pace)
+        plan = plan_stop(self.config.train.grace_s, slowest(own, self.run.process.device))
         if plan.note:
             self.stop_note = {"note": plan.note}
             if self.run.process.rank == 0:
@@ -380,7 +377,13 @@ class Trainer:
         )
         sinks = open_sinks(self.config, resume_step=self.step)
         anomalies = self.guard.state.num_found
-        return MetricsLog(folder, resume_step=self.step, resume_anomalies=anomalies, sinks=sinks)
+        return MetricsLog(
+            folder,
+            resume_step=self.step,
+            resume_anomalies=anomalies,
+            sinks=sinks,
+            check_turn=self.check_turn,
+        )
 
     def _start_record(self, resumed: LoadedState | None) -> Record:
         return {

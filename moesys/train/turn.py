@@ -10,6 +10,7 @@ from moesys.checkpoint.folder import clear
 from moesys.launch.status import State, job_id_of, write_status
 from moesys.train.fence import Generation, claim
 from moesys.train.folder import sole_writer
+from moesys.train.metrics import clear_unfinished
 
 
 class Turn:
@@ -46,6 +47,7 @@ def turn_to_write(folder: Path, explain: Callable[[BaseException], str] = str) -
         turn = Turn(folder, claim(folder, job_id=job_id), job_id)
         turn.check()
         clear(folder / "checkpoints")  # after the claim: see `fence`
+        clear_unfinished(folder)
         turn.say("running")
         try:
             yield turn

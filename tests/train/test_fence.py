@@ -18,6 +18,7 @@ from moesys.checkpoint.saver import Saver
 from moesys.checkpoint.store import load_latest_good
 from moesys.launch.status import read_status
 from moesys.train.fence import claim
+from moesys.train.metrics import MetricsLog, clear_unfinished
 from moesys.train.turn import turn_to_write
 
 KEEP_LAST = 2
@@ -185,6 +186,26 @@ def test_a_former_start_says_no_status(tmp_path):
     status = read_status(tmp_path)
     assert status is not None
     assert status.state == "running"
+
+
+def test_a_former_start_does_not_rewind_the_record(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            log.write({"kind": "train", "step": step})
+    former, before = claim(tmp_path), log.path.read_bytes()
+    asked = []
+
+    def taken_over_meanwhile() -> None:
+        asked.append(claim(tmp_path))
+        clear_unfinished(tmp_path)
+
+    # Between the answer and the change.
+    with pytest.raises(FileNotFoundError):
+        MetricsLog(tmp_path, resume_step=2, check_turn=taken_over_meanwhile)
+    with pytest.raises(Superseded):
+        MetricsLog(tmp_path, resume_step=2, check_turn=former.check)
+    assert asked
+    assert log.path.read_bytes() == before
 
 
 def test_an_error_in_its_turn_is_the_run_s_status(tmp_path):
