@@ -100,11 +100,16 @@ def examine(
     )
     _tell(store, "report", place.rank, report.to_json())
     if place.rank == 0:
-        outcome = _preside(store, place, where, limits, device)
-        tell(outcome)
-        store.set("code", str(outcome.code))
-        _wait_for(store, "read", place.world_size - 1, _FAREWELL_S)
-        return outcome.code
+        code = 1
+        try:
+            outcome = _preside(store, place, where, limits, device)
+            tell(outcome)
+            code = outcome.code
+        finally:
+            # Whatever was raised here, the others do not wait for it.
+            store.set("code", str(code))
+            _wait_for(store, "read", place.world_size - 1, _FAREWELL_S)
+        return code
     orders = json.loads(store.get("orders"))
     if orders["measure"]:
         _measure(store, place, where, limits, device, orders["port"])

@@ -115,6 +115,14 @@ def test_a_clock_that_is_ahead_is_a_warning(tmp_path: Path) -> None:
     assert skew["detail"] == "7.0 s ahead of rank 0's"
 
 
+def test_an_error_of_rank_0_at_the_end_keeps_no_rank_waiting(tmp_path: Path) -> None:
+    (tmp_path / "exclude").write_text("rm [\n")
+    codes, outcome = examine(tmp_path, "version")
+    assert outcome["exclude"] == ["n3"]
+    assert codes == [2, 1, 1, 1]
+    assert (tmp_path / "exclude").read_text() == "rm [\n"
+
+
 def test_under_torchrun_a_slow_node_is_in_the_table_and_the_exclude_file(tmp_path: Path) -> None:
     exclude = tmp_path / "exclude"
     exclude.write_text("n7\n")
