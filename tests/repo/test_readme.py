@@ -67,13 +67,13 @@ class Training(NamedTuple):
 
 
 def training(command: str) -> Training | None:
-    """Of `moesys train`, launch/run.sh or torchrun, each under srun or not; None of another command."""
+    """Of `moesys train`, launch/run.sh, torchrun or mpirun, each under srun or not; None of another command."""
     found = TRAINING.search(command)
     if found is None:
         return None
     launcher = argparse.ArgumentParser(allow_abbrev=False)
     launcher.add_argument("--nnodes", "--nodes", "-N", type=int, default=1)
-    launcher.add_argument("--nproc-per-node", "--nproc_per_node", type=int)
+    launcher.add_argument("--nproc-per-node", "--nproc_per_node", "-n", type=int)
     outer, _ = launcher.parse_known_args(shlex.split(command[: found.start()]))
     job = argparse.ArgumentParser(allow_abbrev=False)
     if "-m" not in found[0]:  # the module is one rank, and takes neither
