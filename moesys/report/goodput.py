@@ -150,10 +150,11 @@ class Books:
             self._move("down", begin_ms - now_ms)
         parts_s = record.get("start_up_s") or {}
         load_ms = min(round(1e3 * parts_s.get("load", 0.0)), at_ms - created_ms)
-        self._move("queue", created_ms - begin_ms)
+        queue_ms = created_ms - begin_ms
+        self._move("queue", queue_ms)
         self._move("load", load_ms)
         self._move("start_up", at_ms - created_ms - load_ms)
-        for part, seconds in ({**parts_s, "queue": (created_ms - begin_ms) / 1e3}).items():
+        for part, seconds in ({"queue": 0.0} | parts_s | {"queue": queue_ms / 1e3}).items():
             self._start_up_s[part] += seconds
         self._settled_ms = self._now_ms = at_ms
         self._is_wanted = True
