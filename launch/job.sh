@@ -13,9 +13,9 @@
 job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job_id=${job_id:-$SLURM_JOB_ID}
 
-# record STATE REASON: into RUN_FOLDER/status.json. That it cannot be written must not end a job.
+# record STATE REASON [OPTION...]: into RUN_FOLDER/status.json. That it cannot be written must not end a job.
 record() {
-  [[ -z $run_folder ]] || "$python" -m moesys.launch.status "$run_folder" "$1" --reason "$2" || true
+  [[ -z $run_folder ]] || "$python" -m moesys.launch.status "$run_folder" "$1" --reason "$2" "${@:3}" || true
 }
 
 # Whether Slurm would take the job back: not one that someone cancels.
@@ -64,6 +64,26 @@ run_job() {
   else
     record failed "exit code $code of the ranks"
   fi
+  exit "$code"
+}
+
+# preflight SCRIPT RUN_FOLDER COMMAND...: a look at all nodes before the ranks start. If the command fails and names nodes
+# in RUN_FOLDER/exclude that it did not before, SCRIPT is submitted again without them; this job ends either way.
+preflight() {
+  local script=$1 before after next code=0
+  run_folder=$2
+  shift 2
+  before=$(cat "$run_folder/exclude" 2>/dev/null || true)
+  "$@" || code=$?
+  ((code)) || return 0
+  after=$(cat "$run_folder/exclude" 2>/dev/null || true)
+  if [[ $after != "$before" ]] && next=$(sbatch --parsable --exclude="$after" \
+    ${SLURM_ARRAY_TASK_ID:+"--array=$SLURM_ARRAY_TASK_ID"} "$script"); then
+    next=${next%%;*}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    record queued "preflight: without $after as job $next" --job-id "$next"
+    exit 0
+  fi
+  record failed "preflight: exit code $code, its findings are in the log"
   exit "$code"
 }
 

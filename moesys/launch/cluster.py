@@ -72,6 +72,8 @@ class ClusterConfig:
     """More options of sbatch, one each: --constraint=h100."""
     grace_s: int = 120
     """Seconds before the time limit at which a run saves and asks to be requeued; a save must fit in."""
+    preflight: bool = False
+    """Whether `moesys doctor --cluster --quick` looks at the nodes before each start, and bad ones are left out."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
 
 

@@ -178,9 +178,19 @@ def submission_of(folder: Path) -> Submission:
 
 
 def submit(submission: Submission) -> str:
-    """Queue the runs, and say so in each one's status before it can run; the job's id. Raises SlurmError."""
+    """Queue the runs, and say so in each one's status before it can run; the job's id. Raises SlurmError.
+
+    Nodes that a preflight found bad stay out, until RUN/exclude is removed.
+    """
     tasks = submission.tasks
     options = [] if tasks is None else [f"--array={','.join(map(str, tasks))}"]
+    excluded = {
+        (folder / "exclude").read_text().strip()
+        for folder in submission.runs
+        if (folder / "exclude").is_file()
+    }
+    if excluded:
+        options.append(f"--exclude={','.join(sorted(excluded))}")
     job_id = slurm.submit_held(submission.script, *options)
     for number, folder in enumerate(submission.runs):
         write_status(

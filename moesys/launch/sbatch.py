@@ -80,11 +80,21 @@ def batch_script(components: Sequence[Component], job: Job) -> str:
     lines += _environment(first, job)
     # shellcheck does not see that job.sh reads it.
     lines += ["", "# shellcheck disable=SC2034", f"python={shlex.quote(job.python)}"]
-    lines += [*_source(job.code / "launch" / "job.sh"), 'run_job "$run_folder" \\']
-    lines += [f"  {shlex.join(_srun(components, job))} \\"]
+    lines += _source(job.code / "launch" / "job.sh")
+    ranks = [f"  {shlex.join(_srun(components, job))} \\"]
     if inside := _container(first, job):
-        lines.append(f"  {shlex.join(inside)} \\")
+        ranks.append(f"  {shlex.join(inside)} \\")
     python = '"$python"' if first.container.runtime == "none" else first.container.python
+    if first.preflight:
+        lines += [
+            f'preflight {shlex.quote(str(job.folder / "job.sbatch"))} "$run_folder" \\',
+            *ranks,
+        ]
+        lines.append(
+            f'  {python} -m moesys doctor --cluster --quick --run-dir "$run_folder" '
+            '--exclude-file "$run_folder/exclude"'
+        )
+    lines += ['run_job "$run_folder" \\', *ranks]
     lines.append(f'  {python} -m moesys.train --config "$run_folder/config.yaml"')
     return "\n".join(lines) + "\n"
 

@@ -138,9 +138,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run_folder", metavar="RUN", type=Path)
     parser.add_argument("state", choices=STATES)
     parser.add_argument("--reason", default="")
+    parser.add_argument("--job-id", help="default: that of the environment")
     args = parser.parse_args(arguments)
     try:
-        write_status(args.run_folder, args.state, job_id=job_id_of(os.environ), reason=args.reason)
+        job_id = args.job_id or job_id_of(os.environ)
+        write_status(args.run_folder, args.state, job_id=job_id, reason=args.reason)
     except (ValueError, OSError) as error:
         print(f"moesys.launch.status: {error}", file=sys.stderr)
         return 1

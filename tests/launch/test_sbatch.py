@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moesys.config.compose import search_path
@@ -98,11 +98,20 @@ def test_every_fact_of_a_cluster_is_said() -> None:
     assert lines[-1] == '  python3 -m moesys.train --config "$run_folder/config.yaml"'
 
 
+def test_a_preflight_runs_as_the_ranks_do_and_before_them() -> None:
+    text = script(cluster("local", "cluster.preflight=true"))
+    before, after = text.split('run_job "$run_folder" \\\n')
+    srun = "  srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task=1 \\\n"
+    assert 'preflight /runs/a/job.sbatch "$run_folder" \\\n' + srun in before
+    assert after.startswith(srun)
+    assert "doctor" not in script(cluster())
+
+
 def test_apptainer_wraps_the_interpreter() -> None:
     text = script(cluster("apptainer_ib"))
     assert "  apptainer exec --nv --bind /scratch:/scratch --bind /project:/project " in text
     assert "--pwd /project /images/moesys.sif" in text
-    on_cpu = cluster("apptainer_ib", "cluster.gpus_per_node=0")
+    on_cpu = cluster("apptainer_ib", "cluster.gpus_per_node=0", "cluster.gpu_memory_gib=null")
     assert "--nv" not in script(on_cpu)
     assert "nccl.env" not in script(on_cpu)
 
@@ -114,6 +123,8 @@ def test_what_is_not_known_is_not_said() -> None:
     assert "--mem=8G" in options(script(cluster("local", "cluster.memory_gib_per_node=8")))
 
 
+@settings(deadline=None)
+@example(ODD)
 @given(
     st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0"), min_size=1).map("x".__add__)
 )
@@ -126,7 +137,9 @@ def test_a_folder_of_any_name_reaches_the_ranks_whole(name: str) -> None:
     value = output.partition("=")[2]
     if value.startswith('"'):
         value = value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
-    assert value.removesuffix("/slurm-%j.log").replace("%%", "%") == str(folder)
+    named = value.removesuffix("/slurm-%j.log")
+    assert named.replace("%%", "%") == str(folder)
+    assert named.count("%") == 2 * str(folder).count("%")
 
 
 def test_a_sweep_is_an_array_whose_tasks_take_a_line_each() -> None:

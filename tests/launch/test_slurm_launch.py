@@ -182,3 +182,66 @@ def test_two_kinds_of_nodes_are_one_world(
     moesys(*mine, "nodes=1+1", "train.steps=6")
     assert moesys("runs", "tail", run).endswith(": done\n")
     assert steps(run) == list(range(1, 7))
+
+
+@pytest.mark.slurm
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", ["train", "array", "hetero"])
+def test_the_scripts_that_are_submitted_by_hand(
+    name: str, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Stopped by the signal of the time limit, requeued by the script itself, and done."""
+    run = tmp_path / "run"
+    mine = overrides(run, tiny_data, "train.steps=60")
+    python = f"--export=ALL,PYTHON={sys.executable}"
+    options = ["--signal=B:USR2@60", f"--output={tmp_path / 'log'}", python]
+    if name == "array":
+        (tmp_path / "sweep.txt").write_text("run.name='not this'\nrun.name='a b'\n")
+        script = [str(ROOT / "launch" / "array.sbatch"), str(tmp_path / "sweep.txt")]
+        options += ["--array=1", "--nodes=2"]
+    else:
+        script = [str(ROOT / "launch" / f"{name}.sbatch")]
+        options += ["--nodes=2"] if name == "train" else []
+    job_id = slurm.submit(*options, *script, *mine, cwd=ROOT)
+    wait_for(run, lambda: len(steps(run)) > 2)
+    slurm.run(
+        "scancel", "--signal=USR2", "--batch", f"{job_id}_1" if name == "array" else str(job_id)
+    )
+    wait_for(run, lambda: state(run) == "requeued")
+    status = wait_for(run, lambda: state(run) == "done")
+    assert status is not None
+    assert (status.attempt, steps(run)) == (2, list(range(1, 61)))
+    if name == "array":
+        assert 'name: "a b"' in (run / "config.yaml").read_text()
+
+
+def test_bad_nodes_of_a_preflight_are_left_out(slurm: SlurmCluster, tmp_path: Path) -> None:
+    """With a doctor that condemns the first node it sees, once, and then one that condemns nobody."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "doctor").write_text(
+        "#!/bin/bash\n"
+        "if [[ -e $1/exclude ]]; then [[ -e $1/well ]]; exit; fi\n"
+        'echo "$SLURMD_NODENAME" > "$1/exclude"; touch "$1/well"; exit 1\n'
+    )
+    (tmp_path / "doctor").chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=1\nset -eo pipefail\n"
+        f"python={sys.executable}\n. {ROOT}/launch/job.sh\n"
+        f"preflight {script} {run} srun {tmp_path}/doctor {run}\n"
+        f"run_job {run} srun bash -c 'echo $SLURMD_NODENAME > {run}/node; rm {run}/well'\n"
+    )
+    first = slurm.submit(f"--output={tmp_path}/log", script, cwd=ROOT)
+    wait_for(run, lambda: (run / "node").exists())
+    assert slurm.wait(first, "COMPLETED")["NodeList"] == "n1"
+    assert ((run / "exclude").read_text(), (run / "node").read_text()) == ("n1\n", "n2\n")
+    status = read_status(run)
+    assert status is not None
+    assert status.job_id == str(first + 1)
+    # Without the mark the doctor fails and names nobody new: an end, not a loop.
+    again = slurm.submit(f"--output={tmp_path}/log", script, cwd=ROOT)
+    slurm.wait(again, "FAILED")
+    status = read_status(run)
+    assert status is not None
+    assert status.reason == "preflight: exit code 1, its findings are in the log"
