@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from moesys.doctor.finding import Finding, Where, fail, ok
 
-LIMIT_S = 20.0
+COLLECTIVE_S = 20.0
+LIMIT_S = 80.0
+"""With the import of torch in two processes, on a machine that does many other things."""
 
 
 def judge_exchange(backend: str, error: str, seconds: float) -> Finding:
@@ -91,7 +93,7 @@ def _run_rank(backend: str, rank: int, store: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=2,
-        timeout=timedelta(seconds=LIMIT_S),
+        timeout=timedelta(seconds=COLLECTIVE_S),
     )
     # Uneven on purpose: rank r sends r + 1 rows to each.
     sent = torch.full((2 * (rank + 1), 1024), float(rank), device=device)
