@@ -17,7 +17,7 @@ from moesys.train.metrics import FILE_NAME
 
 _SAYS = re.compile(r"(moesys: |warning: |error: |Traceback |\[rank\d+\]: )")
 """How a line begins in which a rank says that something is wrong."""
-_SAYING_KINDS = ("anomaly", "straggler")
+_SAYING_KINDS = ("anomaly", "straggler", "checkpoint_failed")
 """Records that say so."""
 _SCAN_S = 0.2
 """Between looks for new processes, each of which reads all of /proc."""

@@ -30,6 +30,8 @@ _SPARK_WIDTH = 48
 _LAYER_LINES = 12
 _RECENT_STEPS = 50
 
+_WITHOUT_IT = "warning: {reason}\nTraining goes on without it"
+
 
 def console_view(run_name: str, *, log_every_steps: int, stream: TextIO | None = None) -> Sink:
     """The view that suits `stream` (default: stdout): live on a terminal, plain lines elsewhere."""
@@ -85,6 +87,8 @@ class PlainView:
                 f"{self._step_text(record['step'])}  val loss {number(record.get('val_loss'), '.4f')}"
                 f"  val bpb {number(record.get('val_bits_per_byte'), '.4f')}"
             )
+        elif kind == "checkpoint_failed":
+            self._print(_WITHOUT_IT.format(**record))
         elif kind == "anomaly":
             self._print(f"{self._step_text(record['step'])}  {anomaly_line(record)}")
         elif kind == "straggler":
@@ -152,6 +156,8 @@ class LiveView:
                 self._losses.append(record["loss"])
         elif kind == "eval":
             self._eval = record
+        elif kind == "checkpoint_failed":
+            self._console.print(Text(_WITHOUT_IT.format(**record), "red"))
         elif kind == "anomaly":
             self._console.print(Text(f"step {record['step']:,}  {anomaly_line(record)}", "red"))
         elif kind == "straggler":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moesys.checkpoint.errors import CheckpointError, Superseded
 from moesys.checkpoint.saver import Saved, Saver
 from moesys.checkpoint.store import LoadedState, load_latest_good
 from moesys.config.compose import to_yaml
@@ -150,7 +151,7 @@ class Trainer:
             self._save()
         while self.step < steps:
             stopping = self._one_step(stop.requested is not None)
-            self._record_save(self.saver.poll())
+            self._end_save(self.saver.poll)
             if self.guard.decision.answer == "roll_back":
                 continue  # that step has been evaluated and saved before
             if _due(self.step, self.config.anomaly.replicas_every_steps):
@@ -160,13 +161,13 @@ class Trainer:
             if plan.evaluate and self._is_eval_due():
                 self._evaluate()
             if plan.save and (last or stopping or _due(self.step, every)):
-                self._save()
+                self._save(must_be=last or stopping)
             if last or stopping:
                 self.patience_s = LONGEST_S
-                self._record_save(self.saver.wait())
+                self._end_save(self.saver.wait, must_be=True)
             if stopping and not (last and plan.evaluate):
                 return "stopped"
-        self._record_save(self.saver.wait())
+        self._end_save(self.saver.wait, must_be=True)
         return "done"
 
     def _is_eval_due(self) -> bool:
@@ -229,7 +230,7 @@ class Trainer:
 
     def _roll_back(self) -> bool:
         """Load the newest good checkpoint; only the order of data and what is known of anomalies go on. Collective."""
-        self._record_save(self.saver.wait())
+        self._end_save(self.saver.wait)
         found = load_latest_good(self.run.folder / "checkpoints", self._tensors())
         if found is not None:
             self.step, self.last_eval = found.state["step"], found.state["last_eval"]
@@ -296,11 +297,11 @@ class Trainer:
     def _tensors(self) -> dict[str, Tensor]:
         return run_tensors(self.run.model, self.run.optimizer)
 
-    def _save(self) -> None:
+    def _save(self, must_be: bool = False) -> None:
         self.patience_s = LONGEST_S  # the disk decides
         if self.config.anomaly.replicas_every_steps:
             self.wall_s += self.replicas.check(self._tensors(), self.step)
-        self._record_save(self.saver.wait())
+        self._end_save(self.saver.wait)
         self.has_checkpoint = True
         self.saver.begin(
             self.step,
@@ -318,9 +319,17 @@ class Trainer:
             before_commit=self.log.sync if self.log is not None else lambda: None,
         )
         if not self.config.checkpoint.asynchronous:
-            self._record_save(self.saver.wait())
+            self._end_save(self.saver.wait, must_be=must_be)
 
-    def _record_save(self, saved: Saved | None) -> None:
+    def _end_save(self, ask: Callable[[], Saved | None], *, must_be: bool = False) -> None:
+        """Record the save that has ended. One that failed is told and the next one tries anew, unless it `must_be`."""
+        try:
+            saved = ask()
+        except CheckpointError as error:
+            if must_be or isinstance(error, Superseded):
+                raise
+            self._write({"kind": "checkpoint_failed", "step": self.step, "reason": str(error)})
+            return
         if saved is None:
             return
         waited_ms = saved.waited_s * 1e3

@@ -53,18 +53,27 @@ def test_they_are_recorded_when_they_are_on_the_disk(both):
         assert [r["step"] for r in saves] == SAVES
         assert all(r["checkpoint_ms"] > 0 and r["save_ms"] > 0 and r["bytes"] > 0 for r in saves)
     lines = (both[0] / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines][-2:] == ["checkpoint", "stop"]
+    assert [json.loads(line)["kind"] for line in lines][-3:] == ["checkpoint", "goodput", "stop"]
 
 
-def test_a_save_that_fails_in_the_background_ends_the_run_on_all_ranks(tiny_data, tmp_path):
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_fails_is_told_and_the_last_one_must_be(asynchronous, tiny_data, tmp_path):
+    """Training goes on without a checkpoint, but does not end as if it had one."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "checkpoints").write_text("no folder")
-    code, output = finish(start(2, overrides(folder, tiny_data, "train.steps=4000")))
+    more = ["train.steps=12", f"checkpoint.asynchronous={asynchronous}"]
+    code, output = finish(start(2, overrides(folder, tiny_data, *more)))
     assert code != 0
-    stop = records(folder, "stop")[0]
-    assert stop["reason"].startswith("failed: cannot save step 5 in"), output
-    assert stop["step"] < 200
+    failed = [record["reason"] for record in records(folder, "checkpoint_failed")]
+    assert [reason.partition(" in ")[0] for reason in failed] == [
+        f"cannot save step {step}" for step in (5, 10)
+    ], output
+    for reason in failed:
+        assert f"warning: {reason}\nTraining goes on without it" in output
+    (stop,) = records(folder, "stop")
+    assert stop["reason"].startswith("failed: cannot save step 12 in"), output
+    assert stop["step"] == 12
 
 
 def test_sigterm_waits_for_the_save(tiny_data, tmp_path):
