@@ -103,7 +103,7 @@ class Calls:
                 self.exposed_s += time.perf_counter() - began
 
 
-def overlap(step: Callable[[], None], repetitions: int = 5) -> tuple[float, float]:
+def overlap(step: Callable[[], object], repetitions: int = 5) -> tuple[float, float]:
     """Collective: (exposed, alone) milliseconds, medians over some steps."""
     exposed, alone = [], []
     for _ in range(repetitions):

@@ -23,22 +23,17 @@ from typing import Any
 from benchmarks.calls import overlap
 from benchmarks.interleaved import paired_ratio
 from benchmarks.results import Cell, Result
-from benchmarks.traffic import SmallRun, formula
+from benchmarks.traffic import count_step, formula
 from moesys.config.schema import (
-    CheckpointConfig,
-    ComponentConfig,
-    DataConfig,
-    MetricsConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
+from moesys.testing.layouts import BASE, LAYOUTS, MAX_ERROR, MAX_WEIGHT_ERROR, MICRO_STEPS
+from moesys.testing.parity import compare as difference_of
+from moesys.testing.parity import parity
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, small_config, small_model
 
 DESCRIPTION = "each parallel axis alone: bytes against the formula, step time against one rank's share, overlap"
 
@@ -63,31 +58,24 @@ AXES: dict[str, dict[str, Any]] = {
 
 def _config(d_model: int, d_expert: int, vocab_size: int, seq_len: int) -> RunConfig:
     """Eight sequences a step, two of them a data rank's micro-batch."""
-    moe = MoEConfig(
-        num_experts=8,
-        top_k=2,
+    model = small_model(
+        vocab_size=vocab_size,
+        num_layers=4,
+        d_model=d_model,
+        num_heads=d_model // 32,
+        num_kv_heads=d_model // 64,
+        d_ffn=2 * d_model,
+        init_std=0.02,
         d_expert=d_expert,
-        router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+        num_shared_experts=0,
     )
-    return RunConfig(
-        run=RunSection(name="parallel", dir="unused", seed=1),
-        model=ModelConfig(
-            vocab_size=vocab_size,
-            num_layers=4,
-            num_dense_layers=1,
-            d_model=d_model,
-            num_heads=d_model // 32,
-            num_kv_heads=d_model // 64,
-            d_ffn=2 * d_model,
-            moe=moe,
-        ),
-        data=DataConfig(path="unused", seq_len=seq_len),
+    return small_config(
+        model,
+        seq_len=seq_len,
+        sequences=8,
+        micro_batch_sequences=2,
+        seed=1,
         optim=OptimConfig(lr=1e-4),
-        schedule=ScheduleConfig(),
-        parallel=ParallelConfig(),
-        train=TrainConfig(steps=1, global_batch_tokens=8 * seq_len, micro_batch_tokens=2 * seq_len),
-        checkpoint=CheckpointConfig(),
-        metrics=MetricsConfig(),
     )
 
 
@@ -189,7 +177,7 @@ def traffic_job(rank: int, world_size: int, config: RunConfig) -> tuple[Any, Any
     """Bytes, routing, and (exposed, alone) milliseconds of a step."""
     run = SmallRun(config, world_size)
     run.step()
-    return *run.count(), overlap(run.step)
+    return *count_step(run), overlap(run.step)
 
 
 def refused_layouts() -> list[str]:
@@ -214,18 +202,13 @@ def compare_layouts(
     progress: Callable[[str], None], names: Sequence[str] | None = None
 ) -> list[dict[str, Cell]]:
     """Every layout of the parity suite against one process."""
-    from moesys.testing.parity import compare as difference_of
-    from moesys.testing.parity import parity
-    from tests.train.test_layouts import BASE, LAYOUTS, MICRO_STEPS
-
     reference = parity(BASE, 1, MICRO_STEPS)[0]
     rows: list[dict[str, Cell]] = []
     for name in names or LAYOUTS:
         world_size, degrees = LAYOUTS[name]
         config = replace(BASE, parallel=ParallelConfig(**degrees))  # type: ignore[arg-type]
         difference = difference_of(parity(config, world_size, MICRO_STEPS, 600.0), reference)
-        # The tolerances of tests/train/test_layouts.py.
-        passed = difference.worst < 1e-5 and difference.weights < 1e-4
+        passed = difference.worst < MAX_ERROR and difference.weights < MAX_WEIGHT_ERROR
         rows.append(
             {
                 "layout": name,

@@ -14,18 +14,8 @@ import torch
 from benchmarks.interleaved import paired_ratio, time_interleaved
 from benchmarks.results import Cell, Result
 from moesys.config.schema import (
-    CheckpointConfig,
-    ComponentConfig,
-    DataConfig,
-    MetricsConfig,
     ModelConfig,
-    MoEConfig,
     OptimConfig,
-    ParallelConfig,
-    RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
 from moesys.data.loader import MicroBatch
 from moesys.optim.build import build_optimizer
@@ -34,6 +24,7 @@ from moesys.parallel.dims import ParallelDims
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import choose_expert_backend, set_expert_backend
+from moesys.testing.small_run import small_config, small_model
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 
@@ -59,20 +50,19 @@ class Size:
 def _size(
     name: str, *, vocab: int, layers: int, d: int, e: int, k: int, f: int, batch: int, seq: int
 ) -> Size:
-    moe = MoEConfig(
-        num_experts=e,
-        top_k=k,
-        d_expert=f,
-        router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
-    )
-    model = ModelConfig(
+    model = small_model(
         vocab_size=vocab,
         num_layers=layers,
+        num_dense_layers=0,
         d_model=d,
         num_heads=d // 64,
         num_kv_heads=d // 128,
         d_ffn=f,
-        moe=moe,
+        init_std=0.02,
+        num_experts=e,
+        top_k=k,
+        d_expert=f,
+        num_shared_experts=0,
     )
     return Size(name=name, model=model, batch=batch, seq_len=seq)
 
@@ -129,18 +119,13 @@ class OurModel:
 
     def __init__(self, size: Size, meshes: Meshes, compiled: bool = False) -> None:
         tokens = size.batch * size.seq_len
-        config = RunConfig(
-            run=RunSection(name="step", dir="unused", seed=1),
-            model=size.model,
-            data=DataConfig(path="unused", seq_len=size.seq_len),
+        config = small_config(
+            size.model,
+            seq_len=size.seq_len,
+            sequences=size.batch,
+            seed=1,
             optim=OPTIM,
-            schedule=ScheduleConfig(),
-            parallel=ParallelConfig(),
-            train=TrainConfig(
-                steps=1, global_batch_tokens=tokens, micro_batch_tokens=tokens, compile=compiled
-            ),
-            checkpoint=CheckpointConfig(),
-            metrics=MetricsConfig(),
+            compile=compiled,
         )
         device = torch.device(meshes.expert.device_type)
         parallel = build_parallel_model(config, meshes, device)

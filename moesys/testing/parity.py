@@ -1,29 +1,21 @@
 """Does a layout train with one process's numbers? Trains a small model under it on gloo ranks and compares.
 
-    reference = parity(config, world_size=1, micro_steps=4)
-    ranks = parity(replace(config, parallel=ParallelConfig(tp=2, ep=2)), world_size=4, micro_steps=4)
-    compare(ranks, reference[0]).worst          # relative, over losses and all gradients of all steps
-
-Shapes: B sequences of S tokens.
+reference = parity(config, world_size=1, micro_steps=4)
+ranks = parity(replace(config, parallel=ParallelConfig(tp=2, ep=2)), world_size=4, micro_steps=4)
+compare(ranks, reference[0]).worst          # relative, over losses and all gradients of all steps
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import RunConfig
-from moesys.data.loader import MicroBatch
-from moesys.optim.build import build_optimizer
-from moesys.parallel.dims import parallel_dims
-from moesys.parallel.mesh import build_meshes
-from moesys.parallelize.build import build_parallel_model
-from moesys.parallelize.expert_backend import set_expert_backend
 from moesys.testing.ranks import run_ranks
-from moesys.train.step import StepResult, TrainStep
-from moesys.train.timing import SectionTimer
+from moesys.testing.small_run import SmallRun, with_micro_steps
+from moesys.train.step import StepResult
 
 FIGURES = ("loss", "grad_norm", "balance_loss", "z_loss")
 
@@ -71,61 +63,22 @@ def parity(
 
 
 def train_small(rank: int, world_size: int, config: RunConfig, micro_steps: int) -> Numbers:
-    """Collective. Train on `samples_of_step`; the micro-batch follows from the layout and `micro_steps`."""
-    meshes = build_meshes(parallel_dims(config.parallel, world_size), "cpu")
-    micro_tokens = config.train.global_batch_tokens // (micro_steps * meshes.dims.dp)
-    config = replace(config, train=replace(config.train, micro_batch_tokens=micro_tokens))
-    parallel = build_parallel_model(config, meshes, torch.device("cpu"))
-    set_expert_backend(parallel.whole, "loop")
-    optimizer = build_optimizer(parallel.whole, config.optim)
-    step = TrainStep(parallel, optimizer, meshes, config, SectionTimer(torch.device("cpu")))
+    """Collective. The micro-batch follows from the layout and `micro_steps`."""
+    run = SmallRun(with_micro_steps(config, world_size, micro_steps), world_size)
     gradients: list[dict[str, Tensor]] = []
 
     def keep_gradients(*_: object) -> None:
-        named = parallel.whole.named_parameters()
+        named = run.model.named_parameters()
         gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
 
-    optimizer.register_step_pre_hook(keep_gradients)
-    results = [
-        step(
-            samples_of_step(config, s, meshes.dp_rank, meshes.dims.dp, micro_steps), config.optim.lr
-        )
-        for s in range(config.train.steps)
-    ]
+    run.optimizer.register_step_pre_hook(keep_gradients)
+    results = [run.step() for _ in range(config.train.steps)]
     return Numbers(
         results=results,
         gradients=gradients,
-        weights={n: whole(p.detach()) for n, p in parallel.whole.named_parameters()},
-        buffers={n: b.clone() for n, b in parallel.whole.named_buffers()},
+        weights={n: whole(p.detach()) for n, p in run.model.named_parameters()},
+        buffers={n: b.clone() for n, b in run.model.named_buffers()},
     )
-
-
-def samples_of_step(
-    config: RunConfig, step: int, dp_rank: int, dp_size: int, micro_steps: int
-) -> list[MicroBatch]:
-    """The same sequences of a step whatever the layout, cut as the loader cuts them; text with something to learn.
-
-    With `data.mask_documents`, two documents in every sequence.
-    """
-    seq_len, vocab_size = config.data.seq_len, config.model.vocab_size
-    num_sequences = config.train.global_batch_tokens // seq_len
-    generator = torch.Generator().manual_seed(step)
-    start = torch.randint(0, vocab_size, (num_sequences, 1), generator=generator)
-    stream = (start + 7 * torch.arange(seq_len + 1)) % vocab_size
-    cut = torch.randint(1, seq_len, (num_sequences, 1), generator=generator)
-    documents = (torch.arange(seq_len) >= cut).long()
-    pieces = zip(
-        *(x.chunk(micro_steps * dp_size)[dp_rank::dp_size] for x in (stream, documents)),
-        strict=True,
-    )
-    return [
-        MicroBatch(
-            input_ids_BS=ids[:, :-1],
-            target_ids_BS=ids[:, 1:],
-            document_ids_BS=document_ids if config.data.mask_documents else None,
-        )
-        for ids, document_ids in pieces
-    ]
 
 
 def compare(ranks: Sequence[Numbers], reference: Numbers) -> Difference:

@@ -14,20 +14,15 @@ from torch import Tensor
 from moesys.checkpoint.manifest import read_manifest
 from moesys.checkpoint.store import load, save
 from moesys.config.schema import ParallelConfig, RunConfig
-from moesys.optim.build import build_optimizer
 from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
-from moesys.parallelize.build import ParallelModel, build_parallel_model
-from moesys.parallelize.expert_backend import set_expert_backend
-from moesys.testing.parity import samples_of_step, whole
+from moesys.testing.layouts import BASE, MICRO_STEPS
+from moesys.testing.parity import whole
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.state import run_tensors
-from moesys.train.step import TrainStep
-from moesys.train.timing import SectionTimer
 from tests import figures
-from tests.train.test_layouts import BASE, MICRO_STEPS
 
-CPU = torch.device("cpu")
 SAVED_STEP, MORE_STEPS = 3, 5
 
 LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
@@ -50,39 +45,25 @@ class Seen:
     losses: list[float]
 
 
-class Training:
-    """The small run of the parity tests under one layout, from any step on."""
+def start(config: RunConfig, world_size: int, meshes: Meshes | None = None) -> SmallRun:
+    return SmallRun(with_micro_steps(config, world_size, MICRO_STEPS), world_size, meshes)
 
-    def __init__(self, config: RunConfig, meshes: Meshes) -> None:
-        tokens = config.train.global_batch_tokens // (MICRO_STEPS * meshes.dims.dp)
-        self.config = replace(config, train=replace(config.train, micro_batch_tokens=tokens))
-        self.meshes = meshes
-        self.parallel: ParallelModel = build_parallel_model(self.config, meshes, CPU)
-        set_expert_backend(self.parallel.whole, "loop")
-        self.optimizer = build_optimizer(self.parallel.whole, config.optim)
-        self.step = TrainStep(self.parallel, self.optimizer, meshes, self.config, SectionTimer(CPU))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return run_tensors(self.parallel.whole, self.optimizer)
+def tensors_of(run: SmallRun) -> dict[str, Tensor]:
+    return run_tensors(run.model, run.optimizer)
 
-    def losses(self, start: int, stop: int) -> list[float]:
-        samples = self.meshes.dp_rank, self.meshes.dims.dp, MICRO_STEPS
-        return [
-            self.step(samples_of_step(self.config, s, *samples), self.config.optim.lr).loss
-            for s in range(start, stop)
-        ]
 
-    def go_on(self) -> Seen:
-        tensors = {name: whole(tensor) for name, tensor in self.tensors().items()}
-        return Seen(tensors=tensors, losses=self.losses(SAVED_STEP, SAVED_STEP + MORE_STEPS))
+def go_on(run: SmallRun) -> Seen:
+    tensors = {name: whole(tensor) for name, tensor in tensors_of(run).items()}
+    return Seen(tensors=tensors, losses=[run.step().loss for _ in range(MORE_STEPS)])
 
 
 def save_job(rank: int, world_size: int, parallel: ParallelConfig, directory: Path) -> Seen:
-    meshes = build_meshes(parallel_dims(parallel, world_size), "cpu")
-    training = Training(replace(BASE, parallel=parallel), meshes)
-    training.losses(0, SAVED_STEP)
-    save(directory, SAVED_STEP, training.tensors(), {}, keep_last=1)
-    return training.go_on()
+    run = start(replace(BASE, parallel=parallel), world_size)
+    for _ in range(SAVED_STEP):
+        run.step()
+    save(directory, SAVED_STEP, tensors_of(run), {}, keep_last=1)
+    return go_on(run)
 
 
 def load_job(
@@ -93,9 +74,10 @@ def load_job(
     config = replace(BASE, parallel=parallel, run=replace(BASE.run, seed=BASE.run.seed + 1))
     seen = {}
     for name, path in sources.items():
-        training = Training(config, meshes)
-        load(path, training.tensors())
-        seen[name] = training.go_on()
+        run = start(config, world_size, meshes)
+        load(path, tensors_of(run))
+        run.steps = SAVED_STEP
+        seen[name] = go_on(run)
     return seen
 
 

@@ -15,16 +15,9 @@ from torch import Tensor
 from moesys.checkpoint.huggingface import load_hf, model_config_from_hf
 from moesys.config.build import build
 from moesys.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    MetricsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
 from moesys.data.loader import MicroBatch
 from moesys.optim.build import build_optimizer
@@ -32,6 +25,7 @@ from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import build_meshes
 from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.testing.small_run import small_config
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 
@@ -73,19 +67,14 @@ def run_both(rank: int, size: int, folder: Path, case: Case) -> tuple[list[Step]
 
 def _our_steps(size: int, folder: Path, case: Case) -> list[Step]:
     """Imported from `folder` into the layout, then trained by a TrainStep."""
-    tokens = SEQUENCES * SEQ_LEN
-    config = RunConfig(
-        run=RunSection(name="oracle", dir="unused"),
-        model=build(ModelConfig, model_config_from_hf(folder)),
-        data=DataConfig(path="unused", seq_len=SEQ_LEN),
+    config = small_config(
+        build(ModelConfig, model_config_from_hf(folder)),
+        seq_len=SEQ_LEN,
+        sequences=SEQUENCES,
+        micro_batch_sequences=SEQUENCES * case.tp // size,
+        steps=STEPS,
         optim=OptimConfig(lr=LR, eps=EPS, weight_decay=0.0, clip_grad_norm=case.clip),
-        schedule=ScheduleConfig(),
         parallel=ParallelConfig(tp=case.tp, ep=case.ep),
-        train=TrainConfig(
-            steps=STEPS, global_batch_tokens=tokens, micro_batch_tokens=tokens * case.tp // size
-        ),
-        checkpoint=CheckpointConfig(),
-        metrics=MetricsConfig(),
     )
     meshes = build_meshes(parallel_dims(config.parallel, size), "cpu")
     parallel = build_parallel_model(config, meshes, CPU)

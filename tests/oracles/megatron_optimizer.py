@@ -13,18 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import (
     BalanceConfig,
-    CheckpointConfig,
-    ComponentConfig,
-    DataConfig,
-    MetricsConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
 from moesys.data.loader import MicroBatch
 from moesys.models.transformer import Transformer
@@ -33,6 +24,7 @@ from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.testing.small_run import small_config, small_model
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 from tests.oracles.megatron_layer import megatron_groups
@@ -41,35 +33,18 @@ from tests.oracles.shim import cuda_on_cpu
 STEPS, SEQ_LEN, SEQUENCES, LR = 5, 16, 8, 3e-3
 CPU = torch.device("cpu")
 
-CONFIG = RunConfig(
-    run=RunSection(name="oracle", dir="unused", seed=7),
-    model=ModelConfig(
-        vocab_size=64,
+CONFIG = small_config(
+    small_model(
         num_layers=2,
-        num_dense_layers=1,
-        d_model=32,
-        num_heads=4,
-        num_kv_heads=2,
-        d_ffn=48,
-        init_std=0.1,
-        moe=MoEConfig(
-            num_experts=8,
-            top_k=2,
-            d_expert=24,
-            num_shared_experts=1,
-            router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
-            balance=BalanceConfig(aux_loss_coef=0.1, aux_loss_level="micro", z_loss_coef=0.01),
-        ),
+        balance=BalanceConfig(aux_loss_coef=0.1, aux_loss_level="micro", z_loss_coef=0.01),
     ),
-    data=DataConfig(path="unused", seq_len=SEQ_LEN),
+    seq_len=SEQ_LEN,
+    sequences=SEQUENCES,
+    micro_batch_sequences=1,
+    steps=STEPS,
+    seed=7,
     optim=OptimConfig(lr=LR, eps=1e-5, weight_decay=0.1, clip_grad_norm=0.5),
-    schedule=ScheduleConfig(),
     parallel=ParallelConfig(zero=1),
-    train=TrainConfig(
-        steps=STEPS, global_batch_tokens=SEQUENCES * SEQ_LEN, micro_batch_tokens=SEQ_LEN
-    ),
-    checkpoint=CheckpointConfig(),
-    metrics=MetricsConfig(),
 )
 
 

@@ -9,7 +9,7 @@ from moesys.models.init import initialize
 from moesys.models.transformer import Transformer
 from moesys.parallelize.compile import compile_blocks
 from moesys.parallelize.expert_backend import set_expert_backend
-from tests.train.test_layouts import BASE
+from moesys.testing.layouts import BASE
 
 
 def test_all_blocks_share_one_graph():

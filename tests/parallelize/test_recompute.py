@@ -11,18 +11,9 @@ from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import (
     BalanceConfig,
-    CheckpointConfig,
-    ComponentConfig,
-    DataConfig,
-    MetricsConfig,
-    ModelConfig,
-    MoEConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
 from moesys.data.loader import MicroBatch
 from moesys.optim.build import build_optimizer
@@ -32,6 +23,7 @@ from moesys.parallelize.build import ParallelModel, build_parallel_model
 from moesys.parallelize.expert_backend import set_expert_backend
 from moesys.parallelize.recompute import apply_recompute
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import small_config, small_model
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 from tests.train.noisy_router import NoisyRouter
@@ -53,37 +45,23 @@ class CountingRouter(NoisyRouter):
         return super().forward(x_TD, state)
 
 
-CONFIG = RunConfig(
-    run=RunSection(name="recompute", dir="unused", seed=3),
-    model=ModelConfig(
+CONFIG = small_config(
+    small_model(
         vocab_size=32,
-        num_layers=3,
-        num_dense_layers=1,
         d_model=16,
-        num_heads=4,
-        num_kv_heads=2,
         d_ffn=24,
         init_std=0.2,
-        moe=MoEConfig(
-            num_experts=4,
-            top_k=2,
-            d_expert=16,
-            num_shared_experts=1,
-            router=ComponentConfig(target="tests.parallelize.test_recompute.CountingRouter"),
-            balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
-        ),
+        num_experts=4,
+        d_expert=16,
+        router="tests.parallelize.test_recompute.CountingRouter",
+        balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
     ),
-    data=DataConfig(path="unused", seq_len=SEQ_LEN),
+    seq_len=SEQ_LEN,
+    sequences=SEQUENCES,
+    micro_batch_sequences=SEQUENCES // MICRO_STEPS,
+    steps=STEPS,
+    seed=3,
     optim=OptimConfig(lr=3e-3, eps=1e-5),
-    schedule=ScheduleConfig(),
-    parallel=ParallelConfig(),
-    train=TrainConfig(
-        steps=STEPS,
-        global_batch_tokens=SEQUENCES * SEQ_LEN,
-        micro_batch_tokens=SEQUENCES * SEQ_LEN // MICRO_STEPS,
-    ),
-    checkpoint=CheckpointConfig(),
-    metrics=MetricsConfig(),
 )
 
 

@@ -6,10 +6,10 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.traffic import SmallRun, with_micro_steps
 from moesys.config.schema import ParallelConfig, RunConfig
+from moesys.testing.layouts import BASE
 from moesys.testing.ranks import run_ranks
-from tests.train.test_layouts import BASE
+from moesys.testing.small_run import SmallRun, with_micro_steps
 
 
 class CountFlops(TorchDispatchMode):

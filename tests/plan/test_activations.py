@@ -14,18 +14,9 @@ import torch
 
 from moesys.config.schema import (
     BalanceConfig,
-    CheckpointConfig,
-    ComponentConfig,
-    DataConfig,
-    MetricsConfig,
     ModelConfig,
-    MoEConfig,
-    OptimConfig,
     ParallelConfig,
     RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
 from moesys.models.rope import rope_tables
 from moesys.models.transformer import DenseBlock, MoEBlock, Transformer
@@ -41,44 +32,30 @@ from moesys.plan.activations import (
     paper_layer_bytes,
 )
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import small_config, small_model
 from tests import figures
 from tests.plan.live_bytes import LiveBytes
 
 MODES = ("none", "moe", "attention", "selective", "layer")
 SEQ_LEN, SAMPLES = 32, 4
 
-MODEL = ModelConfig(
+MODEL = small_model(
     vocab_size=32,
     num_layers=2,
-    num_dense_layers=1,
     d_model=64,
     num_heads=8,
-    num_kv_heads=2,
     d_ffn=176,
-    moe=MoEConfig(
-        num_experts=12,
-        top_k=3,
-        d_expert=48,
-        num_shared_experts=1,
-        router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
-        balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.01),
-    ),
+    init_std=0.02,
+    num_experts=12,
+    top_k=3,
+    d_expert=48,
+    balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.01),
 )
 
 
 def run_config(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
-    return RunConfig(
-        run=RunSection(name="weigh", dir="unused"),
-        model=model,
-        data=DataConfig(path="unused", seq_len=SEQ_LEN),
-        optim=OptimConfig(lr=1e-3),
-        schedule=ScheduleConfig(),
-        parallel=parallel,
-        train=TrainConfig(
-            steps=1, global_batch_tokens=SEQ_LEN * 64, micro_batch_tokens=SEQ_LEN * SAMPLES
-        ),
-        checkpoint=CheckpointConfig(),
-        metrics=MetricsConfig(),
+    return small_config(
+        model, seq_len=SEQ_LEN, sequences=64, micro_batch_sequences=SAMPLES, parallel=parallel
     )
 
 

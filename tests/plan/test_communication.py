@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.traffic import count, formula, with_micro_steps
+from benchmarks.traffic import count, formula
 from moesys.config.schema import BalanceConfig, ParallelConfig, RunConfig
 from moesys.plan.communication import RowsSent, rows_sent
 from moesys.plan.parameters import Parameter
+from moesys.testing.layouts import BASE, LAYOUTS
 from moesys.testing.ranks import run_ranks
-from tests.train.test_layouts import BASE, LAYOUTS
+from moesys.testing.small_run import with_micro_steps
 
 MICRO_STEPS = 4
 

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.traffic import SmallRun, with_micro_steps
 from moesys.checkpoint.saver import Saver
 from moesys.config.memory import plan_memory
 from moesys.config.schema import ParallelConfig, RunConfig
@@ -18,10 +17,11 @@ from moesys.parallel.dims import parallel_dims
 from moesys.plan.memory import RankMemory, rank_memory
 from moesys.plan.memory_case import MemoryCase
 from moesys.plan.pipeline import layers_of_stages
+from moesys.testing.layouts import BASE, LAYOUTS
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests import figures
 from tests.plan.live_bytes import PeakBytes
-from tests.train.test_layouts import BASE, LAYOUTS
 
 MICRO_STEPS = 4
 SEQ_LEN = 64
@@ -65,7 +65,7 @@ def local_bytes(tensors) -> int:
 
 
 def state_tensors(run: SmallRun) -> list[torch.Tensor]:
-    states = run.train_step.optimizer.state.values()
+    states = run.optimizer.state.values()
     return [tensor for state in states for tensor in state.values()]
 
 
@@ -77,7 +77,7 @@ def weigh(rank: int, size: int, config: RunConfig) -> tuple[int, int, int]:
         found = [p.grad for p in run.model.parameters() if p.grad is not None]
         gradients.append(local_bytes(found))
 
-    run.train_step.optimizer.register_step_pre_hook(weigh_gradients)
+    run.optimizer.register_step_pre_hook(weigh_gradients)
     run.step()
     return local_bytes(run.model.parameters()), gradients[0], local_bytes(state_tensors(run))
 
@@ -161,7 +161,7 @@ def reserve(rank: int, size: int, config: RunConfig, folder) -> int:
     run = SmallRun(config, size)
     saver = Saver(folder, keep_last=1, asynchronous=True)
     tensors = dict(run.model.named_parameters())
-    tensors |= optimizer_tensors(run.model, run.train_step.optimizer)
+    tensors |= optimizer_tensors(run.model, run.optimizer)
     saver.reserve(tensors, {})
     saver.close()
     return saver._host_copy.buffer.numel()

@@ -12,9 +12,9 @@ from moesys.data.loader import EvalBatches
 from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import build_meshes
 from moesys.parallelize.build import build_parallel_model
+from moesys.testing.layouts import SMALL as CONFIG
 from moesys.testing.ranks import run_ranks
 from moesys.train.evaluate import evaluate
-from tests.train.test_parity import CONFIG
 
 
 def _evaluate(

@@ -5,71 +5,13 @@ with every test; all of them with `make parity`.
 """
 
 from dataclasses import replace
-from itertools import combinations
-from math import prod
 
 import pytest
 
 from moesys.config.schema import ParallelConfig, RunConfig
+from moesys.testing.layouts import BASE, LAYOUTS, MAX_ERROR, MAX_WEIGHT_ERROR, MICRO_STEPS
 from moesys.testing.parity import Numbers, compare, parity
 from tests import figures
-from tests.train.test_parity import CONFIG
-
-MICRO_STEPS = 4
-MODEL = replace(CONFIG.model, num_layers=4, qk_norm=True)
-BASE = replace(
-    CONFIG,
-    model=MODEL,
-    # Gradients of q and k norms cancel: at a rate of 3e-3 rounding reaches 1.03e-5 of one by step 19 (cp with tp).
-    optim=replace(CONFIG.optim, lr=1e-3),
-    train=replace(CONFIG.train, global_batch_tokens=16 * CONFIG.data.seq_len),
-)
-
-AXES: dict[str, dict[str, object]] = {
-    "pp": {"pp": 2},
-    "dp": {},
-    "zero": {"zero": 3},
-    "cp": {"cp": 2},
-    "tp": {"tp": 2},
-    "ep": {"ep": 2},
-    "etp": {"etp": 2},
-}
-"""dp and zero double the data ranks; ep and etp fold over whatever ranks a stage has."""
-
-TRIPLES = [("pp", "tp", "ep"), ("dp", "cp", "ep"), ("pp", "cp", "ep"), ("tp", "cp", "etp")]
-
-
-def layout(*axes: str) -> tuple[int, dict[str, object]]:
-    """World size and degrees: 2 along each axis, and as many ranks as that takes."""
-    degrees: dict[str, object] = {}
-    for axis in axes:
-        degrees |= AXES[axis]
-    sharing = prod(2 for axis in axes if axis in ("dp", "zero", "cp", "tp"))
-    experts = prod(2 for axis in axes if axis in ("ep", "etp"))
-    return (2 if "pp" in axes else 1) * max(sharing, experts), degrees
-
-
-LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
-    **{axis: layout(axis) for axis in AXES},
-    **{"+".join(pair): layout(*pair) for pair in combinations(AXES, 2)},
-    **{"+".join(triple): layout(*triple) for triple in TRIPLES},
-    "pp+tp+ep+zero": (8, {"pp": 2, "tp": 2, "ep": 2, "zero": 3}),
-    "tp without sequence parallelism": (2, {"tp": 2, "sequence_parallel": False}),
-    "tp+ep without sequence parallelism": (4, {"tp": 2, "ep": 4, "sequence_parallel": False}),
-    "ulysses": (2, {"cp": 2, "cp_attention": "ulysses"}),
-    "tp+ulysses": (4, {"tp": 2, "cp": 2, "cp_attention": "ulysses"}),
-    "zero 1": (2, {"zero": 1}),
-    "zero 2": (4, {"zero": 2, "ep": 2}),
-    "two copies of two shards": (4, {"zero": 3, "dp_shard": 2}),
-    "experts over two copies": (4, {"zero": 2, "dp_shard": 2, "ep": 4}),
-    "four stages": (4, {"pp": 4}),
-    **{
-        schedule: (2, {"pp": 2, "pp_schedule": schedule})
-        for schedule in ("gpipe", "interleaved", "interleaved_zero_bubble", "zbv", "dualpipev")
-    },
-    "dualpipev+tp+ep": (4, {"pp": 2, "tp": 2, "ep": 2, "pp_schedule": "dualpipev"}),
-    "zbv+zero": (4, {"pp": 2, "zero": 2, "pp_schedule": "zbv"}),
-}
 
 QUICK = ("tp", "zero", "cp", "etp", "pp+tp+ep", "zbv")
 
@@ -97,8 +39,8 @@ def test_layout_trains_with_one_process_numbers(one_process, name):
 def assert_same(config: RunConfig, world_size: int, reference: Numbers) -> float:
     """Return the largest relative error of losses and gradients."""
     difference = compare(parity(config, world_size, MICRO_STEPS), reference)
-    assert difference.worst < 1e-5, difference
-    assert difference.weights < 1e-4, difference
+    assert difference.worst < MAX_ERROR, difference
+    assert difference.weights < MAX_WEIGHT_ERROR, difference
     return difference.worst
 
 

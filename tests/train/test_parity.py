@@ -10,56 +10,14 @@ import pytest
 
 from moesys.config.schema import (
     BalanceConfig,
-    CheckpointConfig,
     ComponentConfig,
-    DataConfig,
-    MetricsConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
     ParallelConfig,
     RunConfig,
-    RunSection,
-    ScheduleConfig,
-    TrainConfig,
 )
+from moesys.testing.layouts import SMALL as CONFIG
 from moesys.testing.parity import compare, parity
 
-STEPS, SEQ_LEN, SEQUENCES = 20, 16, 8
-
-CONFIG = RunConfig(
-    run=RunSection(name="parity", dir="unused", seed=7),
-    model=ModelConfig(
-        vocab_size=64,
-        num_layers=3,
-        num_dense_layers=1,
-        d_model=32,
-        num_heads=4,
-        num_kv_heads=2,
-        d_ffn=48,
-        init_std=0.1,
-        moe=MoEConfig(
-            num_experts=8,
-            top_k=2,
-            d_expert=24,
-            num_shared_experts=1,
-            router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
-            balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
-        ),
-    ),
-    data=DataConfig(path="unused", seq_len=SEQ_LEN),
-    # AdamW divides by |g|: with eps near the rounding of g, a first step may go either way for it (2e-5 of wq).
-    optim=OptimConfig(lr=3e-3, eps=1e-5),
-    schedule=ScheduleConfig(),
-    parallel=ParallelConfig(),
-    train=TrainConfig(
-        steps=STEPS,
-        global_batch_tokens=SEQUENCES * SEQ_LEN,
-        micro_batch_tokens=SEQUENCES * SEQ_LEN,
-    ),
-    checkpoint=CheckpointConfig(),
-    metrics=MetricsConfig(),
-)
+STEPS = CONFIG.train.steps
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +103,6 @@ def test_bytes_sent_are_the_rows_that_leave_each_rank_four_times():
     forward and backward, each carry D fp32 numbers per row."""
     moe = replace(CONFIG.model.moe, top_k=8)
     config = replace(CONFIG, parallel=ParallelConfig(ep=4), model=replace(CONFIG.model, moe=moe))
-    rows = 2 * SEQUENCES * SEQ_LEN * 8 * 3 // 4
+    rows = 2 * CONFIG.train.global_batch_tokens * 8 * 3 // 4
     for result in parity(config, 4, 1)[0].results:
         assert result.sent_bytes == 4 * rows * 32 * 4

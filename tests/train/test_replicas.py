@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from moesys.config.compose import compose
 from moesys.config.schema import ParallelConfig, RunConfig
 from moesys.ops.shard import local_tensor
-from moesys.optim.build import build_optimizer
 from moesys.parallel.bootstrap import Process
-from moesys.parallel.dims import parallel_dims
-from moesys.parallel.mesh import build_meshes
-from moesys.parallelize.build import build_parallel_model
-from moesys.parallelize.expert_backend import set_expert_backend
-from moesys.testing.parity import samples_of_step
+from moesys.testing.layouts import BASE, LAYOUTS
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.replicas import (
     ReplicaError,
     check_replicas,
@@ -30,11 +26,8 @@ from moesys.train.replicas import (
 from moesys.train.setup import build_run
 from moesys.train.signals import StopRequest
 from moesys.train.state import run_tensors
-from moesys.train.step import TrainStep
-from moesys.train.timing import SectionTimer
 from moesys.train.trainer import Trainer
 from tests.train.launched import overrides, records
-from tests.train.test_layouts import BASE, LAYOUTS
 
 CPU = torch.device("cpu")
 WHATS = st.sampled_from("abcde")
@@ -85,18 +78,12 @@ def flip(tensor: torch.Tensor, place: int, bit: int) -> None:
     flat[(place + bit // 8) % flat.numel()] ^= 1 << bit % 8
 
 
-def trained(rank: int, world_size: int, config: RunConfig) -> dict[str, torch.Tensor]:
+def trained(world_size: int, config: RunConfig) -> dict[str, torch.Tensor]:
     """The tensors of a small model after three steps."""
-    meshes = build_meshes(parallel_dims(config.parallel, world_size), "cpu")
-    micro_tokens = config.train.global_batch_tokens // (4 * meshes.dims.dp)
-    config = replace(config, train=replace(config.train, micro_batch_tokens=micro_tokens))
-    parallel = build_parallel_model(config, meshes, CPU)
-    set_expert_backend(parallel.whole, "loop")
-    optimizer = build_optimizer(parallel.whole, config.optim)
-    step = TrainStep(parallel, optimizer, meshes, config, SectionTimer(CPU))
-    for number in range(3):
-        step(samples_of_step(config, number, meshes.dp_rank, meshes.dims.dp, 4), config.optim.lr)
-    return run_tensors(parallel.whole, optimizer)
+    run = SmallRun(with_micro_steps(config, world_size, 4), world_size)
+    for _ in range(3):
+        run.step()
+    return run_tensors(run.model, run.optimizer)
 
 
 def message(tensors: dict[str, torch.Tensor], world_size: int) -> str:
@@ -109,7 +96,7 @@ def message(tensors: dict[str, torch.Tensor], world_size: int) -> str:
 
 def flipped(rank: int, size: int, config: RunConfig, flips: list[tuple[str, int]]) -> list[str]:
     """What is said without a flip, then with each alone: (name, rank of the flip)."""
-    tensors = trained(rank, size, config)
+    tensors = trained(size, config)
     said = [message(tensors, size)]
     for name, at in flips:
         if rank == at:

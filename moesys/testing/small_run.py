@@ -1,0 +1,162 @@
+"""A run small enough for a test: its configuration, and one of its ranks on the CPU with batches of its own making.
+
+    config = small_config(small_model(num_layers=4), seq_len=16, sequences=8)
+    run = SmallRun(with_micro_steps(config, world_size, 4), world_size)      # on every rank
+    result = run.step()
+
+Shapes: B sequences of S tokens.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moesys.config.schema import (
+    BalanceConfig,
+    CheckpointConfig,
+    ComponentConfig,
+    DataConfig,
+    MetricsConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    RunSection,
+    ScheduleConfig,
+    TrainConfig,
+)
+from moesys.data.loader import MicroBatch
+from moesys.optim.build import build_optimizer
+from moesys.parallel.dims import parallel_dims
+from moesys.parallel.mesh import Meshes, build_meshes
+from moesys.parallelize.build import build_parallel_model
+from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.train.step import StepResult, TrainStep
+from moesys.train.timing import SectionTimer
+
+_MODEL: dict[str, Any] = {
+    "vocab_size": 64,
+    "num_layers": 3,
+    "num_dense_layers": 1,
+    "d_model": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "d_ffn": 48,
+    "init_std": 0.1,
+}
+_MOE: dict[str, Any] = {"num_experts": 8, "top_k": 2, "d_expert": 24, "num_shared_experts": 1}
+_MOE_KEYS = frozenset(MoEConfig.__dataclass_fields__)
+
+
+def small_model(
+    *,
+    router: str = "moesys.moe.routers.TopKRouter",
+    balance: BalanceConfig | None = None,
+    **keys: Any,
+) -> ModelConfig:
+    """A dense layer and two of 8 experts, where `keys` of ModelConfig and MoEConfig say nothing else."""
+    moe = _MOE | {key: value for key, value in keys.items() if key in _MOE_KEYS}
+    model = _MODEL | {key: value for key, value in keys.items() if key not in _MOE_KEYS}
+    return ModelConfig(
+        **model,
+        moe=MoEConfig(
+            **moe, router=ComponentConfig(target=router), balance=balance or BalanceConfig()
+        ),
+    )
+
+
+def small_config(
+    model: ModelConfig,
+    *,
+    seq_len: int,
+    sequences: int,
+    micro_batch_sequences: int | None = None,
+    seed: int = 0,
+    optim: OptimConfig | None = None,
+    parallel: ParallelConfig | None = None,
+    **train: Any,
+) -> RunConfig:
+    """Steps of so many sequences, in micro-batches of all of them or fewer; one step, or as `train` says. No files."""
+    micro_batch_tokens = (micro_batch_sequences or sequences) * seq_len
+    batch: dict[str, Any] = {
+        "steps": 1,
+        "global_batch_tokens": sequences * seq_len,
+        "micro_batch_tokens": micro_batch_tokens,
+    }
+    return RunConfig(
+        run=RunSection(name="small", dir="unused", seed=seed),
+        model=model,
+        data=DataConfig(path="unused", seq_len=seq_len),
+        optim=optim or OptimConfig(lr=1e-3),
+        schedule=ScheduleConfig(),
+        parallel=parallel or ParallelConfig(),
+        train=TrainConfig(**batch | train),
+        checkpoint=CheckpointConfig(),
+        metrics=MetricsConfig(),
+    )
+
+
+def with_micro_steps(config: RunConfig, world_size: int, steps: int) -> RunConfig:
+    """The configuration whose data ranks take `steps` micro-steps."""
+    dims = parallel_dims(config.parallel, world_size)
+    tokens = config.train.global_batch_tokens // (steps * dims.dp)
+    return replace(config, train=replace(config.train, micro_batch_tokens=tokens))
+
+
+class SmallRun:
+    """A rank of a run. Collective."""
+
+    def __init__(self, config: RunConfig, world_size: int, meshes: Meshes | None = None) -> None:
+        """`meshes` of these degrees that are there already are used again."""
+        self.config = config
+        self.dims = parallel_dims(config.parallel, world_size)
+        device = torch.device("cpu")
+        self.meshes = meshes or build_meshes(self.dims, device.type)
+        parallel = build_parallel_model(config, self.meshes, device)
+        self.model = parallel.whole
+        set_expert_backend(self.model, "loop")
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.train_step = TrainStep(
+            parallel, self.optimizer, self.meshes, config, SectionTimer(device)
+        )
+        self.steps = 0
+        """Done; may be set, to go on from any."""
+
+    def step(self) -> StepResult:
+        """Train one step, on the samples of its number."""
+        micro_steps = self.config.train.micro_steps(self.dims.dp)
+        batches = samples_of_step(
+            self.config, self.steps, self.meshes.dp_rank, self.dims.dp, micro_steps
+        )
+        self.steps += 1
+        return self.train_step(batches, self.config.optim.lr)
+
+
+def samples_of_step(
+    config: RunConfig, step: int, dp_rank: int, dp_size: int, micro_steps: int
+) -> list[MicroBatch]:
+    """The same sequences of a step whatever the layout, cut as the loader cuts them; text with something to learn.
+
+    With `data.mask_documents`, two documents in every sequence.
+    """
+    seq_len, vocab_size = config.data.seq_len, config.model.vocab_size
+    num_sequences = config.train.global_batch_tokens // seq_len
+    generator = torch.Generator().manual_seed(step)
+    start = torch.randint(0, vocab_size, (num_sequences, 1), generator=generator)
+    stream = (start + 7 * torch.arange(seq_len + 1)) % vocab_size
+    cut = torch.randint(1, seq_len, (num_sequences, 1), generator=generator)
+    documents = (torch.arange(seq_len) >= cut).long()
+    pieces = zip(
+        *(x.chunk(micro_steps * dp_size)[dp_rank::dp_size] for x in (stream, documents)),
+        strict=True,
+    )
+    return [
+        MicroBatch(
+            input_ids_BS=ids[:, :-1],
+            target_ids_BS=ids[:, 1:],
+            document_ids_BS=document_ids if config.data.mask_documents else None,
+        )
+        for ids, document_ids in pieces
+    ]
