@@ -39,8 +39,6 @@ class Process:
     launcher: Launcher = "single"
     nodes: tuple[str, ...] = ("localhost",)
     """The name of each rank's node."""
-    meeting: int = 1
-    """How often ranks have met in this job's store: a restart in place is one more."""
     rank_order: str = "as started"
     """Or "by topology", if that puts ranks of a node, or nodes of a switch, together."""
 
@@ -142,7 +140,6 @@ def _joined(place: Place, device: torch.device, backend: str, meeting: Meeting) 
         backend=backend,
         launcher=place.launcher,
         nodes=tuple(verdict.nodes),
-        meeting=meeting.generation,
         rank_order="by topology" if verdict.is_reordered else "as started",
     )
 
