@@ -69,11 +69,10 @@ def run(args: argparse.Namespace) -> int:
         os.environ["OMP_NUM_THREADS"] = threads
         # After SIGTERM the ranks end their step and save, which may take longer than torchrun's 30 s.
         os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-        # Ranks end their step and save for these too; without a handler they would end torchrun and leave the ranks.
-        os.environ.setdefault(
-            "TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-        )
-        return _torchrun(command[command.index(_TORCHRUN) + 1 :], Path(config.run.dir))
+        # Ranks end their step and save for these too; unhandled they would end torchrun and leave the ranks.
+        signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+        arguments = [signals, *command[command.index(_TORCHRUN) + 1 :]]
+        return _torchrun(arguments, Path(config.run.dir))
     for warning in warnings:
         print(f"# warning: {warning}")
     if is_rank:
