@@ -169,14 +169,20 @@ def test_not_a_number_in_one_gradient(tiny_data: Path, tmp_path: Path) -> None:
 @pytest.mark.chaos
 def test_a_quota_is_met_while_saving(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    _, output = end(job(run_dir, tiny_data, "disk_full rank=0 step=8 seconds=60"))
+    code, output = end(job(run_dir, tiny_data, "disk_full rank=0 step=8 seconds=600"))
     (marker,) = markers(run_dir).values()
     assert (marker["step"], marker["fault"]["phase"]) == (10, "save")
-    assert "cannot save step 10" in output
-    assert "File too large" in output
-    for path in step_folders(run_dir / "checkpoints"):  # the earlier one is untouched
-        assert verify(path) == []
-    assert step_folders(run_dir / "checkpoints")[-1].name <= "step_00000005"
+    # Training goes on; only the last save must be there.
+    assert last_step(run_dir) == 24
+    assert code != 0
+    assert "cannot save step 24" in output
+    failed = [record["reason"] for record in records(run_dir, "checkpoint_failed")]
+    assert [reason.partition(" in ")[0] for reason in failed] == [
+        f"cannot save step {step}" for step in (10, 15, 20)
+    ]
+    assert all("File too large" in reason for reason in failed)
+    (left,) = step_folders(run_dir / "checkpoints")
+    assert (left.name, verify(left)) == ("step_00000005", [])
 
 
 @pytest.mark.chaos
