@@ -111,10 +111,12 @@ def test_a_slow_rank_is_named_with_its_node(tiny_data, tmp_path, monkeypatch):
     slow = "model.moe.router._target_=tests.train.slow_router.SlowRouter"
     output = run(2, overrides(tmp_path / "slow", tiny_data, slow, *given))
     (found,) = records(tmp_path / "slow", "straggler")
-    assert (found["rank"], found["step"], found["window"]) == (1, 6, 6)
+    assert (found["rank"], found["window"]) == (1, 6)
+    # The first step warms up on both ranks, and may hide the difference in the first gather.
+    assert found["step"] in (6, 8)
     assert found["node"] == socket.gethostname()
     assert found["ratio"] >= 3
-    assert f"step  6/12  {straggler_line(found)}" in output
+    assert f"step  {found['step']}/12  {straggler_line(found)}" in output
     # The other rank waited as long for it, in the exchange.
     exchange_ms = [record["exchange_ms"] for record in records(tmp_path / "slow", "train")]
     assert min(exchange_ms) > 50
