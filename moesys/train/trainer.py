@@ -77,8 +77,7 @@ class Trainer:
         """Whether the run ends because a collective did not."""
         self.guard = Guard(run.config.anomaly)
         self.replicas = Replicas(run.process.nodes)
-        self.has_checkpoint = False
-        """There is one to roll back to, or it is being written."""
+        self.has_checkpoint = False  # to roll back to, or being written
         self.step = 0
         self.wall_s = 0.0
         """Time spent in steps, evaluations and checkpoints, earlier starts included."""
@@ -230,6 +229,7 @@ class Trainer:
 
     def _roll_back(self) -> bool:
         """Load the newest good checkpoint; only the order of data and what is known of anomalies go on. Collective."""
+        self.patience_s = LONGEST_S  # the disk decides
         self._end_save(self.saver.wait)
         found = load_latest_good(self.run.folder / "checkpoints", self._tensors())
         if found is not None:
