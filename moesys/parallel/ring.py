@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.parallel.context import DocumentEnds, Tile, check_documents, ring_tiles
-from moesys.parallel.tensor import TrafficMeter
 from moesys.parallel.tile import attend, attend_backward, merge_
 
 Steps = list[tuple[Tile, ...]]
@@ -40,7 +39,7 @@ class _Transfer:
 class RingAttention:
     """An attention core for sequences that are shared out over `peers`, ranks of `group` in the ring's order.
 
-    Without `peers`, all ranks of the group. Sent by each rank, in bytes counted by `meter`, where K and V are the
+    Without `peers`, all ranks of the group. Sent by each rank, in bytes as profile.traffic counts them, where K and V are the
     numbers of elements of its keys and values (B * M * S * H each):
 
         forward    (size - 1) * (K + V) * bytes per element
@@ -54,7 +53,6 @@ class RingAttention:
         self.rank = peers.index(dist.get_rank(group))
         self.next = peers[(self.rank + 1) % self.size]
         self.previous = peers[self.rank - 1]
-        self.meter = TrafficMeter()
 
     def __call__(
         self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, ends: DocumentEnds | None = None
@@ -79,7 +77,6 @@ class RingAttention:
         receives = [
             dist.P2POp(dist.irecv, x, group=self.group, group_peer=self.previous) for x in received
         ]
-        self.meter.sent_bytes += sum(x.nbytes for x in tensors)
         return _Transfer(tensors, received, dist.batch_isend_irecv([*sends, *receives]))
 
     def round(self, block: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:

@@ -12,7 +12,6 @@ Shapes: T tokens of the group, t = T / size tokens of this rank, D model, O outp
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,17 +23,6 @@ from moesys.ops.needed import needed_gradients
 # Torch 2.13 has new names for the two.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-
-@dataclass
-class TrafficMeter:
-    """Exact bytes that this rank sent to others since the last `read`."""
-
-    sent_bytes: int = 0
-
-    def read(self) -> int:
-        sent, self.sent_bytes = self.sent_bytes, 0
-        return sent
 
 
 Started = Callable[[], Tensor]

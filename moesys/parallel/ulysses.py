@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesys.parallel.context import DocumentEnds, check_documents, local_chunks
-from moesys.parallel.tensor import TrafficMeter
 
 
 class UlyssesAttention:
     """An attention core for sequences that are shared out over the ranks of `group`.
 
-    Each rank sends, in bytes counted by `meter`, with M' = max(M, P) for key/value heads that several ranks read:
+    Each rank sends, in bytes as profile.traffic counts them, with M' = max(M, P) for key/value heads that several ranks read:
 
         forward    (P - 1) / P * (2 * N + 2 * M') * B * S * H * bytes per element
         backward   the same
@@ -31,7 +30,6 @@ class UlyssesAttention:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.meter = TrafficMeter()
 
     def __call__(
         self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, ends: DocumentEnds | None = None
@@ -63,7 +61,6 @@ class UlyssesAttention:
         x_PBASH = x_PBASH.contiguous()
         out_PBASH = torch.empty_like(x_PBASH)
         dist.all_to_all_single(out_PBASH, x_PBASH, group=self.group)
-        self.meter.sent_bytes += (self.size - 1) * x_PBASH[0].nbytes
         return out_PBASH
 
 

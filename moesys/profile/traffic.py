@@ -51,6 +51,11 @@ class TrafficCounter(TorchDispatchMode):
         self.sent: dict[tuple[tuple[int, ...], str], Traffic] = {}
         """By the group's ranks and the kind of call."""
 
+    @property
+    def total_bytes(self) -> Fraction:
+        """To all groups, by all kinds."""
+        return sum((traffic.bytes for traffic in self.sent.values()), Fraction(0))
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

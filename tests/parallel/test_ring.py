@@ -9,6 +9,7 @@ from moesys.parallel import ring as ring_module
 from moesys.parallel.context import local_positions
 from moesys.parallel.ring import RingAttention
 from moesys.parallel.tile import reference_attention
+from moesys.profile.traffic import TrafficCounter
 from moesys.testing.ranks import run_ranks
 
 SAMPLES, HEADS, KV_HEADS, SEQ_LEN, HEAD_DIM = 2, 4, 2, 48, 16
@@ -52,10 +53,11 @@ def _attend(rank, size, dtype, ends):
     pairs = _count_pairs()
     q, k, v, grad = (_share(x, rank, size) for x in _whole(dtype))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = ring(q, k, v, ends)
-    sent = [ring.meter.read()]
-    grads = torch.autograd.grad(out, (q, k, v), grad)
-    sent.append(ring.meter.read())
+    with TrafficCounter() as forward:
+        out = ring(q, k, v, ends)
+    with TrafficCounter() as backward:
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    sent = [forward.total_bytes, backward.total_bytes]
     return [x.detach() for x in (out, *grads)], sent, pairs
 
 
@@ -160,11 +162,12 @@ def test_the_next_block_is_under_way_before_the_current_one_is_computed():
 def _refused(rank, size):
     ring = RingAttention(dist.group.WORLD)
     q, k, v = (x[:, :, :9] for x in _whole(torch.float32)[:3])
-    with pytest.raises(ValueError, match=r"18 tokens .* 2 \* 2 = 4"):
-        ring(q, k, v)
-    with pytest.raises(ValueError, match="length of the whole sequence, 16"):
-        ring(q[:, :, :8], k[:, :, :8], v[:, :, :8], ((8,), (8,)))
-    return ring.meter.read()
+    with TrafficCounter() as counter:
+        with pytest.raises(ValueError, match=r"18 tokens .* 2 \* 2 = 4"):
+            ring(q, k, v)
+        with pytest.raises(ValueError, match="length of the whole sequence, 16"):
+            ring(q[:, :, :8], k[:, :, :8], v[:, :, :8], ((8,), (8,)))
+    return counter.total_bytes
 
 
 def test_lengths_and_documents_that_do_not_fit_are_refused_before_anything_is_sent():

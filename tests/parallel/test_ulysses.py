@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from moesys.parallel.context import local_positions
 from moesys.parallel.tile import reference_attention
 from moesys.parallel.ulysses import UlyssesAttention, check_heads, in_order, in_shares
+from moesys.profile.traffic import TrafficCounter
 from moesys.testing.ranks import run_ranks
 
 SAMPLES, HEADS, SEQ_LEN, HEAD_DIM = 2, 8, 48, 16
@@ -34,10 +35,11 @@ def _attend(rank, size, num_kv_heads, dtype, ends):
     positions = local_positions(SEQ_LEN, rank, size)
     q, k, v, grad = (x[:, :, positions] for x in _whole(num_kv_heads, dtype))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = ulysses(q, k, v, ends)
-    sent = [ulysses.meter.read()]
-    grads = torch.autograd.grad(out, (q, k, v), grad)
-    sent.append(ulysses.meter.read())
+    with TrafficCounter() as forward:
+        out = ulysses(q, k, v, ends)
+    with TrafficCounter() as backward:
+        grads = torch.autograd.grad(out, (q, k, v), grad)
+    sent = [forward.total_bytes, backward.total_bytes]
     return [x.detach() for x in (out, *grads)], sent
 
 
@@ -101,14 +103,15 @@ def test_heads_that_do_not_share_out_are_refused(num_heads, num_kv_heads, messag
 def _refused(rank, size):
     ulysses = UlyssesAttention(dist.group.WORLD)
     q, k, v = (x[:, :, :9] for x in _whole(2, torch.float32)[:3])
-    with pytest.raises(ValueError, match=r"18 tokens .* 2 \* 2 = 4"):
-        ulysses(q, k, v)
-    q, k, v = (x[:, :, :8] for x in (q, k, v))
-    with pytest.raises(ValueError, match="num_heads=7"):
-        ulysses(q[:, :7], k, v)
-    with pytest.raises(ValueError, match="length of the whole sequence, 16"):
-        ulysses(q, k, v, ((8,), (8,)))
-    return ulysses.meter.read()
+    with TrafficCounter() as counter:
+        with pytest.raises(ValueError, match=r"18 tokens .* 2 \* 2 = 4"):
+            ulysses(q, k, v)
+        q, k, v = (x[:, :, :8] for x in (q, k, v))
+        with pytest.raises(ValueError, match="num_heads=7"):
+            ulysses(q[:, :7], k, v)
+        with pytest.raises(ValueError, match="length of the whole sequence, 16"):
+            ulysses(q, k, v, ((8,), (8,)))
+    return counter.total_bytes
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_sent():
