@@ -29,7 +29,11 @@ can_requeue() {
 run_job() {
   run_folder=$1
   shift
-  local code=0 latest before
+  local code=0 latest before submitted
+  # For the time in the queue; of a requeued job, since it was requeued.
+  submitted=$(scontrol --oneliner show job "$job_id" | sed -n '1s/.* SubmitTime=\([^ ]*\).*/\1/p')
+  MOESYS_SUBMITTED_UNIX_S=${submitted:+$(date -d "$submitted" +%s)}
+  export MOESYS_SUBMITTED_UNIX_S
   signals=0
   "$@" &
   ranks=$!

@@ -89,6 +89,10 @@ def test_a_run_on_two_nodes_is_stopped_requeued_and_done(
     assert steps(run) == list(range(1, 61))
     job = slurm.wait(job_id, "COMPLETED")
     assert (job["Restarts"], job["NumNodes"], job["NumTasks"]) == ("1", "2", "4")
+    first, second = records(run, "start")
+    for start in (first, second):
+        assert 0 <= start["created_unix_s"] - start["submitted_unix_s"] < WAIT_S
+    assert second["submitted_unix_s"] > first["created_unix_s"]
     # From the snapshot, not from the tree.
     assert (run / "code" / "moesys" / "train" / "job.py").is_file()
 
