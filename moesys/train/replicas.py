@@ -181,9 +181,9 @@ def _digests(hashes: Hashes, kind_of: Mapping[str, str]) -> dict[str, int]:
     for what in hashes:
         members[kind_of[what.partition(" ")[0]]].append(what)
     found = {}
-    for whats in members.values():
-        key = hashlib.sha256("\n".join(whats).encode()).hexdigest()[:16]
-        values = b"".join((hashes[what] % 2**64).to_bytes(8, "little") for what in whats)
+    for parts in members.values():
+        key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        values = b"".join((hashes[what] % 2**64).to_bytes(8, "little") for what in parts)
         found[key] = xxhash.xxh3_64_intdigest(values)
     return found
 

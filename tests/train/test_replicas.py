@@ -30,10 +30,10 @@ from moesys.train.trainer import Trainer
 from tests.train.launched import overrides, records
 
 CPU = torch.device("cpu")
-WHATS = st.sampled_from("abcde")
+PARTS = st.sampled_from("abcde")
 
 
-@given(st.lists(st.dictionaries(WHATS, st.integers(0, 2)), max_size=6))
+@given(st.lists(st.dictionaries(PARTS, st.integers(0, 2)), max_size=6))
 def test_odd_ranks_are_those_outside_of_the_majority(hashes_of_ranks):
     found = {odd.what: odd for odd in find_odd(hashes_of_ranks)}
     for what in "abcde":
