@@ -51,4 +51,5 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # exec: a signal from the scheduler or the keyboard reaches torchrun, which passes it to the ranks.
-exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"
+exec "$python" -m torch.distributed.run --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+  "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"

@@ -51,6 +51,9 @@ def launch(programs: Path, *words: str, **changes: str) -> subprocess.CompletedP
     )
 
 
+# By default it takes SIGUSR1 and SIGUSR2 for its own end, without a word to the ranks.
+SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+TORCHRUN = f"-m torch.distributed.run {SIGNALS}"
 SLURM = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NUM_TASKS": "2",
@@ -62,7 +65,7 @@ SLURM = {
 def test_one_machine(programs: Path) -> None:
     done = launch(programs, "--nproc", "4", "experiment=quickstart", "run.name=a b")
     assert done.stdout == (
-        "OMP=2 -m torch.distributed.run --standalone --nproc-per-node 4 "
+        f"OMP=2 {TORCHRUN} --standalone --nproc-per-node 4 "
         "-m moesys.train experiment=quickstart run.name=a b\n"
     )
 
@@ -100,7 +103,7 @@ def test_under_srun_every_node_names_the_same_meeting_point(programs: Path) -> N
     for node in ("0", "1"):
         done = launch(programs, "--nproc", "2", "a=b", **SLURM, SLURM_NODEID=node)
         assert done.stdout == (
-            f"OMP=4 -m torch.distributed.run --nnodes 2 --node-rank {node} --master-addr localhost "
+            f"OMP=4 {TORCHRUN} --nnodes 2 --node-rank {node} --master-addr localhost "
             "--master-port 20005 --nproc-per-node 2 -m moesys.train a=b\n"
         )
 
