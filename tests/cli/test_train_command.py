@@ -12,6 +12,7 @@ import pytest
 
 from moesys.cli import main
 from moesys.config.compose import compose, load_resolved
+from moesys.train.exit_codes import STOPPED_EXIT_CODE
 from tests.cli.processor_time import children_s
 from tests.config.prepared import prepared_data
 
@@ -230,7 +231,7 @@ def test_two_ranks_train_with_a_router_of_the_users_and_stop_on_a_signal(tmp_pat
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.returncode == STOPPED_EXIT_CODE
     assert "Traceback" not in errors
     assert list((tmp_path / "runs" / "long" / "checkpoints").glob("step_*"))
 

@@ -66,6 +66,7 @@ def two_agents(tiny_data, tmp_path_factory) -> list[tuple]:
     return losses(folder)
 
 
+@pytest.mark.chaos
 def test_elastic_torchrun(two_agents, tiny_data, tmp_path):
     meeting = ["--nnodes=1:2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{free_port()}"]
     agent = [*TORCHRUN, *meeting, "--rdzv-id=elastic", "--nproc-per-node=2"]

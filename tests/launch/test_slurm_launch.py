@@ -60,7 +60,7 @@ def steps(run_dir: Path) -> list[int]:
     return [record["step"] for record in records(run_dir, "train")]
 
 
-@pytest.mark.slow
+@pytest.mark.slurm
 @pytest.mark.timeout(600)
 def test_a_run_on_two_nodes_is_stopped_requeued_and_done(
     moesys: Moesys, slurm: SlurmCluster, tiny_data: Path, tmp_path: Path
