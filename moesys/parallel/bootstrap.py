@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import moesys
-from moesys.parallel.interfaces import choose_interface, interfaces_here, own_address
+from moesys.parallel.interfaces import choose_interface, interfaces_here, own_address, running_here
 from moesys.parallel.job_store import open_store, spell_address
 from moesys.parallel.launcher import Launcher, Place
 from moesys.parallel.meeting import Meeting, meet
@@ -149,7 +149,7 @@ def _facts(place: Place, device: torch.device, backend: str, problem: str) -> Fa
     address = own_address(place.store_host)
     chosen = os.environ.get(INTERFACE_VARIABLES[backend])
     if chosen is None and address is not None:
-        chosen = choose_interface(interfaces_here(), address)
+        chosen = choose_interface(interfaces_here(), running_here(), address)
     has_device = device.type == "cuda" and not problem
     return Facts(
         rank=place.rank,

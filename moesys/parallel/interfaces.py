@@ -2,7 +2,7 @@
 
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import psutil
 
@@ -10,11 +10,13 @@ VIRTUAL = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "tun", "t
 """Interfaces of containers and virtual machines begin so: they lead to no other machine."""
 
 
-def choose_interface(interfaces: Mapping[str, Sequence[str]], own_address: str) -> str | None:
+def choose_interface(
+    interfaces: Mapping[str, Sequence[str]], running: Collection[str], own_address: str
+) -> str | None:
     """The name of the interface that holds `own_address`, the address on the way to the store.
 
     A loopback address leads to no other machine (/etc/hosts may give a machine's own name one): then the
-    only other interface that is not a container's. None if there is no one choice.
+    only other interface that is `running` and not a container's. None if there is no one choice.
     """
     if not is_loopback(own_address):
         named = [name for name, addresses in interfaces.items() if own_address in addresses]
@@ -22,7 +24,9 @@ def choose_interface(interfaces: Mapping[str, Sequence[str]], own_address: str) 
     outward = [
         name
         for name, addresses in interfaces.items()
-        if not name.startswith(VIRTUAL) and any(leads_outward(address) for address in addresses)
+        if name in running
+        and not name.startswith(VIRTUAL)
+        and any(leads_outward(address) for address in addresses)
     ]
     return outward[0] if len(outward) == 1 else None
 
@@ -38,14 +42,17 @@ def leads_outward(address: str) -> bool:
 
 
 def interfaces_here() -> dict[str, list[str]]:
-    """The addresses of each interface of this machine that is up."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    """The addresses of each interface of this machine."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         name: [a.address.partition("%")[0] for a in addresses if a.family in families]
         for name, addresses in psutil.net_if_addrs().items()
-        if name in up
     }
+
+
+def running_here() -> set[str]:
+    """The interfaces with something at their other end. The kernel may say so a second late."""
+    return {name for name, state in psutil.net_if_stats().items() if state.isup}
 
 
 def own_address(host: str) -> str | None:

@@ -366,4 +366,9 @@ TWO_NETWORKS = {
 )
 def test_the_interface_towards_the_store(without, own, chosen):
     interfaces = {name: a for name, a in TWO_NETWORKS.items() if name not in without}
-    assert choose_interface(interfaces, own) == chosen
+    assert choose_interface(interfaces, interfaces.keys(), own) == chosen
+
+
+def test_an_interface_that_is_not_running_is_only_taken_for_its_address():
+    assert choose_interface(TWO_NETWORKS, ["lo", "eth0"], "127.0.1.1") == "eth0"
+    assert choose_interface(TWO_NETWORKS, ["lo"], "10.9.0.2") == "ib0"
