@@ -1,9 +1,9 @@
 """One matrix product, timed on every rank at the same time, several times over."""
 
-import time
-
 import torch
 import torch.distributed as dist
+
+from moesys.profile.matmul import product_s
 
 NUM_TRIES, NUM_PRODUCTS = 5, 3
 
@@ -21,14 +21,3 @@ def time_products(device: torch.device, quick: bool) -> list[float]:
         dist.barrier()
         seconds.append(min(product_s(a) for _ in range(NUM_PRODUCTS)))
     return seconds[1:]
-
-
-def product_s(a: torch.Tensor) -> float:
-    """`a` [n, n]."""
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
-    start_s = time.perf_counter()
-    _ = a @ a
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
-    return time.perf_counter() - start_s

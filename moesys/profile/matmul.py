@@ -10,11 +10,12 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype, repeats: int = 5) ->
     """Median TFLOP/s of [n, n] @ [n, n]; n = 1024 on a CPU, 8192 on a GPU. Under 0.5 s."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = [_timed_product(a) for _ in range(repeats + 2)][2:]
+    seconds = [product_s(a) for _ in range(repeats + 2)][2:]
     return 2 * n**3 / statistics.median(seconds) / 1e12
 
 
-def _timed_product(a: torch.Tensor) -> float:
+def product_s(a: torch.Tensor) -> float:
+    """Seconds of `a` [n, n] times itself."""
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     start = time.perf_counter()

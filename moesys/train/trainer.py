@@ -16,10 +16,7 @@ from moesys.checkpoint.errors import CheckpointError, Superseded
 from moesys.checkpoint.saver import Saved, Saver
 from moesys.checkpoint.store import LoadedState, load_latest_good
 from moesys.config.compose import to_yaml
-from moesys.models.transformer import Transformer
 from moesys.optim.schedule import learning_rate
-from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
-from moesys.profile.matmul import matmul_tflops
 from moesys.train.anomaly import AnomalyState
 from moesys.train.backend_choice import choose_backend
 from moesys.train.evaluate import evaluate
@@ -38,6 +35,7 @@ from moesys.train.state import random_state, restore_random_state, run_tensors
 from moesys.train.step import StepResult, TrainStep
 from moesys.train.straggler import StragglerWatch
 from moesys.train.timing import SectionTimer, StepTimes
+from moesys.train.yardstick import yardstick
 
 Record = dict[str, Any]
 
@@ -59,11 +57,6 @@ class Trainer:
         self.check_turn = check_turn or (lambda: None)
         self.timer = SectionTimer(run.process.device)
         self.train_step = TrainStep(run.parallel, run.optimizer, run.meshes, run.config, self.timer)
-        with torch.device("meta"):  # this rank may have no MoE layer
-            self.router_parameters = Transformer(run.config.model).router_parameters()
-        self.flops_per_token = training_flops_per_token(
-            run.config.model, run.config.data.seq_len, self.router_parameters
-        )
         self.saver = Saver(
             run.folder / "checkpoints",
             keep_last=run.config.checkpoint.keep_last,
@@ -106,7 +99,7 @@ class Trainer:
         resumed = self._resume()
         self.start_up.mark("load")
         self.backend, self.backend_reason = choose_backend(self.run, self._dtype())
-        self.peak_tflops, self.peak_source = self._peak()
+        self.yardstick = yardstick(self.run, self._dtype())
         self._set_random_state(resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
             self.saver.reserve(self._tensors(), random_state(self.run.process.device))
@@ -270,9 +263,9 @@ class Trainer:
                 step_s=step_s,
                 sections_ms=sections_ms | {"checkpoint": self.unrecorded_checkpoint_ms},
                 bytes_per_token=self.run.bytes_per_token,
-                flops_per_token=self.flops_per_token,
+                flops_per_token=self.yardstick.flops_per_token,
                 world_size=self.run.process.world_size,
-                peak_tflops=self.peak_tflops,
+                peak_tflops=self.yardstick.peak_tflops,
             )
             | self.step_times.fields(step_s, sections_ms)
         )
@@ -368,12 +361,6 @@ class Trainer:
         if resumed is not None and resumed.rank_tensors is not None:
             restore_random_state(resumed.rank_tensors, process.device)
 
-    def _peak(self) -> tuple[float, str]:
-        if self.config.metrics.peak_tflops is not None:
-            return self.config.metrics.peak_tflops, "set by metrics.peak_tflops"
-        measured = matmul_tflops(self.run.process.device, self._dtype())
-        return measured, f"measured, a large {self.config.train.dtype} matrix product on rank 0"
-
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.config.train.dtype == "bf16" else torch.float32
 
@@ -399,23 +386,13 @@ class Trainer:
             **start_record(self.config, self.run.meshes.dims, self.run.process),
             "expert_backend": self.backend,
             "expert_backend_reason": self.backend_reason,
-            "peak_tflops": self.peak_tflops,
-            "peak_source": self.peak_source,
-            **self._sizes(),
-            "flops_per_token": self.flops_per_token,
+            **self.yardstick.fields(),
             **self.start_up.fields(),
             "resumed_from_step": self.step,
             "notes": [
                 f"skipped {bad.path.name}: {bad.reason}"
                 for bad in (resumed.skipped if resumed else ())
             ],
-        }
-
-    def _sizes(self) -> Record:
-        model = self.config.model
-        return {
-            "parameters": total_parameters(model, self.router_parameters),
-            "active_parameters": active_parameters(model, self.router_parameters),
         }
 
     @property
@@ -434,7 +411,7 @@ class Trainer:
             "tokens_per_s": self.tokens_per_s,
             "wall_s": self.wall_s,
             "world_size": self.run.process.world_size,
-            **self._sizes(),
+            **self.yardstick.sizes(),
             "tokens": self._tokens(),
             "goodput": self.goodput,
         }

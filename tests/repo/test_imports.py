@@ -74,7 +74,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     # The one door for faults on purpose: nothing of it is imported where none are asked for.
     "train.__main__": ("train", "chaos"),
-    "doctor": ("doctor", "checkpoint", "parallel", "plan", "ops", "config.schema"),
+    "doctor": ("doctor", "checkpoint", "profile", "parallel", "plan", "ops", "config.schema"),
     "cli": ("",),
     "__main__": ("cli",),
 }
