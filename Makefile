@@ -16,6 +16,8 @@ TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 # More arguments for pytest, e.g. ARGS='tests/moe -x'.
 ARGS   ?=
+# How many tests run at a time, besides those that want the machine to themselves.
+WORKERS ?= 2
 # The benchmarks of `make bench`.
 BENCHMARKS ?= all
 
@@ -94,7 +96,11 @@ quickstart: $(BUILD_STAMP) data/stdlib/manifest.json ## train a small MoE model 
 
 .PHONY: test
 test: $(TEST_STAMP) $(BUILD_STAMP) ## run every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+	$(call pytest,-n $(WORKERS) --dist loadfile -m 'not alone and $(QUICK)')
+	$(call pytest,-m 'alone and $(QUICK)')
+
+QUICK  = not parity and not oracle and not slurm and not chaos
+pytest = $(BIN)/python -m pytest $(1) $(ARGS) || [ $$? = 5 ] # 5: no such test among those of ARGS
 
 # Whose tests report figures of `moesys bench parallel`, besides those marked parity.
 FIGURES := build/figures.jsonl

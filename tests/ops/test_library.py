@@ -32,7 +32,6 @@ def build(*arguments: str, **environment: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 @needs_nvcc
 def test_every_source_compiles_and_only_once() -> None:
     """CUDA too, with any torch and without a GPU. Objects are kept, so this is slow only once."""

@@ -92,7 +92,11 @@ def test_quickstart_installs_the_core_only_trains_and_reports(
 
 def test_second_test_installs_nothing(make: Callable[..., list[str]]) -> None:
     assert len([line for line in make("test") if line.startswith("pip")]) == 5
-    assert make("test", "ARGS=-x") == ["python -m pytest -x"]
+    marked = "not parity and not oracle and not slurm and not chaos"
+    assert make("test", "ARGS=-x", "WORKERS=3") == [
+        f"python -m pytest -n 3 --dist loadfile -m not alone and {marked} -x",
+        f"python -m pytest -m alone and {marked} -x",
+    ]
 
 
 def test_what_changed_is_repeated_and_nothing_else(

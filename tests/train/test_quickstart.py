@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 360.0
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_quickstart_learns_in_six_minutes(tmp_path):
     began = time.monotonic()

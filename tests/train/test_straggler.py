@@ -104,6 +104,7 @@ def test_nothing_is_gathered_where_nothing_can_be_compared(every_steps, ranks):
     assert one.due(5) is None
 
 
+@pytest.mark.alone
 def test_a_slow_rank_is_named_with_its_node(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("SLOW_RANK", "1")
     monkeypatch.setenv("SLOW_S", "0.1")

@@ -268,6 +268,7 @@ def wait_until_a_step_is_late(folder) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.alone
 def test_a_stopped_rank_ends_the_job_in_the_configured_time(tiny_data, tmp_path):
     process, ranks = started(tiny_data, tmp_path / "run", "train.timeout_s=8", ranks=4)
     ranks[1].send_signal(signal.SIGSTOP)
@@ -303,6 +304,7 @@ def test_a_rank_that_raises_is_named_with_its_error(tiny_data, tmp_path, monkeyp
     assert "the poison works" in stop["reason"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fault", ["wait all 41 14", "wait 1 41 6"])
 def test_slow_steps_are_not_hung_ones(tiny_data, tmp_path, monkeypatch, fault):
     """No collective under way for longer than the timeout; then one, for less than it."""
