@@ -182,7 +182,6 @@ class MyRouter(TopKRouter):
 """
 
 
-@pytest.mark.slow
 def test_two_ranks_train_with_a_router_of_the_users_and_stop_on_a_signal(tmp_path: Path) -> None:
     """Through torchrun: the folder, the overrides and the working folder reach every rank."""
     (tmp_path / "my_router.py").write_text(ROUTER)
