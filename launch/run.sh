@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
 # Train: one torchrun per machine. The rest of the line are keys of the configuration.
 #
-#   launch/run.sh [--nproc RANKS_PER_MACHINE] experiment=quickstart train.steps=50
+#   launch/run.sh [--nproc RANKS_PER_MACHINE] [--relaunch TIMES] experiment=quickstart train.steps=50
 #   srun --ntasks-per-node=1 launch/run.sh experiment=...      # the same on every node of a Slurm job
 #   srun --ntasks-per-node=8 launch/run.sh experiment=...      # every task is a rank; no torchrun
 #
 # RANKS_PER_MACHINE defaults to the machine's GPUs, or 2 without any. PYTHON names the interpreter.
-# PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies.
+# PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies. If torchrun itself is killed, or crashes,
+# the job is started again, at most TIMES (default: 3; 0 = never). Not under srun: there Slurm sees the end of the step.
 set -euo pipefail
 
-nproc_per_node=
-if [[ ${1:-} == --nproc ]]; then
-  nproc_per_node=${2:-}
-  [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
+nproc_per_node='' relaunch=3
+while [[ ${1:-} == --nproc || ${1:-} == --relaunch ]]; do
+  if [[ $1 == --nproc ]]; then
+    nproc_per_node=${2:-}
+    [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
+  else
+    relaunch=${2:-}
+    [[ $relaunch =~ ^[0-9]{1,6}$ ]] || { echo "run.sh: --relaunch needs how often torchrun may be started again, got '$relaunch'" >&2; exit 2; }
+  fi
   shift 2
-fi
+done
 # Only srun sets SLURM_STEP_*: a script under sbatch that calls this without srun trains on its one machine.
 nodes=${SLURM_STEP_NUM_NODES:-1} tasks=${SLURM_STEP_NUM_TASKS:-1}
 if ((tasks != nodes)); then
@@ -50,6 +56,47 @@ fi
 # After SIGTERM the ranks end their step, evaluate where that is due, and save: more than torchrun's 30 s may pass.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
+torchrun() {
+  exec "${kept[@]}" "$python" -m torch.distributed.run --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+    "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"
+}
+
+kept=()
 # exec: a signal from the scheduler or the keyboard reaches torchrun, which passes it to the ranks.
-exec "$python" -m torch.distributed.run --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
-  "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"
+if [[ -n ${SLURM_STEP_NUM_NODES:-} ]] || ((relaunch == 0)); then
+  torchrun "$@"
+fi
+
+# torchrun in a process group of its own: what is typed at the terminal comes to this script alone, which hands it on once.
+set -m
+# Should this script be killed, the ranks save and stop: nobody would see to them any more.
+if command -v setpriv >/dev/null; then kept=(setpriv --pdeathsig TERM); fi
+signals=0 asked='' agent=''
+for signal in TERM INT HUP QUIT USR1 USR2; do
+  # shellcheck disable=SC2064
+  trap "signals=\$((signals + 1)) asked=$signal; [[ -z \$agent ]] || kill -$signal \$agent 2>/dev/null || true" "$signal"
+done
+for ((launched = 1; ; launched++)); do
+  torchrun "$@" &
+  agent=$! code=127
+  [[ -z $asked ]] || kill -"$asked" "$agent" 2>/dev/null || true # it came before there was an agent
+  # A signal ends `wait` early, so wait until it ended by itself; 127 = its code was taken already.
+  while :; do
+    before=$signals latest=0
+    wait "$agent" || latest=$?
+    ((latest == 127)) || code=$latest
+    ((signals == before)) || continue
+    kill -0 "$agent" 2>/dev/null || break
+    sleep 0.2 # it is stopped, not ended
+  done
+  case $((code - 128)) in
+    4 | 6 | 7 | 8 | 9 | 11) ;; # ILL ABRT BUS FPE KILL SEGV: not its own choice. Else it has said what was wrong, as 1 or 2
+    *) exit "$code" ;;
+  esac
+  if ((signals)); then exit "$code"; fi
+  if ((launched > relaunch)); then
+    echo "run.sh: torchrun was ended by signal $((code - 128)), and had been started again $relaunch times (--relaunch)" >&2
+    exit "$code"
+  fi
+  echo "run.sh: torchrun (process $agent) was ended by signal $((code - 128)); started again, $launched of $relaunch" >&2
+done

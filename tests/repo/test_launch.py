@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,74 @@ def test_a_wrong_number_of_ranks_is_refused(programs: Path) -> None:
     done = launch(programs, "--nproc", "two", "experiment=quickstart")
     assert done.returncode == 2
     assert "--nproc needs a number of ranks, got 'two'" in done.stderr
+
+
+def stand_in(programs: Path, body: str) -> Path:
+    """An interpreter that adds a line to the file returned each time it is started, and then does `body`."""
+    starts = programs / "starts"
+    (programs / "show").write_text(f"#!/bin/sh\necho start >> {starts}\n{body}\n")
+    starts.touch()
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("words", "body", "num_starts", "code"),
+    [
+        ([], "[ $(wc -l < ${0%show}starts) -ge 3 ] || kill -9 $$", 3, 0),
+        ([], "kill -9 $$", 4, 137),
+        (["--relaunch", "1"], "kill -SEGV $$", 2, 139),
+        (["--relaunch", "0"], "kill -9 $$", 1, 137),
+        # Its own word: done, ranks failed, wrong words, saved on request, asked to end.
+        *(([], f"exit {code}", 1, code) for code in (0, 1, 2, 75)),
+        ([], "kill -TERM $$", 1, 143),
+    ],
+)
+def test_torchrun_is_started_again_only_if_it_was_killed(
+    programs: Path, words: list[str], body: str, num_starts: int, code: int
+) -> None:
+    starts = stand_in(programs, body)
+    done = launch(programs, *words, "--nproc", "2", "a=b")
+    # Without a script between them it is the signal itself.
+    assert done.returncode in (code, 128 - code), done.stderr
+    assert len(starts.read_text().splitlines()) == num_starts
+    assert done.stderr.count("started again, ") == num_starts - 1
+
+
+def test_nothing_is_started_again_under_srun(programs: Path) -> None:
+    starts = stand_in(programs, "kill -9 $$")
+    assert launch(programs, "a=b", **SLURM, SLURM_NODEID="0").returncode == -signal.SIGKILL
+    assert len(starts.read_text().splitlines()) == 1
+
+
+def test_a_wrong_number_of_relaunches_is_refused(programs: Path) -> None:
+    done = launch(programs, "--relaunch", "always", "a=b")
+    assert done.returncode == 2
+    assert "got 'always'" in done.stderr
+
+
+@pytest.mark.parametrize("how", ["asked", "killed"])
+def test_the_end_of_the_script_is_the_end_of_torchrun(programs: Path, how: str) -> None:
+    """Asked to stop, it starts nothing again, whatever becomes of torchrun; killed, torchrun is asked to stop."""
+    if how == "killed" and shutil.which("setpriv") is None:
+        pytest.skip("setpriv lets torchrun hear of it")
+    heard = programs / "heard"
+    # A shell runs a trap when its child has ended.
+    body = f"trap 'echo TERM >> {heard}; kill -9 $$' TERM\necho $$ > {heard}\nwhile :; do sleep 0.1; done"
+    starts = stand_in(programs, body)
+    process = subprocess.Popen(["bash", str(RUN_SH), "a=b"], env=environment(programs, {}))
+    wait_for_line(heard, 1)
+    process.send_signal(signal.SIGTERM if how == "asked" else signal.SIGKILL)
+    assert process.wait(timeout=30) == (137 if how == "asked" else -signal.SIGKILL)
+    wait_for_line(heard, 2)
+    assert heard.read_text().splitlines()[1:] == ["TERM"]
+    assert len(starts.read_text().splitlines()) == 1
+
+
+def wait_for_line(path: Path, count: int) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_under_srun_every_node_names_the_same_meeting_point(programs: Path) -> None:
