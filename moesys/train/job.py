@@ -1,6 +1,7 @@
 """A training job from its overrides to its exit code: compose, check, join, train."""
 
 import os
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group
 from moesys.parallel.flight import record_flights
 from moesys.parallel.surroundings import place_here
+from moesys.train.agent import find_agent
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
 from moesys.train.patience import LONGEST_S
 from moesys.train.setup import build_run
@@ -40,6 +42,9 @@ def main(
     `resolved` is a whole configuration, as a run folder has it, in place of overrides. `prepare` gets this rank's
     trainer before it trains.
     """
+    agent = find_agent(os.environ)
+    if agent is not None:
+        agent.at_its_end(signal.SIGKILL)
     start_up = begin_start_up(os.environ)
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
     place = place_here(os.environ)
@@ -60,7 +65,7 @@ def main(
             place,
             settings=to_yaml(config),
         ) as process,
-        Watch(process, config.train.timeout_s) as watch,
+        Watch(process, config.train.timeout_s, agent) as watch,
     ):
         start_up.mark("rendezvous")
         is_writer = process.rank == 0

@@ -6,7 +6,7 @@ from typing import Literal
 
 from moesys.train.neighbour import ProcessId
 
-Kind = Literal["died", "failed", "hung", "cut off", "stopped"]
+Kind = Literal["died", "failed", "orphaned", "hung", "cut off", "stopped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class Beat:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What rank `by` found: that another died or is stopped, or that it failed itself, waited too long, was cut off."""
+    """What rank `by` found: that another died or is stopped, or that it failed itself, lost the agent that started it,
+    waited too long, was cut off."""
 
     kind: Kind
     about: int
@@ -43,10 +44,12 @@ def cause(reports: Sequence[Report]) -> Report | None:
     A rank that was cut off, or gave up a hung collective, leaves too, and one that is stopped is killed after a hang:
     their ends are no cause.
     """
-    gave_up = {r.by for r in reports if r.kind in ("failed", "hung", "cut off")}
+    gave_up = {r.by for r in reports if r.kind in ("failed", "orphaned", "hung", "cut off")}
     gave_up |= {r.about for r in reports if r.kind == "stopped"}
     for report in reports:
-        if report.kind == "failed" or (report.kind == "died" and report.about not in gave_up):
+        if report.kind in ("failed", "orphaned"):
+            return report
+        if report.kind == "died" and report.about not in gave_up:
             return report
     for kind in ("hung", "cut off"):
         for report in reports:
@@ -82,6 +85,8 @@ def sentence(report: Report, beats: Mapping[int, Beat], *, silence_limit_s: floa
         return f"rank {rank} died at step {step}{seen}"
     if report.kind == "failed":
         return f"rank {rank} failed at step {step}: {report.text}"
+    if report.kind == "orphaned":
+        return f"rank {rank} lost its launcher at step {step}: {report.text}{seen}"
     silent = silent_ranks(beats, limit_s=silence_limit_s)
     if silent:
         blame = "; " + ", ".join(

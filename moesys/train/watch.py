@@ -26,6 +26,7 @@ import moesys
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.flight import Flight, flight
 from moesys.parallel.lifeline import Lifeline
+from moesys.train.agent import Agent
 from moesys.train.exit_codes import LOST_EXIT_CODE
 from moesys.train.neighbour import ProcessId, end_if_stopped, is_stopped, own_process
 from moesys.train.patience import FACTOR, LONGEST_S, SHORTEST_S, unheard
@@ -52,6 +53,8 @@ OWN_PATIENCE_S = 30.0
 """For a rank that failed by itself to close its files and groups."""
 AWAY_S = 5.0
 """A watch that did not run for so long was stopped itself: what it measured before does not count."""
+ORPHAN_S = 1.0
+"""The job's store may be lost just before the kernel says that the agent, which served it, is gone."""
 _SMALL_WORLD = 64
 """Up to so many ranks each reads what all of them said last."""
 _PACKAGE = str(Path(moesys.__file__).parent)
@@ -60,8 +63,11 @@ _PACKAGE = str(Path(moesys.__file__).parent)
 class Watch:
     """`with Watch(...) as watch:` around all that a rank does in a job. A world of one has nothing to watch."""
 
-    def __init__(self, process: Process, timeout_s: float | None) -> None:
-        """`timeout_s`: a collective may take so long, the slowest rank's arrival included. None = as `limit_s` says."""
+    def __init__(
+        self, process: Process, timeout_s: float | None, agent: Agent | None = None
+    ) -> None:
+        """`timeout_s`: a collective may take so long, the slowest rank's arrival included. None = as `limit_s` says.
+        `agent`: without it this rank ends."""
         self.step: Callable[[], int] = lambda: 0
         """Where the training loop is; set once there is one."""
         self.on_leave: Callable[[str], None] = lambda reason: None
@@ -70,6 +76,7 @@ class Watch:
         self._backend, self._timeout_s = process.backend, timeout_s
         self.limit_s: Callable[[], float] = lambda: LONGEST_S
         """By what was measured, for what this rank does now; set once there is a training loop. Any thread."""
+        self._agent = agent
         self._process = own_process()
         self._heard: tuple[float, dict[int, float]] | None = None
         self._reports: list[Report] = []  # in the order of their arrival; appended to only
@@ -97,6 +104,9 @@ class Watch:
             ]
             for thread in self._threads:
                 thread.start()
+            if self._agent is not None:
+                # One that is stopped wakes up, sees it, and ends.
+                self._agent.at_its_end(signal.SIGCONT)
         return self
 
     def __exit__(
@@ -117,6 +127,8 @@ class Watch:
         self._closing = True
         for thread in self._threads:
             thread.join()
+        if self._agent is not None:
+            self._agent.at_its_end(signal.SIGKILL)
         self._lifeline.leave()
         self._lifeline.close()
 
@@ -163,7 +175,10 @@ class Watch:
                     received += 1
                     self._receive(Report(**json.loads(self._post.get(f"report/{received}"))))
             except RuntimeError as error:  # dist.DistError among them
-                if not self._closing:
+                self._wait_until(
+                    lambda: self._closing or cause(self._reports) is not None, ORPHAN_S
+                )
+                if not self._closing and cause(self._reports) is None:
                     self._report("hung", self._rank, f"the job's store does not answer: {error}")
                 return
             with self._news:
@@ -190,6 +205,11 @@ class Watch:
         while not self._closing:
             for rank in self._lifeline.poll(BEAT_S / 2):
                 self._report("died", rank, "")
+            if self._agent is not None and self._agent.is_gone:
+                self._report(
+                    "orphaned", self._rank, f"torchrun, process {self._agent.pid}, is gone"
+                )
+                self._agent = None  # told
             now_s = time.monotonic()
             if now_s - seen_s > AWAY_S:
                 self._progress_s, self._heard = now_s, None
@@ -205,6 +225,8 @@ class Watch:
     def _patience_s(self, found: Report) -> float:
         """For the main thread to say it and end."""
         is_own = found.about == self._rank
+        if found.kind == "orphaned":
+            return BEAT_S if is_own else PATIENCE_S  # until it is sent
         if found.kind == "hung":
             return 0.0 if is_own else PATIENCE_S  # it cannot, or is not concerned
         if found.kind == "failed":
@@ -310,7 +332,9 @@ class Watch:
             self._news.wait_for(is_so, timeout_s)
 
     def _sentence(self, found: Report) -> str:
-        is_about_one = found.kind in ("died", "failed") or self._world_size > _SMALL_WORLD
+        is_about_one = (
+            found.kind in ("died", "failed", "orphaned") or self._world_size > _SMALL_WORLD
+        )
         ranks = [found.about] if is_about_one else range(self._world_size)
         beats: dict[int, Beat] = {}
         _within(2.0, lambda: beats.update(self._beats(ranks)))

@@ -1,8 +1,10 @@
 """A rank that dies, raises or hangs ends the job on all ranks, and every rank says which and at which step."""
 
+import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -26,6 +28,7 @@ from moesys.train.verdict import (
     table,
 )
 from tests.train.launched import (
+    ROOT,
     finish,
     one_rank,
     overrides,
@@ -67,6 +70,8 @@ def report(kind, about: int, by: int | None = None, text: str = "") -> Report:
         ([report("failed", 1), report("cut off", 0), report("died", 1, 0)], ("failed", 1)),
         ([report("cut off", 0), report("hung", 1)], ("hung", 1)),
         ([report("died", 3, 0), report("failed", 1)], ("died", 3)),
+        # A rank without its agent leaves, and the store went with that agent.
+        ([report("hung", 2), report("orphaned", 1), report("died", 1, 0)], ("orphaned", 1)),
         # A stopped rank is killed because of the hang.
         ([report("hung", 0), report("died", 1, 2), report("stopped", 1, 0)], ("hung", 0)),
     ],
@@ -81,6 +86,13 @@ def test_a_death_is_told_with_rank_step_and_where_it_was_seen():
     said = sentence(report("died", 1, 0), {1: beat(6)}, silence_limit_s=3.0)
     assert said.startswith("rank 1 died at step 7 (last seen at parallel/exchange.py:64 rows, ")
     assert sentence(report("died", 1, 0), {}, silence_limit_s=3.0) == "rank 1 died at step 7"
+
+
+def test_a_rank_without_its_agent_says_so():
+    said = sentence(
+        report("orphaned", 1, text="torchrun, process 5, is gone"), {}, silence_limit_s=3.0
+    )
+    assert said == "rank 1 lost its launcher at step 7: torchrun, process 5, is gone"
 
 
 def test_a_hang_names_the_silent_else_those_that_are_waited_for():
@@ -243,6 +255,27 @@ def test_a_killed_rank_is_named_by_the_others(tiny_data, tmp_path, victim):
         assert stop["reason"].startswith(f"failed: rank {victim} died at step ")
 
 
+def test_ranks_do_not_outlive_their_agent(tiny_data, tmp_path):
+    """The running one says why; a stopped one wakes up and ends too."""
+    process, ranks = started(tiny_data, tmp_path / "run")
+    ranks[1].send_signal(signal.SIGSTOP)
+    process.kill()
+    for rank in ranks:
+        wait_for_end(rank, timeout_s=10)
+    code, output = finish(process)
+    assert code == -signal.SIGKILL
+    said = leaving(output)
+    assert len(said) == 2, output
+    for line in said:
+        assert re.match(
+            rf"rank [01] lost its launcher at step \d+: torchrun, process {process.pid}, is gone",
+            line,
+        ), output
+        assert line.endswith(f"leaves, exit code {LOST_EXIT_CODE}")
+    (stop,) = records(tmp_path / "run", "stop")
+    assert stop["reason"].startswith("failed: rank 0 lost its launcher at step ")
+
+
 def test_a_wait_that_raises_nothing_ends_too(tiny_data, tmp_path, monkeypatch):
     """As over NCCL: the main thread of the rank that is left sees no error, and SIGTERM does not reach it."""
     monkeypatch.setenv("FAULT", "wait 0 41 60")
@@ -316,6 +349,38 @@ def test_slow_steps_are_not_hung_ones(tiny_data, tmp_path, monkeypatch, fault):
     assert records(tmp_path / "run", "stop")[-1]["reason"] == "done"
     steps_ms = [r["step_ms"] for r in records(tmp_path / "run", "train")]
     assert max(steps_ms) > 5e3, "nothing was slow"
+
+
+FAILS = """
+import sys
+from moesys.parallel.bootstrap import process_group
+from moesys.train import watch
+
+watch.BEAT_S = 0.0  # a thread is in the store whenever the interpreter ends
+try:
+    with process_group("cpu", 60.0, 60.0) as process, watch.Watch(process, 60.0):
+        raise ValueError("no room")
+except ValueError as error:
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def test_a_rank_that_fails_ends_with_its_own_code():
+    """And not with SIGABRT, because a thread was in a C++ call while the interpreter ended."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    given = [*torchrun, "--no-python", sys.executable, "-c", FAILS]
+    done = subprocess.run(
+        given,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "error: no room" in done.stderr, done.stderr
+    assert re.findall(r"exitcode *: (-?\d+)", done.stderr) in (["2"], ["2", "2"]), done.stderr
 
 
 def test_a_world_of_one_has_no_threads():
