@@ -20,7 +20,7 @@ from moesys.parallel.interfaces import choose_interface, interfaces_here, own_ad
 from moesys.parallel.job_store import open_store, spell_address
 from moesys.parallel.launcher import Launcher, Place
 from moesys.parallel.meeting import Meeting, meet
-from moesys.parallel.roll_call import Expected, Facts
+from moesys.parallel.roll_call import Expected, Facts, Verdict
 from moesys.parallel.surroundings import place_here
 
 START_TIMEOUT_S = 300.0
@@ -40,7 +40,7 @@ class Process:
     nodes: tuple[str, ...] = ("localhost",)
     """The name of each rank's node."""
     rank_order: str = "as started"
-    """Or "by topology", if that puts ranks of a node, or nodes of a switch, together."""
+    """Or "by topology" or "as measured", if that puts ranks of a node, or nodes of a switch, together."""
 
     @property
     def node(self) -> str:
@@ -54,11 +54,13 @@ def process_group(
     start_timeout_s: float = START_TIMEOUT_S,
     place: Place | None = None,
     settings: str = "",
+    measured: Mapping[str, str] | None = None,
 ) -> Iterator[Process]:
     """Join the run (NCCL on GPUs, gloo on CPUs), leave it at the end. `device`: auto, cpu or cuda.
 
     Collective. The ranks have `start_timeout_s` to meet, and must have the same `settings`; after that a
-    collective has `timeout_s`. `place` is this process's own unless given. Rank 0 prints warnings.
+    collective has `timeout_s`. `place` is this process's own unless given. `measured`: each node's address by
+    which ranks are put in order, in place of what the launcher tells. Rank 0 prints warnings.
 
     Raises:
         ValueError: the launcher's variables are wrong; a rank is missing or differs; the store is out of reach.
@@ -81,6 +83,7 @@ def process_group(
             nodes=place.nodes,
             ranks_per_node=place.ranks_per_node,
             within_s=start_timeout_s,
+            measured=measured or {},
         )
         meeting = meet(dist.PrefixStore(f"moesys {place.job}", base), mine, settings, expected)
         base.set_timeout(timedelta(seconds=timeout_s))
@@ -140,8 +143,14 @@ def _joined(place: Place, device: torch.device, backend: str, meeting: Meeting) 
         backend=backend,
         launcher=place.launcher,
         nodes=tuple(verdict.nodes),
-        rank_order="by topology" if verdict.is_reordered else "as started",
+        rank_order=_rank_order(verdict),
     )
+
+
+def _rank_order(verdict: Verdict) -> str:
+    if not verdict.is_reordered:
+        return "as started"
+    return "as measured" if verdict.is_measured else "by topology"
 
 
 def _facts(place: Place, device: torch.device, backend: str, problem: str) -> Facts:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from moesys.parallel.topology import order_by_topology
 
@@ -43,6 +43,8 @@ class Verdict:
     new_ranks: list[int]
     """Of each rank as it was started."""
     has_several_machines: bool
+    is_measured: bool = False
+    """Whether the new ranks follow from what nodes measured, not from what the launcher tells."""
 
     @property
     def is_reordered(self) -> bool:
@@ -58,6 +60,8 @@ class Expected:
     """The node of each rank, where the launcher tells; else ()."""
     ranks_per_node: int | None
     within_s: float
+    measured: Mapping[str, str] = field(default_factory=dict)
+    """The address of each node as `nearness` finds it; {} where nobody asks for it."""
 
 
 _ALIKE = {
@@ -80,7 +84,12 @@ def judge(present: Mapping[int, Facts], expected: Expected, complaints: Sequence
         if present[rank].problem
     ]
     problems += _differences(present)
-    topologies = [present[rank].topology for rank in ranks]
+    unmeasured = {f.node for f in present.values()} - expected.measured.keys()
+    is_measured = bool(expected.measured) and not unmeasured
+    topologies = [
+        expected.measured[f.node] if is_measured else f.topology
+        for f in (present[rank] for rank in ranks)
+    ]
     is_known = len(present) == expected.world_size and all(topologies)
     new_ranks = list(range(expected.world_size))
     if is_known:
@@ -90,10 +99,14 @@ def judge(present: Mapping[int, Facts], expected: Expected, complaints: Sequence
         nodes[new_ranks[rank]] = present[rank].node
     return Verdict(
         problems=problems,
-        warnings=list(_clocks(present)),
+        warnings=[
+            *_clocks(present),
+            *(_not_measured(unmeasured) if expected.measured and unmeasured else ()),
+        ],
         nodes=nodes,
         new_ranks=new_ranks,
         has_several_machines=len({f.address for f in present.values() if f.address}) > 1,
+        is_measured=is_measured,
     )
 
 
@@ -151,6 +164,13 @@ def _clocks(present: Mapping[int, Facts]) -> Iterator[str]:
             f"clocks differ from rank 0's by more than {CLOCK_SKEW_S:g} s: {said}; times in logs and "
             "heartbeats mislead: start NTP or chrony there"
         )
+
+
+def _not_measured(nodes: set[str]) -> Iterator[str]:
+    yield (
+        f"MOESYS_LINKS says nothing of {_some(nodes)}: ranks are not put in order by it; measure these nodes "
+        "too, with moesys doctor --cluster --json"
+    )
 
 
 def spell(ranks: Sequence[int], most: int = 6) -> str:

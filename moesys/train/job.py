@@ -16,6 +16,7 @@ from moesys.launch.status import State
 from moesys.models.transformer import Transformer
 from moesys.parallel.bootstrap import process_group
 from moesys.parallel.flight import record_flights
+from moesys.parallel.measured import addresses_in
 from moesys.parallel.surroundings import place_here
 from moesys.train.agent import find_agent
 from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
@@ -47,7 +48,7 @@ def main(
         agent.at_its_end(signal.SIGKILL)
     start_up = begin_start_up(os.environ)
     config = load_resolved(resolved) if resolved else compose(overrides, config_dir)
-    place = place_here(os.environ)
+    place, measured = place_here(os.environ), addresses_in(os.environ)
     config, told = fit_to_world(config, place.world_size)
     warnings = told + check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
@@ -64,6 +65,7 @@ def main(
             config.train.start_timeout_s,
             place,
             settings=to_yaml(config),
+            measured=measured,
         ) as process,
         Watch(process, config.train.timeout_s, agent) as watch,
     ):
@@ -74,13 +76,14 @@ def main(
                 print(f"warning: {warning}", flush=True)
         folder = Path(config.run.dir)
         with turn_to_write(folder, watch.explain) if is_writer else nullcontext() as turn:
+            if turn is not None:
+                stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")
             run = build_run(config, process, start_up.mark)
             trainer = Trainer(run, turn and turn.check, start_up)
             watch.step, trainer.explain = lambda: trainer.step, watch.explain
             watch.limit_s = lambda: trainer.patience_s
             trainer.is_hang = watch.is_hang
             if turn is not None:
-                stop.before_leaving = lambda: turn.say("requeued", "stopped before its first step")
                 watch.on_leave = lambda reason: _leave(trainer, turn, reason)
             if prepare is not None:
                 prepare(trainer)

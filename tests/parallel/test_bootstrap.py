@@ -1,6 +1,8 @@
 """Joining and leaving a run: ranks that meet, and each way in which they do not."""
 
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from moesys.parallel import meeting
 from moesys.parallel.bootstrap import process_group
 from moesys.parallel.job_store import open_store
 from moesys.parallel.launcher import Place, find_place
@@ -277,6 +280,62 @@ def test_ranks_in_turns_over_nodes_are_put_in_order():
     assert not judge(one_unknown, expected(4), []).is_reordered
 
 
+def test_versions_that_differ_are_told_on_every_rank():
+    given = [facts(r, torch="2.12.1" if r == 2 else "2.13.0") for r in range(3)]
+    given[1] = replace(given[1], python="3.12.0")
+    said = gather(dist.HashStore(), [(f, "", expected(3)) for f in given])
+    text = "torch must be the same on all ranks, but is 2.13.0 on ranks 0-1 (n0), 2.12.1 on rank 2 (n1)"
+    assert text in said[0]
+    # The others say the first and how many more there are.
+    assert all(("python must be the same" in s) and "(and 1 more, in rank 0" in s for s in said[1:])
+
+
+def test_a_clock_that_is_ahead_is_told_when_ranks_meet(monkeypatch):
+    """On one rank of two, whose thread has the time of a machine without NTP."""
+
+    class Clocks:
+        monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
+
+        @staticmethod
+        def time() -> float:
+            is_wrong = threading.current_thread().name.startswith("wrong")
+            return time.time() + (9.0 if is_wrong else 0.0)
+
+    monkeypatch.setattr(meeting, "time", Clocks)
+    store, met = dist.HashStore(), []
+    threads = [
+        threading.Thread(
+            target=lambda r=r: met.append(meet(store, facts(r, node=f"n{r}"), "", expected(2))),
+            name=name,
+        )
+        for r, name in enumerate(("right", "wrong"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (warning,) = met[0].verdict.warnings
+    said = re.search(r"n1 is (\d\.\d) s ahead", warning)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(9.0, abs=1.5)
+    assert "start NTP or chrony there" in warning
+    assert not met[0].verdict.problems
+
+
+def test_measured_nodes_are_put_in_order_unless_one_is_unknown():
+    # n0 and n2 share a switch, whatever the launcher says of it.
+    measured = {"n0": "a.n0", "n1": "b.n1", "n2": "a.n2", "n3": "b.n3"}
+    given = [facts(r, node=f"n{r}", topology=f"s.n{r}") for r in range(4)]
+    present = dict(enumerate(given))
+    verdict = judge(present, expected(4, measured=measured), [])
+    assert verdict.new_ranks == [0, 2, 1, 3]
+    assert verdict.is_measured
+    del measured["n3"]
+    verdict = judge(present, expected(4, measured=measured), [])
+    assert not verdict.is_reordered
+    assert "MOESYS_LINKS says nothing of n3: ranks are not put in order" in verdict.warnings[0]
+
+
 def test_several_machines_are_told_from_one():
     one = {r: facts(r) for r in range(2)}
     assert not judge(one, expected(2), []).has_several_machines
@@ -293,11 +352,11 @@ def test_ranks_are_spelt_short():
 # In processes of their own.
 
 JOB = """
-import sys
-import torch
+import os
 import torch.distributed as dist
 from moesys.parallel.bootstrap import process_group
-with process_group("cpu", 60.0, 60.0) as process:
+from moesys.parallel.measured import addresses_in
+with process_group("cpu", 60.0, 60.0, measured=addresses_in(os.environ)) as process:
     ranks = [None] * process.world_size
     dist.all_gather_object(ranks, process.rank)
     clone = dist.distributed_c10d._get_default_store().clone()
@@ -351,3 +410,26 @@ def test_srun_in_turns_over_two_nodes_trains_in_order():
         environs.append(told | {f"SLURM_{k}": str(v) for k, v in own.items()})
     said = start_ranks(environs)
     assert said == [f"{r} [0, 1, 2, 3] n1 n1 n2 n2 by topology srun\n" for r in (0, 2, 1, 3)]
+
+
+def test_ranks_are_put_in_order_by_what_their_nodes_measured(tmp_path):
+    """Four nodes of one rank: the first and third share a switch, the second and fourth another."""
+    nodes = ("n1", "n2", "n3", "n4")
+    links = [
+        {"nodes": [a, b], "gbit_per_s": 100.0 if is_near else 20.0, "round_trip_us": 10.0}
+        for a, b, is_near in (
+            *(("n1", "n2", False), ("n1", "n3", True), ("n1", "n4", False)),
+            *(("n2", "n3", False), ("n2", "n4", True), ("n3", "n4", False)),
+        )
+    ]
+    (tmp_path / "links.json").write_text(json.dumps({"links": links}))
+    told = {
+        "WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+        "MOESYS_LINKS": str(tmp_path / "links.json"),
+    }
+    said = start_ranks([told | {"RANK": str(r), "MOESYS_NODE": nodes[r]} for r in range(4)])
+    assert said == [f"{r} [0, 1, 2, 3] n1 n3 n2 n4 as measured torchrun\n" for r in (0, 2, 1, 3)]
