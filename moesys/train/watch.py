@@ -6,6 +6,7 @@ that does not end, and ends this process if the main thread cannot: it may sit i
 exception leaves (NCCL does), so the end is `os._exit`. What is decided is in `verdict`.
 """
 
+import atexit
 import json
 import os
 import signal
@@ -51,6 +52,8 @@ PATIENCE_S = 3.0
 """For the cause behind a collective that raised, and for a main thread to end by itself."""
 OWN_PATIENCE_S = 30.0
 """For a rank that failed by itself to close its files and groups."""
+_LAST_CALL_S = 2.0
+"""For a thread to come back from the store, which may be lost."""
 AWAY_S = 5.0
 """A watch that did not run for so long was stopped itself: what it measured before does not count."""
 ORPHAN_S = 1.0
@@ -123,14 +126,21 @@ class Watch:
             assert found is not None, "explaining reports"
             if found.about != self._rank or found.kind != "failed":
                 self._leave(found)
+            atexit.register(self._end_threads, _LAST_CALL_S)
             return  # the error goes on; `_listen` waits for the end of this process
-        self._closing = True
-        for thread in self._threads:
-            thread.join()
+        self._end_threads()
         if self._agent is not None:
             self._agent.at_its_end(signal.SIGKILL)
         self._lifeline.leave()
         self._lifeline.close()
+
+    def _end_threads(self, timeout_s: float | None = None) -> None:
+        """Before the interpreter goes: it unwinds threads that come back from C++ later, which C++ answers with SIGABRT."""
+        self._closing = True
+        with self._news:
+            self._news.notify_all()
+        for thread in self._threads:
+            thread.join(timeout_s)
 
     def explain(self, error: BaseException) -> str:
         """Main thread: why, naming the rank and the step. Tells the others; waits PATIENCE_S for what they know."""
