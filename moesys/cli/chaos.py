@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesys.cli.configuration import add_overrides
+
 if TYPE_CHECKING:
     from moesys.chaos.faults import Fault
     from moesys.chaos.job import Command
@@ -83,10 +85,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "--dry-run", action="store_true", help="print the faults and the command, and stop"
     )
-    parser.add_argument("--config-dir", metavar="DIR", type=Path, help="as of moesys train")
-    parser.add_argument(
-        "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         for name, faults in jobs.items():
             print(f"# {name}: {len(faults)} faults", *faults, sep="\n")
-        print(f"# in {folder}/NAME: {shlex.join(command.words(folder / 'NAME'))}")
+            print(f"# in {folder / name}: {shlex.join(command.words(folder / name, faults))}")
         return 0
     plain = run_plain(command, folder, _say)
     tried = [

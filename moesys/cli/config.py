@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesys.cli import memory, mesh, pipeline
+from moesys.cli.configuration import (
+    add_config_dir,
+    add_overrides,
+    import_from_working_folder,
+)
 
 if TYPE_CHECKING:
     from moesys.config.schema import RunConfig
@@ -59,14 +64,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "part", metavar="PART", nargs="?", default="", help="only keys with this in them"
     )
 
-    for action in (show, check, layout, diff):
-        action.add_argument(
-            "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups"
-        )
     for action in (show, check, layout):
-        action.add_argument(
-            "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
-        )
+        add_overrides(action)
+    add_config_dir(diff)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,6 +98,7 @@ def _check(args: argparse.Namespace) -> int:
     from moesys.config.validate import check
 
     mesh.check_counts(args)
+    import_from_working_folder()
     config = compose(args.overrides, args.config_dir)
     for warning in check(config, args.world_size, args.ranks_per_node):
         print(f"warning: {warning}")

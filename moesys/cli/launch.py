@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesys.cli.configuration import add_config_dir, import_from_working_folder
+
 if TYPE_CHECKING:
     from moesys.config.schema import RunConfig
     from moesys.launch.sbatch import Component, Job
@@ -24,9 +26,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--sweep optim.lr=1e-3,3e-3",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups, as in configs/"
-    )
+    add_config_dir(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -75,10 +75,7 @@ class _Point:
 
 
 def run(args: argparse.Namespace) -> int:
-    # As under `python -m`, so that a router in the working folder is found from the script too.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
+    import_from_working_folder()
     from moesys.config.errors import ConfigError
     from moesys.launch import slurm
     from moesys.launch.sbatch import batch_script

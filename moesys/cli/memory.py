@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moesys.cli.configuration import add_overrides
 
 if TYPE_CHECKING:
     from moesys.plan.memory import RankMemory
@@ -31,12 +32,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--json", action="store_true", help="print the same facts as JSON, in bytes"
     )
-    parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups"
-    )
-    parser.add_argument(
-        "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

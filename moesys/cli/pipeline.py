@@ -2,8 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moesys.cli.configuration import add_overrides
 
 if TYPE_CHECKING:
     from moesys.config.schema import RunConfig
@@ -27,12 +28,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         action="store_true",
         help="instead: every schedule's bubble, counted and by its paper's formula",
     )
-    parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups"
-    )
-    parser.add_argument(
-        "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:

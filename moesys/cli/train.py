@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesys.cli.configuration import add_overrides, import_from_working_folder
+
 if TYPE_CHECKING:
     from moesys.parallel.launcher import Place
 
@@ -27,23 +29,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--nproc", metavar="N", type=int, help="ranks to start on this machine (default: 1)"
     )
     parser.add_argument(
-        "--config-dir", metavar="DIR", type=Path, help="a folder of your own groups, as in configs/"
-    )
-    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="check, print the resolved configuration and what would be run, and stop",
     )
-    parser.add_argument(
-        "overrides", metavar="OVERRIDE", nargs="*", help="group=option or section.key=value"
-    )
+    add_overrides(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    # As under `python -m`, so that a router in the working folder is found from the script too.
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.insert(0, os.getcwd())
-
+    import_from_working_folder()
     from moesys.config.compose import compose, to_yaml
     from moesys.config.elastic import fit_to_world
     from moesys.config.validate import check
@@ -52,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     # Before moesys.train and torch: a misspelt key is told at once.
     place = place_here(os.environ)
     is_rank = place.launcher != "single"
+    if not is_rank:  # ranks are refused where they meet, all together
+        _refuse_environment()
     world_size = _world_size(args.nproc, place)
     config = compose(args.overrides, args.config_dir)
     config, told = fit_to_world(config, world_size)
@@ -61,7 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
         prepare = None
         if os.environ.get("MOESYS_CHAOS"):
-            from moesys.chaos.inject import arm as prepare
+            from moesys.chaos.inject import read_early
+
+            prepare = read_early(os.environ)
         return train(args.overrides, args.config_dir, prepare=prepare)
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
@@ -81,6 +79,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"# would run: OMP_NUM_THREADS={threads} {shlex.join(command)}")
     print(to_yaml(config), end="")
     return 0
+
+
+def _refuse_environment() -> None:
+    """Raises ValueError for what every rank started here would be refused for."""
+    from moesys.parallel.environment import environment_problems
+    from moesys.parallel.interfaces import interfaces_here
+
+    if problems := environment_problems(os.environ, list(interfaces_here()), with_nccl=False):
+        raise ValueError("\n".join(problems))
 
 
 def _torchrun(arguments: list[str], run_folder: Path) -> int:

@@ -68,19 +68,20 @@ def _check_component(key: str, component: ComponentConfig) -> Iterator[Problem]:
         return
     found = getattr(module, class_name, None)
     classes = [name for name, value in vars(module).items() if _is_module_class(value)]
+    fix = did_you_mean(class_name, classes) if classes else "name a router, as configs/router does"
     if found is None:
         yield Problem(
             key=target,
             given=component.target,
             rule=f"must name a class of {module_name}",
-            fix=did_you_mean(class_name, classes),
+            fix=fix,
         )
     elif not _is_module_class(found):
         yield Problem(
             key=target,
             given=component.target,
             rule="must be a subclass of torch.nn.Module",
-            fix=did_you_mean(class_name, classes),
+            fix=fix,
         )
     else:
         yield from _check_options(key, found, component)

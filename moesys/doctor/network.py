@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moesys.doctor.finding import Finding, Where, fail, ok, warn
+from moesys.parallel.interfaces import chosen_interfaces
 
 MIN_MTU = 1280
 FAST_MBIT_PER_S, GOOD_MTU = 10_000, 9000
@@ -76,12 +77,8 @@ def judge_interfaces(interfaces: Sequence[Interface], default: Sequence[str]) ->
 def judge_choice(variable: str, chosen: str, interfaces: Sequence[Interface]) -> Finding:
     """GLOO_SOCKET_IFNAME (exact names) or NCCL_SOCKET_IFNAME (prefixes; =exact, ^all but)."""
     names = [i.name for i in interfaces if i.is_up]
-    wanted = chosen.lstrip("^=").split(",")
-    is_exact = variable.startswith("GLOO") or chosen.startswith("=")
-    found = [n for n in names if (n in wanted if is_exact else n.startswith(tuple(wanted)))]
-    left = [n for n in names if n not in found] if chosen.startswith("^") else found
-    if left:
-        return ok(variable, f"{chosen}: {', '.join(left)}")
+    if found := chosen_interfaces(variable, chosen, names):
+        return ok(variable, f"{chosen}: {', '.join(found)}")
     return fail(
         variable,
         f"{chosen} names no interface that is up; up are {', '.join(names) or 'none'}",

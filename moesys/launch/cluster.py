@@ -109,7 +109,10 @@ def read_cluster(name: str, changes: Sequence[str], folders: Sequence[Path]) -> 
     try:
         data = yaml.safe_load(paths[name].read_bytes()) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{paths[name]} is not readable as YAML: {error}") from error
+        where = " ".join(str(error).split())
+        raise ValueError(
+            f"{paths[name]} is not readable as YAML ({where}): correct the file"
+        ) from error
     problems = [problem for change in changes for problem in _apply(change, data)]
     try:
         cluster = build(_Root, {GROUP: data}).cluster

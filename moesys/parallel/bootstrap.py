@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import moesys
+from moesys.parallel.environment import environment_problems
 from moesys.parallel.interfaces import choose_interface, interfaces_here, own_address, running_here
 from moesys.parallel.job_store import open_store, spell_address
 from moesys.parallel.launcher import Launcher, Place
@@ -68,7 +69,7 @@ def process_group(
     place = place or place_here(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     backend = "nccl" if use_cuda else "gloo"
-    problem = _without_gpu(place.local_rank) if use_cuda else ""
+    problem = "; ".join(_problems_here(device, use_cuda, place.local_rank))
     own_device = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     if place.world_size == 1:
         if problem:
@@ -111,14 +112,15 @@ def process_group(
             dist.destroy_process_group()
 
 
-def _without_gpu(local_rank: int) -> str:
-    count = torch.cuda.device_count()
-    if local_rank < count:
-        return ""
-    return (
-        f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} "
-        "ranks per node, or set train.device=cpu"
-    )
+def _problems_here(device: str, use_cuda: bool, local_rank: int) -> list[str]:
+    found = environment_problems(os.environ, list(interfaces_here()), with_nccl=use_cuda)
+    if use_cuda and local_rank >= (count := torch.cuda.device_count()):
+        fewer = f"start at most {count} ranks per node, or " if count else ""
+        found.append(
+            f"train.device={device} needs a GPU for LOCAL_RANK={local_rank}, and this node shows {count}: "
+            f"{fewer}set train.device=cpu, or look at CUDA_VISIBLE_DEVICES and nvidia-smi"
+        )
+    return found
 
 
 def _alone(place: Place, device: torch.device, backend: str) -> Process:

@@ -31,6 +31,19 @@ def choose_interface(
     return outward[0] if len(outward) == 1 else None
 
 
+def chosen_interfaces(variable: str, chosen: str, names: Sequence[str]) -> list[str]:
+    """Those of `names` that a variable chooses: GLOO_SOCKET_IFNAME by exact names, [] if one is absent; NCCL_SOCKET_IFNAME
+    by prefixes, `=` before exact names, `^` before those left out. An empty one chooses all."""
+    if not chosen:
+        return list(names)
+    wanted = chosen.lstrip("^=").split(",")
+    if variable.startswith("GLOO"):
+        return wanted if set(wanted) <= set(names) else []
+    is_exact = chosen.lstrip("^").startswith("=")
+    found = [n for n in names if (n in wanted if is_exact else n.startswith(tuple(wanted)))]
+    return [n for n in names if n not in found] if chosen.startswith("^") else found
+
+
 def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 

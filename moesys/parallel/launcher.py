@@ -292,8 +292,12 @@ def _by_mpirun(read: _Variables) -> Place:
     own = read.integer(local_rank, fix, below=(local_size, here))
     job = _mpi_job(environ)
     host = environ.get("MOESYS_MASTER_ADDR", "127.0.0.1" if here == size else None)
-    port = environ.get("MOESYS_MASTER_PORT")
-    host, port = read.store(host, int(port) if port else port_of(job) if job else None)
+    agreed = port_of(job) if job else None
+    if "MOESYS_MASTER_PORT" in environ:
+        agreed = read.integer(
+            "MOESYS_MASTER_PORT", "unset it: ranks of mpirun agree on one", least=1
+        )
+    host, port = read.store(host, agreed)
     if size > 1 and host is not None and port is None:
         read.complain("MASTER_PORT", "is not set", "export it with MASTER_ADDR for every rank")
     return Place(

@@ -200,7 +200,7 @@ WRONG = [
         "model.moe.router._target_=os.path.join",
         "model.moe.router._target_",
         "must be a subclass of torch.nn.Module",
-        "nothing to choose from",
+        "name a router",
     ),
     Wrong(
         "model.moe.router.scaling=2.5",

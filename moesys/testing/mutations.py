@@ -1,0 +1,239 @@
+"""Wrong configurations and environments, each with what must be said of it: the key, the rule with both values, a fix.
+
+`refusals` tries them with the real command, one by one. A row is
+
+    what is changed | the key as the message names it | the rule | the fix
+
+and `<DATA>`, `<FOLDER>`, `<FREE>` and `<TAKEN>` are a data folder, a folder and two ports of its scene. Changes are words of
+the command; NAME=value in capitals is a variable, and -NAME is one taken away.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """One thing wrong with a run that could start."""
+
+    name: str
+    command: tuple[str, ...]
+    """Of moesys, with its options."""
+    words: tuple[str, ...]
+    environ: Mapping[str, str] = field(default_factory=dict)
+    """All that a launcher would set."""
+    key: str
+    rule: str
+    fix: str
+
+
+# Of two ranks, unless the row says another number.
+_CONFIGURATIONS = r"""
+# Keys, groups and folders.
+train.stepz=3 | train.stepz=3 | is not a configuration key | did you mean train.steps?
+scheduel=wsd | scheduel='wsd' | is not a configuration key | did you mean schedule=...
+model.num_experts=8 | model.num_experts=8 | is not a configuration key | model.moe.num_experts
+optim.lr.peak=1 | optim.lr.peak=1 | is not a configuration key | optim.lr is a single value
+zzz=1 | zzz=1 | is not a configuration key | the sections are run, model
+experiment=quikstart | experiment='quikstart' | must be one of quickstart | did you mean quickstart?
+hydra.run.dir=x | hydra.run.dir | has no effect | set run.dir
+~data.path | data.path | is required | set it to text
+--config-dir <FOLDER>/nowhere | --config-dir | is not a folder | give one that holds YAML groups
+--config-dir <FOLDER>/yaml experiment=mine | experiment | is a config group that belongs elsewhere | begin its file with '# @package _global_'
+# Types.
+train.steps=many | train.steps='many' | must be an integer | give an integer
+train.steps=1e3 | train.steps=1000.0 | must be an integer | write 1000
+train.steps=null | train.steps=null | must be an integer | give an integer
+optim.lr=nan | optim.lr=nan | must be a finite number | give a finite number
+optim.lr=1e-3,1e-4 | optim.lr | must be one value | one run for each value
+data.shuffle=1 | data.shuffle=1 | must be true or false | write true or false
+train.dtype=fp16 | train.dtype='fp16' | must be one of fp32, bf16 | did you mean
+train=3 | train=3 | must be a section | steps, global_batch_tokens
+train.steps | train.steps | is not a key=value override | write section.key=value
+run.name=${now:%H} | run.name | must be the same on every rank | write the value itself
+run.name=${oc.env:NOT_SET_ANYWHERE} | run.name | could not be resolved | refer to an existing key
+# Bounds.
+optim.lr=0 | optim.lr=0.0 | must be above 0 | use a value above 0
+optim.beta2=1 | optim.beta2=1.0 | must be at least 0.0 and below 1.0 | below 1.0
+train.grace_s=-1 | train.grace_s=-1.0 | must be | use a value
+train.start_timeout_s=0 | train.start_timeout_s=0.0 | must be above 0 | above 0
+run.seed=-1 | run.seed=-1 | must be at least 0 | use a value at least 0
+checkpoint.keep_last=0 | checkpoint.keep_last=0 | must be at least 1 | at least 1
+anomaly.sigma=2 | anomaly.sigma=2.0 | must be at least 3.0 | at least 3.0
+parallel.tp=0 | parallel.tp=0 | must be at least 1 | at least 1
+model.head_dim=15 | model.head_dim=15 | must be even | use 14 or 16
+--nproc 0 | --nproc 0 | must be at least 1 | it is the number of ranks to start
+schedule=power schedule.power_b=0.5 | schedule.power_b=0.5 | must be at most 0 | use -0.51
+# Keys that cannot go together.
+model.moe.top_k=9 | model.moe.top_k=9 | must be at most model.moe.num_experts=8 | use 1 to 8
+model.num_dense_layers=3 | model.num_dense_layers=3 | must be at most model.num_layers=2 | use 0 to 2
+schedule.warmup_steps=101 | schedule | warmup_steps=101 make 101 steps, which must fit in train.steps=100 | use at least train.steps=101
+anomaly.policy=roll_back | anomaly.policy='roll_back' | checkpoint.every_steps=0 | set checkpoint.every_steps
+parallel.dp_shard=2 | parallel.dp_shard=2 | must be null with parallel.zero=0 | use parallel.dp_shard=null, or parallel.zero=1, 2 or 3
+--nproc 4 parallel.pp=4 | parallel.pp=4 | makes 4 * 1 = 4 stages with parallel.pp_schedule=1f1b, which must be at most model.num_layers=2 | use 2
+parallel.pp=2 parallel.tp=2 | parallel.pp=2 | pp=2 * cp=1 * tp=2 = 4 must divide world_size=2 | start 4 ranks
+# Sizes that do not divide.
+parallel.ep=4 | parallel.ep=4 | must divide the world size 2 | use parallel.ep=2, or start 4 ranks
+--nproc 4 parallel.ep=4 model.moe.num_experts=6 | model.moe.num_experts=6 | must be a multiple of parallel.ep=4 | use 4 or 8
+--nproc 4 parallel.tp=4 | model.num_kv_heads=2 | must be a multiple of parallel.tp=4 | use 4, or parallel.tp=2
+parallel.tp=2 model.vocab_size=4097 | model.vocab_size=4097 | must be a multiple of parallel.tp=2 | use 4098
+parallel.tp=2 model.d_ffn=255 | model.d_ffn=255 | must be a multiple of parallel.tp=2 | use 254 or 256
+model.num_kv_heads=3 | model.num_kv_heads=3 | must divide model.num_heads=4 | use 2 or 4
+model.d_model=60 | model.d_model=60 | must be an even multiple of model.num_heads=4 | use 56 or 64
+train.micro_batch_tokens=1000 | train.micro_batch_tokens=1000 | must be a multiple of data.seq_len=256 | use 768 or 1024
+train.global_batch_tokens=5000 | train.global_batch_tokens=5000 | train.micro_batch_tokens=1024 * dp=2 = 2048 | use 4096 or 6144
+parallel.cp=2 data.seq_len=255 train.micro_batch_tokens=1020 train.global_batch_tokens=4080 | data.seq_len=255 | must be a multiple of 2 * parallel.cp=2 = 4 | use 252 or 256
+# Files and folders.
+data.path=<FOLDER>/nowhere | data.path= | must be a folder that moesys prep made | run moesys prep --input
+data.path=<FOLDER>/empty | data.path= | it holds no manifest.json | run moesys prep --input
+data.path=<FOLDER>/damaged | data.path= | its manifest.json is damaged | run moesys prep --input
+data.path=<FOLDER>/short | train.global_batch_tokens=4096 | must be at most the 768 tokens of whole samples of data.seq_len=256 | prepare more text, or use a smaller batch
+data.path=<FOLDER>/no_val | data.path= | must hold at least 2 validation tokens, and it holds 1 | raise --val-fraction
+model.vocab_size=2000 | model.vocab_size=2000 | must be at least the 2048 tokens of the tokenizer | use model.vocab_size=2048
+run.dir=<FOLDER>/locked/run | run.dir= | must be writable, and | choose another run.dir or correct the permissions
+run.dir=<DATA>/manifest.json/run | run.dir= | must be a folder, and | choose another run.dir
+run.dir=<FOLDER>/begun checkpoint.resume=false | checkpoint.resume=false | needs a run folder without checkpoints, and | set another run.dir
+# Routers.
+router=topk | router='topk' | must be one of topk_sigmoid, topk_softmax | topk_softmax
+model.moe.router._target_=moesys.moe.routers.TopkRouter | model.moe.router._target_='moesys.moe.routers.TopkRouter' | must name a class of moesys.moe.routers | did you mean TopKRouter?
+model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
+model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router
+model.moe.router.scaling=2.5 | model.moe.router.scaling=2.5 | is not an option of moesys.moe.routers.TopKRouter | did you mean scaling_factor
+model.moe.router.score_function=softmx | model.moe.router.score_function='softmx' | must be one of softmax, sigmoid | did you mean softmax
+"""
+
+# Of `moesys launch`.
+_CLUSTERS = r"""
+cluster=locl nodes=2 | cluster='locl' | must be one of apptainer_ib, h100_pyxis, local | did you mean local?
+nodes=2 | cluster= | is missing | name a file of configs/cluster
+cluster=local nodes=0 | nodes=0 | must be a number of nodes, at least 1 | write nodes=16
+cluster=local+local nodes=2 | nodes=2 | for each of cluster=local+local | cluster=a+b nodes=1+16
+cluster=local nodes=2 train.global_batch_tokens=4096 cluster.partitoin=p | cluster.partitoin='p' | is not a configuration key | did you mean cluster.partition
+cluster=local nodes=2 train.global_batch_tokens=4096 cluster.grace_s=1 | cluster.grace_s=1 | must be at least 10 | use a value at least 10
+cluster=local nodes=2 train.global_batch_tokens=4096 cluster.time_limit=soon | cluster.time_limit='soon' | must be a time of sbatch | for two days
+cluster=h100_pyxis nodes=1 cluster.ranks_per_node=9 | cluster.ranks_per_node=9 | must be at most cluster.gpus_per_node=8 | use 8
+cluster=local nodes=2 train.global_batch_tokens=4096 cluster.sbatch=[--mem=4G] | cluster.sbatch='--mem=4G' | is in the batch script already | cluster.memory_gib_per_node decides it
+cluster=local nodes=2 train.global_batch_tokens=4096 cluster.container.image=a.sif | cluster.container.image='a.sif' | has no effect with cluster.container.runtime=none | set runtime to pyxis or apptainer
+--config-dir <FOLDER>/yaml cluster=broken nodes=1 | broken.yaml | is not readable as YAML | correct the file
+--config-dir <FOLDER>/yaml cluster=other nodes=1 | cluster.nmae='mine' | is not a configuration key | did you mean cluster.name
+cluster=local nodes=2 train.global_batch_tokens=4096 parallel.ep=8 | parallel.ep=8 | must divide the world size 4 | use parallel.ep=4
+cluster=local nodes=2 train.global_batch_tokens=4096 --sweep optim.lr=1e-3,0 | optim.lr=0.0 | must be above 0 | use a value above 0
+cluster=h100_pyxis nodes=64 model=qwen3_30b_a3b data.path=<FOLDER>/large data.seq_len=4096 train.micro_batch_tokens=4096 train.global_batch_tokens=2097152 parallel.ep=8 | memory | which must be at most the 79.6 GiB of a GPU | use parallel.zero=
+"""
+
+# Of one process.
+_SURROUNDINGS = r"""
+OMP_NUM_THREADS=many | OMP_NUM_THREADS=many | must be a whole number, at least 1 | unset it
+OMP_NUM_THREADS=0 | OMP_NUM_THREADS=0 | must be a whole number, at least 1 | unset it
+GLOO_SOCKET_IFNAME=nosuch0 | GLOO_SOCKET_IFNAME=nosuch0 | must name an interface of this machine, and they are | unset it, or set it to one of those
+CUDA_VISIBLE_DEVICES= train.device=cuda | train.device=cuda | this node shows 0 | set train.device=cpu
+'MOESYS_CHAOS=kil rank=0 step=1' | MOESYS_CHAOS='kil rank=0 step=1' | 'kil' is no kind of fault | did you mean kill?
+"""
+
+# Of rank 1 of 2, as is the next.
+_TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "<FREE>",
+}
+_UNDER_TORCHRUN = r"""
+-WORLD_SIZE | WORLD_SIZE | is not set | torchrun sets it
+-RANK | WORLD_SIZE=2 | without RANK | export both
+RANK=2 | RANK=2 | must be below WORLD_SIZE=2 | torchrun sets it
+RANK=one | RANK=one | must be a whole number, at least 0 | torchrun sets it
+WORLD_SIZE=0 | WORLD_SIZE=0 | must be at least 1 | torchrun sets it
+-LOCAL_RANK | LOCAL_RANK | is not set | torchrun sets it
+LOCAL_RANK=2 | LOCAL_RANK=2 | must be below LOCAL_WORLD_SIZE=2 | torchrun sets it
+LOCAL_RANK=0 | LOCAL_RANK=0 | is not RANK=1 modulo LOCAL_WORLD_SIZE=2 | consecutive numbers
+LOCAL_WORLD_SIZE=3 | LOCAL_WORLD_SIZE=3 | must be at most WORLD_SIZE=2 | torchrun sets it
+-MASTER_ADDR | MASTER_ADDR | is not set | torchrun sets it
+MASTER_ADDR=tcp://n1 | MASTER_ADDR=tcp://n1 | must be a name or an address | name the machine of rank 0
+MASTER_ADDR=nosuch.invalid | rank 1 | cannot resolve 'nosuch.invalid' | set MASTER_ADDR to its address
+RANK=0 LOCAL_RANK=0 MASTER_ADDR=nosuch.invalid | rank 0 | cannot resolve 'nosuch.invalid' | set MASTER_ADDR to its address
+RANK=0 LOCAL_RANK=0 MASTER_ADDR=192.0.2.1 | rank 0 | does not reach itself at 192.0.2.1:<FREE> | MASTER_ADDR must be a name or address of rank 0's machine
+-MASTER_PORT | MASTER_PORT | is not set | torchrun sets it
+MASTER_PORT=http | MASTER_PORT=http | must be a whole number, at least 1 | choose a free one
+MASTER_PORT=70000 | MASTER_PORT=70000 | must be below the number of ports=65536 | choose a free one
+RANK=0 LOCAL_RANK=0 MASTER_PORT=<TAKEN> | port <TAKEN> | another program listens there | set MASTER_PORT to a free port
+MASTER_PORT=<FREE> | nobody at localhost:<FREE> | within train.start_timeout_s=1 | check MASTER_ADDR
+RANK=0 LOCAL_RANK=0 CUDA_VISIBLE_DEVICES= train.device=cuda | train.device=cuda | this node shows 0 | set train.device=cpu
+"""
+
+_SRUN = {
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_JOB_ID": "3",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+}
+_UNDER_SRUN = r"""
+-SLURM_PROCID | SLURM_PROCID | is not set | start the ranks with srun
+SLURM_PROCID=2 | SLURM_PROCID=2 | must be below SLURM_STEP_NUM_TASKS=2 | start the ranks with srun
+SLURM_NTASKS=4 | SLURM_NTASKS=4 | is not SLURM_STEP_NUM_TASKS=2 | start the ranks with srun
+SLURM_NODEID=1 | SLURM_NODEID=1 | must be below SLURM_STEP_NUM_NODES=1 | start the ranks with srun
+SLURM_STEP_NODELIST=n[1- | SLURM_STEP_NODELIST=n[1- | its brackets do not pair | start the ranks with srun
+SLURM_STEP_NODELIST=n[1-3] | SLURM_STEP_NODELIST=n[1-3] | lists 3 hosts, SLURM_STEP_NUM_NODES=1 | start the ranks with srun
+SLURM_STEP_TASKS_PER_NODE=4 | SLURM_STEP_TASKS_PER_NODE=4 | makes 4 tasks on 1 nodes, SLURM_STEP_NUM_TASKS=2 | start the ranks with srun
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=<FREE> | RANK | of WORLD_SIZE=2 contradicts SLURM_PROCID=1 of SLURM_STEP_NUM_TASKS=2 | srun alone with RANK unset
+"""
+
+_MPIRUN = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-vm-1@1",
+}
+_UNDER_MPIRUN = r"""
+OMPI_COMM_WORLD_RANK=2 | OMPI_COMM_WORLD_RANK=2 | must be below OMPI_COMM_WORLD_SIZE=2 | start the ranks with mpirun
+MOESYS_MASTER_PORT=x | MOESYS_MASTER_PORT=x | must be a whole number | unset it
+"""
+
+_VARIABLE = re.compile(r"[A-Z][A-Z_]*")
+
+
+def _rows(
+    text: str, command: tuple[str, ...], launcher: Mapping[str, str] | None = None
+) -> Iterator[Mutation]:
+    for line in text.splitlines():
+        if not line or line.startswith("# "):
+            continue
+        changes, key, rule, fix = line.split(" | ")
+        words, environ = list[str](), dict(launcher or {})
+        for change in shlex.split(changes):
+            name, equals, value = change.partition("=")
+            if equals and _VARIABLE.fullmatch(name):
+                environ[name] = value
+            elif _VARIABLE.fullmatch(change.removeprefix("-")):
+                del environ[change.removeprefix("-")]
+            else:
+                words.append(change)
+        yield Mutation(
+            name=f"{command[0]} {changes}" if command[0] != "train" else changes,
+            command=command,
+            words=tuple(words),
+            environ=environ,
+            key=key,
+            rule=rule,
+            fix=fix,
+        )
+
+
+_ALONE = ("train", "train.start_timeout_s=1")
+MUTATIONS: tuple[Mutation, ...] = (
+    *_rows(_CONFIGURATIONS, ("train", "--nproc", "2")),
+    *_rows(_CLUSTERS, ("launch", "--dry-run")),
+    *_rows(_SURROUNDINGS, _ALONE),
+    *_rows(_UNDER_TORCHRUN, _ALONE, _TORCHRUN),
+    *_rows(_UNDER_SRUN, _ALONE, _SRUN),
+    *_rows(_UNDER_MPIRUN, _ALONE, _MPIRUN),
+)
