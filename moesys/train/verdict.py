@@ -81,6 +81,8 @@ def sentence(report: Report, beats: Mapping[int, Beat], *, silence_limit_s: floa
     rank, beat = report.about, beats.get(report.about)
     step = max(report.step, beat.step if beat else 0)
     seen = f" (last seen at {beat.place}, {beat.collective})" if beat else ""
+    if report.kind == "died" and report.text:
+        return f"rank {rank} is out of reach at step {step}: {report.text}{seen}"
     if report.kind == "died":
         return f"rank {rank} died at step {step}{seen}"
     if report.kind == "failed":

@@ -26,7 +26,8 @@ import torch.distributed as dist
 import moesys
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.flight import Flight, flight
-from moesys.parallel.lifeline import Lifeline
+from moesys.parallel.lifeline import Lifeline, Lost
+from moesys.parallel.probing import FOUND_S
 from moesys.train.agent import Agent
 from moesys.train.exit_codes import LOST_EXIT_CODE
 from moesys.train.neighbour import ProcessId, end_if_stopped, is_stopped, own_process
@@ -77,6 +78,7 @@ class Watch:
         """Called with the reason before this process ends without its main thread."""
         self._rank, self._world_size = process.rank, process.world_size
         self._backend, self._timeout_s = process.backend, timeout_s
+        self._nodes = process.nodes
         self.limit_s: Callable[[], float] = lambda: LONGEST_S
         """By what was measured, for what this rank does now; set once there is a training loop. Any thread."""
         self._agent = agent
@@ -213,8 +215,8 @@ class Watch:
     def _listen(self) -> None:
         found_s, seen_s = None, time.monotonic()
         while not self._closing:
-            for rank in self._lifeline.poll(BEAT_S / 2):
-                self._report("died", rank, "")
+            for lost in self._lifeline.poll(BEAT_S / 2):
+                self._report("died", lost.rank, self._silence(lost))
             if self._agent is not None and self._agent.is_gone:
                 self._report(
                     "orphaned", self._rank, f"torchrun, process {self._agent.pid}, is gone"
@@ -231,6 +233,13 @@ class Watch:
             found_s = found_s or now_s
             if now_s - found_s >= self._patience_s(found):
                 self._leave(found)
+
+    def _silence(self, lost: Lost) -> str:
+        """What is known of a rank's machine, if it is that which is lost."""
+        if not lost.is_silent:
+            return ""
+        where = self._nodes[lost.rank]
+        return f"{where} has answered nothing for {FOUND_S} s: it is down, or the network is cut"
 
     def _patience_s(self, found: Report) -> float:
         """For the main thread to say it and end."""

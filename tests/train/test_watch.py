@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from moesys.parallel.flight import read_flight
-from moesys.parallel.lifeline import Lifeline
+from moesys.parallel.lifeline import Lifeline, Lost
 from moesys.train import neighbour
 from moesys.train.exit_codes import LOST_EXIT_CODE
 from moesys.train.patience import FACTOR, LONGEST_S, SHORTEST_S, patience_s, unheard
@@ -86,6 +86,8 @@ def test_a_death_is_told_with_rank_step_and_where_it_was_seen():
     said = sentence(report("died", 1, 0), {1: beat(6)}, silence_limit_s=3.0)
     assert said.startswith("rank 1 died at step 7 (last seen at parallel/exchange.py:64 rows, ")
     assert sentence(report("died", 1, 0), {}, silence_limit_s=3.0) == "rank 1 died at step 7"
+    silent = sentence(report("died", 1, 0, text="n2 is down"), {}, silence_limit_s=3.0)
+    assert silent == "rank 1 is out of reach at step 7: n2 is down"
 
 
 def test_a_rank_without_its_agent_says_so():
@@ -194,9 +196,9 @@ def test_a_lost_connection_is_a_death_and_a_farewell_is_none():
     ends[1].close()
     ends[2].leave()
     ends[2].close()
-    assert _polled(hub, 0.3) == [1]
+    assert _polled(hub, 0.3) == [Lost(rank=1, is_silent=False)]
     hub.close()
-    assert ends[3].poll(1.0) == [0]
+    assert ends[3].poll(1.0) == [Lost(rank=0, is_silent=False)]
     ends[3].close()
 
 
@@ -214,7 +216,7 @@ def test_a_stranger_is_no_rank():
     hub.close()
 
 
-def _polled(line: Lifeline, seconds: float) -> list[int]:
+def _polled(line: Lifeline, seconds: float) -> list[Lost]:
     lost, until = [], time.monotonic() + seconds
     while time.monotonic() < until:
         lost += line.poll(0.05)
