@@ -7,7 +7,7 @@ import torch
 
 from moesys.models.transformer import Transformer
 from moesys.plan.costs import active_parameters, total_parameters, training_flops_per_token
-from moesys.profile.matmul import matmul_tflops
+from moesys.train.peak import peak_tflops
 from moesys.train.setup import Run
 
 
@@ -20,7 +20,7 @@ class Yardstick:
     flops_per_token: int
     """Of training: forward and backward."""
     peak_tflops: float
-    """Of one rank's device."""
+    """Of one rank's device; nan on ranks other than 0."""
     peak_source: str
 
     def fields(self) -> dict[str, Any]:
@@ -31,20 +31,17 @@ class Yardstick:
 
 
 def yardstick(run: Run, dtype: torch.dtype) -> Yardstick:
-    """Multiplies large matrices of `dtype` for under 0.5 s, unless metrics.peak_tflops says what that gives."""
+    """Rank 0 multiplies large matrices of `dtype` for under 0.5 s, unless it is known what that gives."""
     config = run.config
     with torch.device("meta"):  # this rank may have no MoE layer
         router_parameters = Transformer(config.model).router_parameters()
-    peak_tflops, peak_source = config.metrics.peak_tflops, "set by metrics.peak_tflops"
-    if peak_tflops is None:
-        peak_tflops = matmul_tflops(run.process.device, dtype)
-        peak_source = f"measured, a large {config.train.dtype} matrix product on rank 0"
+    tflops, source = peak_tflops(run, dtype)
     return Yardstick(
         parameters=total_parameters(config.model, router_parameters),
         active_parameters=active_parameters(config.model, router_parameters),
         flops_per_token=training_flops_per_token(
             config.model, config.data.seq_len, router_parameters
         ),
-        peak_tflops=peak_tflops,
-        peak_source=peak_source,
+        peak_tflops=tflops,
+        peak_source=source,
     )
