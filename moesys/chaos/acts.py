@@ -15,6 +15,7 @@ from moesys.chaos import cut, disk
 from moesys.chaos.faults import Fault
 from moesys.checkpoint import folder as folders
 from moesys.ops.shard import local_tensor
+from moesys.train.agent import find_agent
 from moesys.train.trainer import Trainer
 
 _CHECKPOINT_PATIENCE_S = 60.0
@@ -35,6 +36,8 @@ def act_of(fault: Fault, trainer: Trainer) -> Act:
 
 def problem_here(fault: Fault, checkpoints: Path) -> str | None:
     """Why this machine cannot have `fault`; None if it can."""
+    if fault.kind == "agent" and find_agent(os.environ) is None:
+        return f"{str(fault)!r}: torchrun did not start this rank: start the job with launch/run.sh"
     if fault.kind == "partition" and (reason := cut.why_not()):
         return f"{str(fault)!r}: {reason}"
     if fault.kind == "read_only" and not disk.is_small_mount(checkpoints):
@@ -47,6 +50,12 @@ def problem_here(fault: Fault, checkpoints: Path) -> str | None:
 
 def _kill(fault: Fault, trainer: Trainer) -> Act:
     return "SIGKILL", lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _agent(fault: Fault, trainer: Trainer) -> Act:
+    agent = find_agent(os.environ)
+    assert agent is not None, "told by problem_here"
+    return f"SIGKILL to process {agent.pid}", lambda: os.kill(agent.pid, signal.SIGKILL)
 
 
 def _stop(fault: Fault, trainer: Trainer) -> Act:
@@ -186,6 +195,7 @@ _ACTS: Mapping[str, Callable[[Fault, Trainer], Act]] = {
     "disk_full": _disk_full,
     "read_only": _read_only,
     "corrupt_checkpoint": _corrupt_checkpoint,
+    "agent": _agent,
     "nan": _nan,
     "bit_flip": _bit_flip,
 }

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from moesys.chaos.inject import marker_path
 from moesys.chaos.outcome import Event, Sample
-from moesys.chaos.processes import children, is_alive, sample, variable
+from moesys.chaos.processes import descendants, is_alive, sample, variable
 from moesys.train.metrics import FILE_NAME
 
 _SAYS = re.compile(r"(moesys: |warning: |error: |Traceback |\[rank\d+\]: )")
@@ -104,7 +104,7 @@ class Eye:
                 self._add("ended", rank=rank)
         if self._launcher is not None and now_s - self._scanned_s >= _SCAN_S:
             self._scanned_s = now_s
-            for process in children(self._launcher):
+            for process in descendants(self._launcher):
                 rank = variable(process, "RANK")
                 if rank is not None and process not in self._ranks and is_alive(process):
                     self._ranks[process] = int(rank)

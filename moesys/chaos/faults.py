@@ -47,6 +47,7 @@ KINDS: Mapping[str, Rules] = {
     "corrupt_checkpoint": Rules(
         does="one bit of the newest checkpoint flips, then SIGKILL to the rank", ends_rank=True
     ),
+    "agent": Rules(does="SIGKILL to torchrun's agent, the parent of the rank"),
     "nan": Rules(does="one element of one gradient becomes NaN", phases=("optimizer",)),
     "bit_flip": Rules(does="one bit of one parameter flips", phases=PHASES[:-1]),
 }

@@ -14,6 +14,7 @@ from moesys.chaos.faults import Fault, format_faults
 from moesys.chaos.inject import MARKERS, VARIABLE
 from moesys.chaos.outcome import Event, Outcome, Sample, growth, outcomes
 from moesys.chaos.processes import Leaks
+from moesys.launch.snapshot import launch_folder
 from moesys.report.goodput import ledger_of
 from moesys.report.records import read_records
 from moesys.train.exit_codes import DONE_EXIT_CODE
@@ -40,11 +41,18 @@ class Command:
     stall_s: float
     """Nothing new for so long: the job is stopped with SIGKILL, and has not survived."""
 
-    def words(self, run_dir: Path) -> list[str]:
-        """The command line of a job in `run_dir` that records every step."""
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        words += [f"--nproc-per-node={self.nproc}", f"--max-restarts={self.max_restarts}"]
-        words += ["-m", "moesys.train"]
+    def words(self, run_dir: Path, faults: Sequence[Fault] = ()) -> list[str]:
+        """The command line of a job in `run_dir` that records every step. If some of `faults` kill torchrun it is that of
+        launch/run.sh, which starts it again so often."""
+        if relaunches := sum(fault.kind == "agent" for fault in faults):
+            # What it takes from the environment is said here, so that the line does the same by hand.
+            words = ["env", f"PYTHON={sys.executable}", f"PET_MAX_RESTARTS={self.max_restarts}"]
+            words += [str(launch_folder() / "run.sh"), "--nproc", str(self.nproc)]
+            words += ["--relaunch", str(relaunches)]
+        else:
+            words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            words += [f"--nproc-per-node={self.nproc}", f"--max-restarts={self.max_restarts}"]
+            words += ["-m", "moesys.train"]
         if self.config_dir is not None:
             words += ["--config-dir", str(self.config_dir)]
         return [*words, *self.overrides, f"run.dir={run_dir}", "train.log_every_steps=1"]
@@ -127,7 +135,7 @@ def _run(
             while exit_code != DONE_EXIT_CODE and launches <= len(faults):
                 launches += 1
                 launcher = subprocess.Popen(
-                    command.words(run_dir),
+                    command.words(run_dir, faults),
                     env=environment,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,

@@ -20,9 +20,16 @@ def is_alive(process: int) -> bool:
     return _state(process) not in (None, "Z", "X")
 
 
-def children(process: int) -> list[int]:
-    """Its direct children."""
-    return [other for other in _all() if _parent(other) == process]
+def descendants(process: int) -> list[int]:
+    """Its children, theirs, and so on."""
+    children: dict[int | None, list[int]] = {}
+    for other in _all():
+        children.setdefault(_parent(other), []).append(other)
+    found, new = [], [process]
+    while new:
+        new = [child for parent in new for child in children.get(parent, ())]
+        found += new
+    return found
 
 
 def with_variable(name: str, value: str) -> list[int]:

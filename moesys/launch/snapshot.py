@@ -59,7 +59,7 @@ def take_snapshot(folder: Path, source: Path = PACKAGE.parent) -> Snapshot:
             _copy(source / name, beside / name)
         _copy(source / "moesys" / _LIBRARY, beside / "moesys" / _LIBRARY)
     else:
-        shutil.copytree(_launch_folder(source), beside / "launch")
+        shutil.copytree(launch_folder(source), beside / "launch")
     commit = _git(source, "rev-parse", "HEAD") if has_package else None
     snapshot = Snapshot(
         folder=folder / "code",
@@ -94,7 +94,8 @@ def _names(source: Path) -> list[str]:
     return (tracked + new).split("\0")[:-1]
 
 
-def _launch_folder(source: Path) -> Path:
+def launch_folder(source: Path = PACKAGE.parent) -> Path:
+    """Where run.sh and its neighbours are: in the source tree, or where they were installed. Raises ValueError."""
     candidates = [source / "launch", Path(sysconfig.get_path("data")) / "share/moesys/launch"]
     for candidate in candidates:
         if (candidate / "job.sh").is_file():

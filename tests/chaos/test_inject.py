@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moesys.chaos.acts import flip_bit
+from moesys.chaos.acts import flip_bit, problem_here
 from moesys.chaos.faults import Fault, parse_faults
 from moesys.chaos.inject import MARKERS, VARIABLE, is_due
 from moesys.checkpoint.folder import step_folders
@@ -205,6 +205,16 @@ def test_what_could_never_happen_is_refused(tiny_data: Path, tmp_path: Path) -> 
     for said in ("rank must be below 2", "at most train.steps=24", "is no file system of its own"):
         assert said in output
     assert not markers(tmp_path / "run")
+
+
+def test_a_rank_that_torchrun_did_not_start_has_no_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (fault,) = parse_faults("agent rank=0 step=1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert "start the job with launch/run.sh" in (problem_here(fault, tmp_path) or "")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert problem_here(fault, tmp_path) is None
 
 
 def test_nothing_of_it_is_imported_where_no_fault_is_asked_for() -> None:

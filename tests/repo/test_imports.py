@@ -70,7 +70,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "launch": ("launch", "config", "plan", "report.records"),
     "launch.status": (),
     "chaos": (
-        *("chaos", "train", "report", "checkpoint", "models", "moe", "parallel", "ops", "config"),
+        *("chaos", "train", "launch.snapshot", "report", "checkpoint", "models", "moe", "parallel"),
+        *("ops", "config"),
     ),
     # The one door for faults on purpose: nothing of it is imported where none are asked for.
     "train.__main__": ("train", "chaos"),
