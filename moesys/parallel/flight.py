@@ -1,10 +1,11 @@
 """Which collectives of this rank are under way, by torch's flight recorder: FSDP's and the mesh's too.
 
-The recorder runs for gloo and NCCL alike. It does not see point-to-point transfers over gloo.
+There is one recorder for gloo and one for NCCL. It does not see point-to-point transfers over gloo.
 """
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,11 @@ def record_flights() -> None:
 
 def flight(backend: str) -> Flight:
     """Now, on this rank; callable from any thread. The host does not wait for the device."""
-    # NCCL's recorder is another one, and only in builds with NCCL.
-    name = "_dump_nccl_trace_json" if backend == "nccl" else "_dump_fr_trace_json"
-    dump = getattr(c10d, name)
-    return read_flight(json.loads(dump()), _sizes())
+    names = ["_dump_fr_trace_json"]
+    if backend == "nccl":  # only in builds with it; saves talk over gloo beside it
+        names.insert(0, "_dump_nccl_trace_json")
+    sizes = _sizes()
+    return join_flights([read_flight(json.loads(getattr(c10d, name)()), sizes) for name in names])
 
 
 def read_flight(trace: dict[str, Any], sizes: dict[str, int]) -> Flight:
@@ -70,6 +72,14 @@ def read_flight(trace: dict[str, Any], sizes: dict[str, int]) -> Flight:
     # Point-to-point transfers have no part in the status.
     done += [("pending", str(entry["record_id"])) for entry in pending[:1]]
     return Flight(last=_collective(chosen, sizes) if chosen else None, done=tuple(done))
+
+
+def join_flights(flights: Sequence[Flight]) -> Flight:
+    """Of several recorders: what one of them waits for comes first, and what any of them completes is progress."""
+    shown = sorted(flights, key=lambda flight: (not flight.is_waiting, flight.last is None))
+    return Flight(
+        last=shown[0].last, done=tuple(pair for flight in flights for pair in flight.done)
+    )
 
 
 def _collective(entry: dict[str, Any], sizes: dict[str, int]) -> Collective:

@@ -245,7 +245,7 @@ class Watch:
         """For the main thread to say it and end."""
         is_own = found.about == self._rank
         if found.kind == "orphaned":
-            return BEAT_S if is_own else PATIENCE_S  # until it is sent
+            return BEAT_S / 2 if is_own else PATIENCE_S  # until it is sent
         if found.kind == "hung":
             return 0.0 if is_own else PATIENCE_S  # it cannot, or is not concerned
         if found.kind == "failed":
@@ -297,7 +297,8 @@ class Watch:
         lines += every or table({self._rank: self._beat()}, [self._rank])
         if found.kind == "hung":
             lines += _all_stacks(f"rank {self._rank}")
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        with suppress(OSError):  # a file on a full disk
+            print("\n".join(lines), file=sys.stderr, flush=True)
         if self._explained is None:  # else the main thread has recorded it
             _within(2.0, lambda: self.on_leave(reason))
         if found.kind == "hung":

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 import torch.distributed as dist
 
-from moesys.parallel.flight import read_flight
+from moesys.parallel.flight import Collective, Flight, join_flights, read_flight
 from moesys.parallel.lifeline import Lifeline, Lost
 from moesys.train import neighbour
 from moesys.train.exit_codes import LOST_EXIT_CODE
@@ -146,6 +146,23 @@ def test_the_oldest_collective_under_way_is_the_one_that_is_shown():
     assert not after.is_waiting
     assert after.done != now.done
     assert not read_flight({}, {}).is_waiting
+
+
+def test_what_a_save_waits_for_over_gloo_is_seen_beside_nccl():
+    def one(name: str, *, is_done: bool) -> Flight:
+        last = Collective(name=name, number=3, group="mesh_ep", ranks=2, is_done=is_done)
+        return Flight(last=last, done=((name, "2"),))
+
+    nothing = Flight(last=None, done=())
+    done, waiting = one("nccl:all_reduce", is_done=True), one("gloo:all_gather", is_done=False)
+    joined = join_flights([done, waiting])
+    assert joined.is_waiting
+    assert joined.last == waiting.last
+    assert joined.done == done.done + waiting.done, "either is progress"
+    assert join_flights([nothing, done]).last == join_flights([done, nothing]).last == done.last
+    both = join_flights([one("nccl:all_reduce", is_done=False), waiting])
+    assert str(both.last).startswith("nccl:all_reduce #3")
+    assert not join_flights([nothing, nothing]).is_waiting
 
 
 # Patience: numbers.
