@@ -1,12 +1,16 @@
 """An all-to-all between two processes of this machine, which is what expert parallelism does all day.
 
-python -m moesys.doctor.exchange BACKEND RANK STORE_FILE      # what the check starts twice
+python -m moesys.doctor.exchange BACKEND FOLDER      # what the check starts: it forks both ranks
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +21,7 @@ from moesys.doctor.finding import Finding, Where, fail, ok
 
 COLLECTIVE_S = 20.0
 LIMIT_S = 80.0
-"""With the import of torch in two processes, on a machine that does many other things."""
+"""With the import of torch in a new process, on a machine that does many other things."""
 
 
 def judge_exchange(backend: str, error: str, seconds: float) -> Finding:
@@ -47,41 +51,55 @@ def exchange(where: Where) -> list[Finding]:
 def _between_two(backend: str) -> Finding:
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="moesys_doctor_") as folder:
-        command = [sys.executable, "-m", "moesys.doctor.exchange", backend]
-        store = str(Path(folder, "store"))
-        outputs = [Path(folder, f"rank{rank}") for rank in range(2)]
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), store],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=path.open("w"),
-            )
-            for rank, path in enumerate(outputs)
-        ]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moesys.doctor.exchange", backend, folder],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            error = _first_error(processes, outputs, start_s + LIMIT_S)
+            error = process.communicate(timeout=LIMIT_S)[1].strip()
+            if process.returncode and not error:
+                error = f"they ended with {process.returncode}"
+        except subprocess.TimeoutExpired:
+            error = f"no end within {LIMIT_S:g} s"
         finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-    return judge_exchange(backend, error, time.monotonic() - start_s)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    last = error.splitlines()[-1] if process.returncode else ""
+    return judge_exchange(backend, last, time.monotonic() - start_s)
 
 
-def _first_error(
-    processes: list["subprocess.Popen[bytes]"], outputs: list[Path], deadline_s: float
-) -> str:
-    while True:
-        codes = [process.poll() for process in processes]
-        for code, output in zip(codes, outputs, strict=True):
-            if code:
-                lines = output.read_text(errors="replace").strip().splitlines()
-                return lines[-1] if lines else f"a rank ended with {code}"
-        if all(code == 0 for code in codes):
-            return ""
-        if time.monotonic() > deadline_s:
-            return f"no end within {LIMIT_S:g} s"
-        time.sleep(0.02)
+def _run_both(backend: str, folder: Path) -> int:
+    """Torch is imported once, which is most of the time; nothing of it has a thread or a device yet."""
+    ranks = [_fork_rank(backend, rank, folder) for rank in range(2)]
+    for _ in ranks:
+        ended, status = os.wait()
+        if code := os.waitstatus_to_exitcode(status):
+            rank = ranks.index(ended)
+            os.kill(ranks[1 - rank], signal.SIGKILL)
+            said = (folder / f"rank{rank}").read_text(errors="replace").strip()
+            print(said or f"a rank ended with {code}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _fork_rank(backend: str, rank: int, folder: Path) -> int:
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        os.dup2(os.open(folder / f"rank{rank}", os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+        _run_rank(backend, rank, str(folder / "store"))
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _run_rank(backend: str, rank: int, store: str) -> None:
@@ -106,4 +124,4 @@ def _run_rank(backend: str, rank: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    _run_rank(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    sys.exit(_run_both(sys.argv[1], Path(sys.argv[2])))
