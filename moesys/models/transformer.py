@@ -91,8 +91,8 @@ class Transformer(nn.Module):
         self.positions: Callable[[int, torch.device], Tensor] = all_positions
         self.seq_len: int | None = None
         """S, which only the first stage sees from its input."""
-        self.state_dim = 0
-        """Of what the routers hand on from layer to layer, if it has to cross a stage's end: numbers per token."""
+        self.state_shape: tuple[int, int] | None = None
+        """Tokens, and numbers per token, of what routers hand on from layer to layer; None where no stage's end cuts it."""
         self.tie()
 
     def tie(self) -> None:
@@ -114,7 +114,8 @@ class Transformer(nn.Module):
         then stays inside it.
 
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
-        far as one fp32 tensor, and with `state_dim` the last router's state.
+        far as one fp32 tensor, and with a `state_shape` the last router's state (zeros before the first router).
+        Raises ValueError for a router whose state is not as wide as its `state_dim` says.
         """
         if self.is_first:
             assert self.embed is not None
@@ -129,6 +130,12 @@ class Transformer(nn.Module):
         if losses_3 is None:
             # A leaf with a gradient, so that what a stage sends on always has one.
             losses_3 = torch.zeros(3, device=x.device, requires_grad=torch.is_grad_enabled())
+        if state is not None:
+            received: Tensor = _Received.apply(state)
+            if self._follows_router:
+                state = received
+            else:  # It fills the place of a state. What was sent must get a gradient back, so it is read.
+                losses_3, state = losses_3 + 0.0 * received.sum(), None
         losses = RoutingLosses(*losses_3.unbind())
         ends = None if documents is None else document_ends(documents.tolist())
         for block in self.blocks():
@@ -139,11 +146,29 @@ class Transformer(nn.Module):
                 x = block(x, rope_SH, ends)
         if self.norm is not None and self.head is not None:
             return self.head(self.norm(x)).float(), torch.stack(losses)
-        if not self.state_dim:
+        self._check_state(state)
+        if self.state_shape is None:
             return x, torch.stack(losses)
         if state is None:  # no router yet
-            state = x.new_zeros(x.shape[0], self.state_dim, requires_grad=losses_3.requires_grad)
-        return x, torch.stack(losses), state
+            state = x.new_zeros(self.state_shape, requires_grad=losses_3.requires_grad)
+        # A copy: a split backward detaches what a stage sends, which what made the state may have saved.
+        return x, torch.stack(losses), state.clone()
+
+    @property
+    def _follows_router(self) -> bool:
+        """Whether a layer before this stage has a router."""
+        return min(map(int, self.layers)) > self.config.num_dense_layers
+
+    def _check_state(self, state: Tensor | None) -> None:
+        """What crosses a stage's end travels in the shape that both sides were told."""
+        if state is not None and tuple(state.shape) != self.state_shape:
+            router = self.config.moe.router.target
+            wide = 0 if self.state_shape is None else self.state_shape[1]
+            raise ValueError(
+                f"model.moe.router._target_={router}: its state {list(state.shape)} must be [tokens, state_dim], to "
+                f"cross a pipeline stage's end, and its state_dim is {wide}: write state_dim = {state.shape[-1]} in "
+                "the class, or use parallel.pp=1"
+            )
 
     def logits(self, input_ids_BS: Tensor) -> Tensor:
         """[B, S, V] in fp32, where no axis but those of data and experts cuts the model."""
@@ -167,3 +192,15 @@ class Transformer(nn.Module):
         """Parameters of one layer's router; None without MoE layers."""
         layers = self.moe_layers()
         return sum(p.numel() for p in layers[0].router.parameters()) if layers else None
+
+
+class _Received(torch.autograd.Function):
+    """The identity; its gradient is contiguous, as what goes to another stage must be."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return grad.contiguous()

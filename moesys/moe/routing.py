@@ -24,10 +24,13 @@ class RoutingResult:
     extra_loss: Tensor | None = None
     """Scalar mean over tokens of a loss of the router's own, added to the balance losses."""
     state: Tensor | None = None
-    """What a recurrent router hands to the next layer's router, one row per token."""
+    """fp32 [T, state_dim], what a recurrent router hands to the next layer's router; the first gets None."""
 
 
 class Router(Protocol):
-    """A torch module with this forward. Built as `Router(d_model=, num_experts=, top_k=, **options)`."""
+    """A torch module with this forward. Built as `Router(d_model=, num_experts=, top_k=, **options)`.
+
+    One that hands on a state has an attribute `state_dim`, its numbers per token: a pipeline's stages are told it.
+    """
 
     def __call__(self, x_TD: Tensor, state: Tensor | None = None) -> RoutingResult: ...

@@ -46,11 +46,13 @@ class Pipeline:
             parallel.pp_schedule, rank, parallel.pp, parallel.pp_virtual_stages
         )
         routers = [layer.router for layer in Transformer(config).moe_layers()]
-        self.state_dim: int = max((getattr(r, "state_dim", 0) for r in routers), default=0)
+        state_dim: int = max((getattr(r, "state_dim", 0) for r in routers), default=0)
+        routed_tokens = micro_batch_samples * self.seq_len // meshes.dims.tp
+        self.state_shape = (routed_tokens, state_dim) if state_dim else None
         self.parts: list[Transformer] = []
         for stage in self.stage_ids:
             part = Transformer(config, self.layers[stage])
-            part.seq_len, part.state_dim = self.seq_len, self.state_dim
+            part.seq_len, part.state_shape = self.seq_len, self.state_shape
             self.parts.append(part)
         self._schedule: Any = None
 
@@ -124,12 +126,12 @@ class Pipeline:
 
     def _metas(self) -> tuple[Tensor, ...]:
         """What travels from stage to stage."""
-        all_tokens = self.micro_batch_samples * self.seq_len
-        routed_tokens = all_tokens // self.meshes.dims.tp
-        tokens = routed_tokens if self.parallel.sequence_parallel else all_tokens
+        tokens = self.micro_batch_samples * self.seq_len
+        if self.parallel.sequence_parallel:
+            tokens //= self.meshes.dims.tp
         shapes: list[tuple[int, ...]] = [(tokens, self.parts[0].config.d_model), (3,)]
-        if self.state_dim:
-            shapes.append((routed_tokens, self.state_dim))
+        if self.state_shape is not None:
+            shapes.append(self.state_shape)
         return tuple(torch.empty(s, device="meta", requires_grad=True) for s in shapes)
 
     def _ids_meta(self) -> tuple[Tensor, ...]:

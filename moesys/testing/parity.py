@@ -46,7 +46,7 @@ class Difference:
     are_counters_equal: bool
     """Expert load of all steps, and buffers, bit for bit."""
     missing: frozenset[str]
-    """Names that no rank has."""
+    """Parameters whose gradient no rank has."""
 
     @property
     def worst(self) -> float:
@@ -105,7 +105,7 @@ def compare(ranks: Sequence[Numbers], reference: Numbers) -> Difference:
         gradient_name=gradients[1],
         weights=weights,
         are_counters_equal=are_counters_equal,
-        missing=frozenset(reference.weights.keys() - seen),
+        missing=frozenset(reference.gradients[0].keys() - seen),
     )
 
 

@@ -23,7 +23,8 @@ def check(factory: Callable[..., nn.Module]) -> None:
 
     `factory(d_model=, num_experts=, top_k=)` makes one. The rules: shapes and types of RoutingResult; distinct
     experts per token, in range or -1; weight 0 where the id is -1; finite numbers; probabilities that sum to
-    one; a gradient into every parameter; the same result for the same input; a state of one row per token.
+    one; a gradient into every parameter, given a state if it hands one on; the same result for the same input;
+    a state in fp32, of `state_dim` numbers per token.
     """
     for num_tokens, d_model, num_experts, top_k in SIZES:
         torch.manual_seed(0)
@@ -35,18 +36,24 @@ def check(factory: Callable[..., nn.Module]) -> None:
         x_TD = torch.randn(num_tokens, d_model, requires_grad=True)
         result = _route(router, x_TD)
         _check_result(result, num_tokens, num_experts, top_k)
+        _check_state(router, result, num_tokens)
         _check_repeats(router, x_TD, result)
+        if result.state is not None:  # as the next layer's router is called
+            result = _route(router, x_TD, result.state)
+            _check_result(result, num_tokens, num_experts, top_k)
         if num_tokens > 1:
             _check_gradients(router, result)
 
 
-def _route(router: nn.Module, x_TD: torch.Tensor) -> RoutingResult:
+def _route(
+    router: nn.Module, x_TD: torch.Tensor, state: torch.Tensor | None = None
+) -> RoutingResult:
     parameters = list(inspect.signature(router.forward).parameters)
     assert parameters[:2] == ["x_TD", "state"], (
         f"forward takes (x_TD, state), not {parameters}: the layer calls router(x_TD, state)"
     )
     torch.manual_seed(1)
-    result = router(x_TD, None)
+    result = router(x_TD, state)
     assert isinstance(result, RoutingResult), (
         f"forward returns a RoutingResult, not {type(result).__name__}"
     )
@@ -76,8 +83,16 @@ def _check_result(result: RoutingResult, num_tokens: int, num_experts: int, top_
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-4), "probs_TE sum to 1 over experts"
     if result.extra_loss is not None:
         assert result.extra_loss.ndim == 0, "extra_loss is a scalar"
-    if result.state is not None:
-        assert result.state.shape[0] == num_tokens, "state has one row per token"
+
+
+def _check_state(router: nn.Module, result: RoutingResult, num_tokens: int) -> None:
+    state_dim = getattr(router, "state_dim", 0)
+    if result.state is None:
+        assert not state_dim, f"the router has state_dim={state_dim} and gives no state"
+        return
+    shape, expected = tuple(result.state.shape), (num_tokens, state_dim)
+    assert shape == expected, f"state is {shape}, must be (T, state_dim) = {expected}"
+    assert result.state.dtype == torch.float32, f"state is {result.state.dtype}, must be fp32"
 
 
 def _check_repeats(router: nn.Module, x_TD: torch.Tensor, result: RoutingResult) -> None:

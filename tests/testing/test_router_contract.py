@@ -1,5 +1,6 @@
 """The contract passes our routers and catches each way of breaking it."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from moesys.moe.routers import TopKRouter
 from moesys.testing import router_contract
+from tests.train.recurrent_router import RecurrentRouter
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -17,6 +19,30 @@ def test_top_k_holds_to_the_contract(score_function, normalize_weights):
             **sizes, score_function=score_function, normalize_weights=normalize_weights
         )
     )
+
+
+def test_a_router_with_a_state_is_called_with_one():
+    """Its matrix for the state gets a gradient from that call alone."""
+    router_contract.check(RecurrentRouter)
+
+
+class Halved(RecurrentRouter):
+    def forward(self, x_TD, state=None):
+        result = super().forward(x_TD, state)
+        assert result.state is not None
+        return replace(result, state=result.state.bfloat16())
+
+
+class Stateless(TopKRouter):
+    state_dim = 4
+
+
+@pytest.mark.parametrize(
+    ("router", "rule"), [(Halved, "must be fp32"), (Stateless, "gives no state")]
+)
+def test_a_state_is_what_the_class_says(router, rule):
+    with pytest.raises(AssertionError, match=rule):
+        router_contract.check(router)
 
 
 class Broken(TopKRouter):
@@ -44,7 +70,7 @@ SPOILS = {
         probs_TE=r.probs_TE.detach(),
         logits_TE=r.logits_TE.detach() + 0 * r.logits_TE,
     ),
-    "one row per token": lambda r: replace(r, state=torch.zeros(3, 2)),
+    "must be (T, state_dim)": lambda r: replace(r, state=torch.zeros(3, 2)),
     "a scalar": lambda r: replace(r, extra_loss=torch.zeros(2)),
     "same input": lambda r: replace(
         r, topk_ids_TK=(r.topk_ids_TK + next(_counter)) % r.logits_TE.shape[1]
@@ -56,5 +82,5 @@ _counter = iter(range(1000))
 
 @pytest.mark.parametrize("rule", SPOILS)
 def test_a_broken_rule_is_named(rule):
-    with pytest.raises(AssertionError, match=rule):
+    with pytest.raises(AssertionError, match=re.escape(rule)):
         router_contract.check(lambda **sizes: Broken(SPOILS[rule], **sizes))
