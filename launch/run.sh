@@ -2,25 +2,41 @@
 # Train: one torchrun per machine. The rest of the line are keys of the configuration.
 #
 #   launch/run.sh [--nproc RANKS_PER_MACHINE] [--relaunch TIMES] experiment=quickstart train.steps=50
+#   launch/run.sh --nodes 2:4 --meeting HOST:29400 train.elastic=true ...   # on each machine; machines may be lost and come
 #   srun --ntasks-per-node=1 launch/run.sh experiment=...      # the same on every node of a Slurm job
 #   srun --ntasks-per-node=8 launch/run.sh experiment=...      # every task is a rank; no torchrun
 #
 # RANKS_PER_MACHINE defaults to the machine's GPUs, or 2 without any. PYTHON names the interpreter.
 # PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies. If torchrun itself is killed, or crashes,
 # the job is started again, at most TIMES (default: 3; 0 = never). Not under srun: there Slurm sees the end of the step.
+# With --nodes MIN:MAX ranks are started again in place as long as MIN machines are there: docs/launch.md. Exit codes: 0 done,
+# 75 stopped and saved (start it again to go on), 76 another machine is lost, anything else has failed.
 set -euo pipefail
+trap 'exit 75' TERM USR1 USR2 # nothing has begun
 
-nproc_per_node='' relaunch=3
-while [[ ${1:-} == --nproc || ${1:-} == --relaunch ]]; do
-  if [[ $1 == --nproc ]]; then
-    nproc_per_node=${2:-}
-    [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
-  else
-    relaunch=${2:-}
-    [[ $relaunch =~ ^[0-9]{1,6}$ ]] || { echo "run.sh: --relaunch needs how often torchrun may be started again, got '$relaunch'" >&2; exit 2; }
-  fi
+nproc_per_node='' relaunch=3 elastic='' endpoint=''
+while [[ ${1:-} == --nproc || ${1:-} == --relaunch || ${1:-} == --nodes || ${1:-} == --meeting ]]; do
+  case $1 in
+    --nproc)
+      nproc_per_node=${2:-}
+      [[ $nproc_per_node =~ ^[1-9][0-9]*$ ]] || { echo "run.sh: --nproc needs a number of ranks, got '$nproc_per_node'" >&2; exit 2; }
+      ;;
+    --nodes)
+      elastic=${2:-}
+      [[ $elastic =~ ^[1-9][0-9]*:[1-9][0-9]*$ && ${elastic%:*} -le ${elastic#*:} ]] || { echo "run.sh: --nodes needs the least and the most machines as MIN:MAX, got '$elastic'" >&2; exit 2; }
+      ;;
+    --meeting)
+      endpoint=${2:-}
+      [[ $endpoint =~ ^.+:[0-9]+$ ]] || { echo "run.sh: --meeting needs HOST:PORT of a machine that all others reach, got '$endpoint'" >&2; exit 2; }
+      ;;
+    *)
+      relaunch=${2:-}
+      [[ $relaunch =~ ^[0-9]{1,6}$ ]] || { echo "run.sh: --relaunch needs how often torchrun may be started again, got '$relaunch'" >&2; exit 2; }
+      ;;
+  esac
   shift 2
 done
+[[ -z $endpoint || -n $elastic ]] || { echo "run.sh: --meeting $endpoint without --nodes MIN:MAX: say how many machines meet there" >&2; exit 2; }
 # Only srun sets SLURM_STEP_*: a script under sbatch that calls this without srun trains on its one machine.
 nodes=${SLURM_STEP_NUM_NODES:-1} tasks=${SLURM_STEP_NUM_TASKS:-1}
 if ((tasks != nodes)); then
@@ -41,23 +57,32 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc_per_node ? cores / nproc_per_node : 1))}
 
 if ((tasks != nodes)); then
+  [[ -z $elastic ]] || { echo "run.sh: --nodes $elastic beside $tasks tasks of srun on $nodes nodes: only torchrun starts ranks again in place; use --ntasks-per-node=1" >&2; exit 2; }
   exec "$python" -m moesys.train "$@"
 fi
-if ((nodes > 1)); then
+if ((nodes > 1)) && [[ -z $endpoint ]]; then
   # Every node works out the same meeting point: the step's first node, a port from the job's id.
   first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)
   host=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
-  meeting=(--nnodes "$nodes" --node-rank "$SLURM_NODEID"
-    --master-addr "$host" --master-port $((20000 + SLURM_JOB_ID % 10000)))
+  port=$((20000 + SLURM_JOB_ID % 10000))
+  endpoint=$host:$port
+fi
+if [[ -n $elastic ]]; then
+  [[ -n $endpoint ]] || { echo "run.sh: --nodes $elastic needs --meeting HOST:PORT, the same on every machine" >&2; exit 2; }
+  # A machine is taken for lost after 10 s without a beat (they come every 2 to 4 s); then 3 s are left for others to come.
+  meeting=(--nnodes "$elastic" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "moesys${SLURM_JOB_ID:-}"
+    --rdzv-conf "${PET_RDZV_CONF:-keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=3}"
+    --max-restarts "${PET_MAX_RESTARTS:-20}")
+  # Else machines that come later are told no store, and others that of a lost one (torch 2.13).
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+elif ((nodes > 1)); then
+  meeting=(--nnodes "$nodes" --node-rank "$SLURM_NODEID" --master-addr "$host" --master-port "$port")
 else
   meeting=(--standalone)
 fi
 
-# After SIGTERM the ranks end their step, evaluate where that is due, and save: more than torchrun's 30 s may pass.
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-
 torchrun() {
-  exec "${kept[@]}" "$python" -m torch.distributed.run --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2 \
+  exec "${kept[@]}" "$python" -m moesys.train.torchrun \
     "${meeting[@]}" --nproc-per-node "$nproc_per_node" -m moesys.train "$@"
 }
 

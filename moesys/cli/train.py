@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def run(args: argparse.Namespace) -> int:
+    from moesys.train.signals import leave_on_signals
+
+    if not args.dry_run:
+        leave_on_signals()
     import_from_working_folder()
     from moesys.config.compose import compose, to_yaml
     from moesys.config.elastic import fit_to_world
@@ -65,12 +68,9 @@ def run(args: argparse.Namespace) -> int:
     threads = _threads_per_rank(world_size)
     if not args.dry_run:
         os.environ["OMP_NUM_THREADS"] = threads
-        # After SIGTERM the ranks end their step and save, which may take longer than torchrun's 30 s.
-        os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
-        # Ranks end their step and save for these too; unhandled they would end torchrun and leave the ranks.
-        signals = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-        arguments = [signals, *command[command.index(_TORCHRUN) + 1 :]]
-        return _torchrun(arguments, Path(config.run.dir))
+        from moesys.train.torchrun import run_torchrun
+
+        return run_torchrun(command[command.index(_TORCHRUN) + 1 :], Path(config.run.dir))
     for warning in warnings:
         print(f"# warning: {warning}")
     if is_rank:
@@ -88,37 +88,6 @@ def _refuse_environment() -> None:
 
     if problems := environment_problems(os.environ, list(interfaces_here()), with_nccl=False):
         raise ValueError("\n".join(problems))
-
-
-def _torchrun(arguments: list[str], run_folder: Path) -> int:
-    """torchrun in this process, which has imported torch already; the exit code says how the ranks ended.
-
-    A signal reaches the ranks through torchrun, which waits for them to save and leave. It forgets their exit codes
-    then: whether they have saved, the run's status says.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    from moesys.launch.status import read_status
-    from moesys.train.exit_codes import DONE_EXIT_CODE, STOPPED_EXIT_CODE
-
-    began_unix_s = time.time()
-    try:
-        torchrun(arguments)
-    except SignalException as stopped:
-        status = read_status(run_folder)
-        if status is not None and status.since_unix_s >= began_unix_s:
-            ends = {"requeued": STOPPED_EXIT_CODE, "done": DONE_EXIT_CODE}
-            return ends.get(status.state, 128 + stopped.sigval)
-        return 128 + stopped.sigval
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        print(
-            f"moesys train: rank {rank} ended first, exit code {failure.exitcode}", file=sys.stderr
-        )
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    return 0
 
 
 def _world_size(nproc: int | None, place: "Place") -> int:

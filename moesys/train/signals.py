@@ -16,6 +16,18 @@ from moesys.train.exit_codes import STOPPED_EXIT_CODE
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def leave_on_signals() -> None:
+    """From the first line of a process until a StopRequest, or torchrun, handles signals: one ends it, with 75."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, _: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    os.write(1, f"moesys: {name} before the first step: nothing to save\n".encode())
+    os._exit(STOPPED_EXIT_CODE)
+
+
 class StopRequest:
     """Handles the signals inside a `with` block, of the main thread; `requested` is read once per step.
 

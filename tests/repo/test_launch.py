@@ -4,15 +4,20 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
-RUN_SH = Path(__file__).resolve().parents[2] / "launch" / "run.sh"
+ROOT = Path(__file__).resolve().parents[2]
+RUN_SH = ROOT / "launch" / "run.sh"
+WORDS = ["experiment=quickstart"]
 
 
 @pytest.fixture
@@ -52,9 +57,7 @@ def launch(programs: Path, *words: str, **changes: str) -> subprocess.CompletedP
     )
 
 
-# By default it takes SIGUSR1 and SIGUSR2 for its own end, without a word to the ranks.
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
-TORCHRUN = f"-m torch.distributed.run {SIGNALS}"
+TORCHRUN = "-m moesys.train.torchrun"
 SLURM = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NUM_TASKS": "2",
@@ -162,7 +165,7 @@ def test_the_end_of_the_script_is_the_end_of_torchrun(programs: Path, how: str) 
 
 
 def wait_for_line(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not path.exists() or path.read_text().count("\n") < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -177,6 +180,40 @@ def test_under_srun_every_node_names_the_same_meeting_point(programs: Path) -> N
         )
 
 
+ELASTIC = (
+    "--nnodes 1:2 --rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id moesys{job} "
+    "--rdzv-conf keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=3 --max-restarts 20"
+)
+
+
+def test_machines_that_may_be_lost_and_come(programs: Path) -> None:
+    words = ["--nodes", "1:2", "--nproc", "2", "a=b"]
+    done = launch(programs, "--meeting", "m0:29400", *words)
+    options = ELASTIC.format(endpoint="m0:29400", job="")
+    assert done.stdout == f"OMP=4 {TORCHRUN} {options} --nproc-per-node 2 -m moesys.train a=b\n"
+    done = launch(programs, *words, **SLURM, SLURM_NODEID="1")
+    options = ELASTIC.format(endpoint="localhost:20005", job="70005")
+    assert done.stdout == f"OMP=4 {TORCHRUN} {options} --nproc-per-node 2 -m moesys.train a=b\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nodes", "2"], "as MIN:MAX, got '2'"),
+        (["--nodes", "4:2"], "as MIN:MAX, got '4:2'"),
+        (["--nodes", "1:2"], "--nodes 1:2 needs --meeting HOST:PORT"),
+        (["--nodes", "1:2", "--meeting", "m0"], "--meeting needs HOST:PORT"),
+        (["--meeting", "m0:29400"], "--meeting m0:29400 without --nodes"),
+    ],
+)
+def test_words_that_say_too_little_of_the_machines(
+    programs: Path, words: list[str], said: str
+) -> None:
+    done = launch(programs, *words, "a=b")
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_several_tasks_on_a_node_are_the_ranks(programs: Path) -> None:
     several = SLURM | {"SLURM_STEP_NUM_TASKS": "8"}
     done = launch(programs, "a=b", **several, SLURM_NODEID="0")
@@ -184,30 +221,50 @@ def test_several_tasks_on_a_node_are_the_ranks(programs: Path) -> None:
     done = launch(programs, "--nproc", "2", **several, SLURM_NODEID="0")
     assert done.returncode == 2
     assert "--nproc 2 beside 8 tasks of srun on 2 nodes" in done.stderr
+    done = launch(programs, "--nodes", "1:2", **several, SLURM_NODEID="0")
+    assert done.returncode == 2
+    assert "--nodes 1:2 beside 8 tasks of srun on 2 nodes" in done.stderr
 
 
 def test_an_sbatch_script_without_srun_is_one_machine(programs: Path) -> None:
     assert "--standalone" in launch(programs, SLURM_NNODES="2", SLURM_NODEID="0").stdout
 
 
+RANK = """
+import json, os, pathlib, signal, sys, time
+rank = os.environ["RANK"]
+def stop(number, _):
+    time.sleep(1)  # it saves, whatever comes meanwhile
+    pathlib.Path(f"stopped{rank}").write_text(signal.Signals(number).name)
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, stop)
+note = [os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], sys.argv[1:]]
+pathlib.Path(f".rank{rank}").write_text(json.dumps(note))
+os.replace(f".rank{rank}", f"rank{rank}")
+with open("starts", "a") as file:
+    file.write(f"{os.environ.get('MOESYS_NODE')} of {os.environ['WORLD_SIZE']}\\n")
+lost = pathlib.Path("lost")
+while "run.dir=end" not in sys.argv:
+    time.sleep(0.05)
+    if lost.exists():
+        lost.unlink()
+        sys.exit(76)
+"""
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
-    """A folder in which `-m moesys.train` is a stand-in: it notes its rank, then waits to be stopped."""
+    """A folder in which `-m moesys.train` is a stand-in: it notes its rank, then waits to be stopped, or cut off."""
     package = tmp_path / "job" / "moesys"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "train.py").write_text(
-        "import json, os, pathlib, signal, sys, time\n"
-        "rank = os.environ['RANK']\n"
-        "def stop(*_):\n"
-        "    pathlib.Path(f'stopped{rank}').touch()\n"
-        "    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "note = [os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'], sys.argv[1:]]\n"
-        "pathlib.Path(f'.rank{rank}').write_text(json.dumps(note))\n"
-        "os.replace(f'.rank{rank}', f'rank{rank}')\n"
-        "time.sleep(0 if 'end' in sys.argv else 60)\n"
+    (package / "train").mkdir(parents=True)
+    # All else is found in the real package.
+    for folder, real in (("", "moesys"), ("train", "moesys/train")):
+        (package / folder / "__init__.py").write_text(f"__path__.append({str(ROOT / real)!r})\n")
+    (package / "__init__.py").write_text(
+        (package / "__init__.py").read_text() + "__version__ = ''\n"
     )
+    (package / "train" / "__main__.py").write_text(RANK)
     return tmp_path / "job"
 
 
@@ -215,7 +272,7 @@ def test_two_nodes_meet(programs: Path, job: Path) -> None:
     changes = SLURM | {"PYTHON": sys.executable, "SLURM_JOB_ID": str(os.getpid())}
     nodes = [
         subprocess.Popen(
-            ["bash", str(RUN_SH), "--nproc", "1", "end"],
+            ["bash", str(RUN_SH), "--nproc", "1", *WORDS, "run.dir=end"],
             cwd=job,
             env=environment(programs, changes | {"SLURM_NODEID": node}),
         )
@@ -223,22 +280,71 @@ def test_two_nodes_meet(programs: Path, job: Path) -> None:
     ]
     assert [node.wait(timeout=90) for node in nodes] == [0, 0]
     assert [json.loads((job / f"rank{rank}").read_text()) for rank in (0, 1)] == [
-        ["2", "0", ["end"]]
+        ["2", "0", [*WORDS, "run.dir=end"]]
     ] * 2
 
 
-def test_a_signal_reaches_the_ranks(programs: Path, job: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--relaunch", "0"]])
+@pytest.mark.parametrize("signals", [["SIGUSR1"], ["SIGTERM"] * 3])
+def test_a_signal_reaches_the_ranks(
+    programs: Path, job: Path, options: list[str], signals: list[str]
+) -> None:
     process = subprocess.Popen(
-        ["bash", str(RUN_SH), "--nproc", "2"],
+        ["bash", str(RUN_SH), "--nproc", "2", *options, *WORDS],
         cwd=job,
         env=environment(programs, {"PYTHON": sys.executable}),
     )
-    deadline = time.monotonic() + 60
-    while not ((job / "rank0").exists() and (job / "rank1").exists()):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.wait(timeout=60)
-    assert (job / "stopped0").exists()
-    assert (job / "stopped1").exists()
+    wait_for_line(job / "starts", 2)
+    for name in signals:
+        process.send_signal(signal.Signals[name])
+        time.sleep(0.3)
+    assert process.wait(timeout=60) == 75
+    assert [(job / f"stopped{rank}").read_text() for rank in (0, 1)] == [signals[0]] * 2
+
+
+@pytest.mark.alone
+def test_a_lost_machine_is_done_without_until_it_comes_back(programs: Path, job: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    quick = "keep_alive_interval=1,keep_alive_max_attempt=7,last_call_timeout=1"
+    words = ["--nproc", "1", "--relaunch", "0", "--nodes", "1:2", "--meeting", f"127.0.0.1:{port}"]
+    starts = job / "starts"
+
+    def start(node: str) -> subprocess.Popen[bytes]:
+        told = {"PYTHON": sys.executable, "MOESYS_NODE": node, "PET_RDZV_CONF": quick}
+        return subprocess.Popen(
+            ["bash", str(RUN_SH), *words, *WORDS], cwd=job, env=environment(programs, told)
+        )
+
+    with ExitStack() as stack:
+        first = start("a")  # the machine of the meeting
+        stack.callback(kill_all, first)
+        wait_for_line(starts, 1)
+        for others in (1, 2):
+            second = start("b")
+            stack.callback(kill_all, second)
+            wait_for_line(starts, 3 * others)
+            if others == 1:
+                kill_all(second)
+                (job / "lost").touch()  # as the watch of the other rank finds it
+                wait_for_line(starts, 4)
+        for process in (first, second):
+            process.terminate()
+        assert [process.wait(timeout=60) for process in (first, second)] == [75, 75]
+    told = starts.read_text().splitlines()
+    both = ["a of 2", "b of 2"]
+    assert [told[0], sorted(told[1:3]), told[3], sorted(told[4:])] == [
+        "a of 1",
+        both,
+        "a of 1",
+        both,
+    ]
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to it and its ranks, as a machine that loses power."""
+    if process.poll() is None:
+        agent = psutil.Process(process.pid)
+        for victim in [agent, *agent.children(recursive=True)]:
+            victim.kill()
+    process.wait()
