@@ -28,6 +28,8 @@ class Rules:
     """The default duration; None: the kind has none."""
     ends_rank: bool = False
     """The rank ends by the fault itself, at once."""
+    ends_job: bool = False
+    """All ranks end because of it, and train on until they see it."""
 
 
 KINDS: Mapping[str, Rules] = {
@@ -47,7 +49,7 @@ KINDS: Mapping[str, Rules] = {
     "corrupt_checkpoint": Rules(
         does="one bit of the newest checkpoint flips, then SIGKILL to the rank", ends_rank=True
     ),
-    "agent": Rules(does="SIGKILL to torchrun's agent, the parent of the rank"),
+    "agent": Rules(does="SIGKILL to torchrun's agent, the parent of the rank", ends_job=True),
     "nan": Rules(does="one element of one gradient becomes NaN", phases=("optimizer",)),
     "bit_flip": Rules(does="one bit of one parameter flips", phases=PHASES[:-1]),
 }

@@ -71,7 +71,7 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
     back: Event | None = None
     steps_lost = restarts = relaunches = 0
     is_overtaken = False
-    is_victims_end_due = KINDS[fault.kind].ends_rank
+    is_victims_end_due, is_start_due = KINDS[fault.kind].ends_rank, KINDS[fault.kind].ends_job
     for event in ordered:
         if event.at_s <= begin.at_s or back is not None:
             continue
@@ -85,9 +85,12 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
                 break  # what comes now may be of that one
             case "start":
                 restarts += 1
+                is_start_due = False
                 steps_lost = max(steps_lost, done - event.step)
             case "job_started":
                 relaunches += 1
+            case "step" if is_start_due:
+                done = max(done, event.step)
             case "step" if event.step > done:
                 back = event
             case "job_ended" if event.text == "0":

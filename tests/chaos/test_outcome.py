@@ -67,6 +67,17 @@ def test_a_launcher_that_gave_up_did_not_survive() -> None:
     assert not found.survived
 
 
+def test_steps_of_ranks_that_have_lost_their_agent_are_no_recovery() -> None:
+    events = seen(
+        "2 step 6; 2.5 fault 0; 2.6 step 7; 2.8 said; 2.9 step 8; 3 ended r0; 3 ended r1; 8 start 5; 9 step 6; "
+        "10 step 7; 11 step 8; 12 step 9"
+    )
+    (found,) = outcomes(parse_faults("agent rank=1 step=7"), events)
+    assert found.found_s == pytest.approx(0.3)
+    assert (found.back_s, found.steps_lost) == (9.5, 3)
+    assert (found.restarts, found.relaunches, found.survived) == (1, 0, True)
+
+
 def test_a_fault_that_ends_nothing() -> None:
     faults = parse_faults("slow rank=0 step=7; slow rank=0 step=9")
     events = seen(
