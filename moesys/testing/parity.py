@@ -5,6 +5,7 @@ ranks = parity(replace(config, parallel=ParallelConfig(tp=2, ep=2)), world_size=
 compare(ranks, reference[0]).worst          # relative, over losses and all gradients of all steps
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,7 +90,7 @@ def compare(ranks: Sequence[Numbers], reference: Numbers) -> Difference:
         seen |= numbers.weights.keys() & numbers.gradients[0].keys()
         for step, (ours, theirs) in enumerate(zip(numbers.results, reference.results, strict=True)):
             pairs = [(getattr(ours, name), getattr(theirs, name)) for name in FIGURES]
-            figures = max([figures, *(abs(a - b) / max(abs(b), 1e-30) for a, b in pairs)])
+            figures = max([figures, *(_finite(abs(a - b) / max(abs(b), 1e-30)) for a, b in pairs)])
             are_counters_equal &= ours.expert_load_ME == theirs.expert_load_ME
             errors = _errors(numbers.gradients[step], reference.gradients[step])
             gradients = max(
@@ -110,13 +111,18 @@ def compare(ranks: Sequence[Numbers], reference: Numbers) -> Difference:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """|ours - theirs| / |theirs| over the whole tensor."""
-    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+    """|ours - theirs| / |theirs| over the whole tensor; infinite where one of them is not a number."""
+    return _finite(((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Collective for a DTensor: all of it."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def _finite(error: float) -> float:
+    """max() would pass a nan over."""
+    return float("inf") if math.isnan(error) else error
 
 
 def _errors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
