@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from tests.doctor.cluster_rank import examine_to_file
 
@@ -22,21 +23,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed", "moesys.doctor.cluster"])
 
 
-def examine(folder: Path, fault: str) -> tuple[list[int | None], dict[str, Any]]:
-    """Every rank's exit code, and what rank 0 printed."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+def run_ranks(
+    folder: Path, port: int, fault: str, *arguments: str, **more: str
+) -> list[int | None]:
+    """Every rank's exit code; what rank 0 printed is in the file rank0."""
     environment = {
         "WORLD_SIZE": str(RANKS),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+        **more,
     }
-    arguments = ("--json", "--run-dir", str(folder), "--exclude-file", str(folder / "exclude"))
+    given = (*arguments, "--run-dir", str(folder), "--exclude-file", str(folder / "exclude"))
     ranks = [
         _context.Process(
             target=examine_to_file,
-            args=(rank, environment, str(folder / f"rank{rank}"), fault, *arguments),
+            args=(rank, environment, str(folder / f"rank{rank}"), fault, *given),
             daemon=True,
         )
         for rank in range(RANKS)
@@ -50,7 +52,15 @@ def examine(folder: Path, fault: str) -> tuple[list[int | None], dict[str, Any]]
         for process in ranks:
             process.kill()
     assert not list(folder.glob(".moesys_doctor*"))
-    return [process.exitcode for process in ranks], json.loads((folder / "rank0").read_text())
+    return [process.exitcode for process in ranks]
+
+
+def examine(folder: Path, fault: str) -> tuple[list[int | None], dict[str, Any]]:
+    """Every rank's exit code, and what rank 0 printed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    codes = run_ranks(folder, port, fault, "--json")
+    return codes, json.loads((folder / "rank0").read_text())
 
 
 def failures(outcome: dict[str, Any]) -> list[tuple[str, list[str]]]:
@@ -123,7 +133,28 @@ def test_an_error_of_rank_0_at_the_end_keeps_no_rank_waiting(tmp_path: Path) -> 
     assert (tmp_path / "exclude").read_text() == "rm [\n"
 
 
-def test_under_torchrun_a_slow_node_is_in_the_table_and_the_exclude_file(tmp_path: Path) -> None:
+def is_told_of_the_slow_node(said: str, exclude: Path) -> None:
+    assert "FAIL  n3: links: at best 0.0839 Gbit/s to any other node; 8.39 is usual" in said
+    assert said.count("FAIL") == 1
+    assert "\nn3           0.08          0.08" in said
+    assert "\nn1 |\\ @ |\nn2 | \\@ |\nn3 |@@\\@|\nn4 |  @\\|\n" in said
+    assert "must go: n3" in said
+    # A node that had to go before stays out.
+    assert exclude.read_text() == "n[3,7]\n"
+
+
+def test_a_slow_node_is_in_the_table_and_the_exclude_file(tmp_path: Path) -> None:
+    """With the job's store in another process, as torchrun's agent has it."""
+    (tmp_path / "exclude").write_text("n7\n")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    codes = run_ranks(tmp_path, store.port, "slow node", **agent)
+    assert codes == [1, 1, 1, 1]
+    is_told_of_the_slow_node((tmp_path / "rank0").read_text(), tmp_path / "exclude")
+
+
+@pytest.mark.chaos
+def test_the_same_under_torchrun(tmp_path: Path) -> None:
     exclude = tmp_path / "exclude"
     exclude.write_text("n7\n")
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
@@ -137,10 +168,4 @@ def test_under_torchrun_a_slow_node_is_in_the_table_and_the_exclude_file(tmp_pat
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 1
-    assert "FAIL  n3: links: at best 0.0839 Gbit/s to any other node; 8.39 is usual" in done.stdout
-    assert done.stdout.count("FAIL") == 1
-    assert "\nn3           0.08          0.08" in done.stdout
-    assert "\nn1 |\\ @ |\nn2 | \\@ |\nn3 |@@\\@|\nn4 |  @\\|\n" in done.stdout
-    assert "must go: n3" in done.stdout
-    # A node that had to go before stays out.
-    assert exclude.read_text() == "n[3,7]\n"
+    is_told_of_the_slow_node(done.stdout, exclude)
