@@ -136,7 +136,7 @@ bench: $(TEST_STAMP) $(BUILD_STAMP) ## run the benchmarks (BENCHMARKS='layer ste
 	$(BIN)/python -m benchmarks.docs
 
 .PHONY: docs
-docs: | $(BIN)/python ## write docs/benchmarks.md from benchmarks/results
+docs: | $(BIN)/python ## write docs/benchmarks.md and the figures of docs/reliability.md from benchmarks/results
 	$(BIN)/python -m benchmarks.docs
 
 # --- checks ---------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Write docs/benchmarks.md from benchmarks/results/*.json; with --check, fail if it is not up to date."""
+"""Write docs/benchmarks.md, and a section of docs/reliability.md, from benchmarks/results/*.json; with --check, fail if
+they are not up to date."""
 
 import argparse
 import json
@@ -8,9 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measured import section, with_section
 from benchmarks.results import RESULTS, ROOT, cell_text, tables
 
 PAGE = ROOT / "docs" / "benchmarks.md"
+RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
 
 INTRODUCTION = """\
 # Benchmarks
@@ -37,8 +40,24 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def reliability_page(text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """docs/reliability.md as it is, with what its benchmark has measured. Pure."""
+    record = next((record for record in records if record["name"] == "reliability"), None)
+    return with_section(text, section(record, _table, _where, tables))
+
+
 def _section(record: Mapping[str, Any]) -> str:
-    env = record["env"]
+    parts = [
+        f"## {record['name']}\n",
+        f"    {record['command']}\n",
+        f"{_where(record['env'])}\n",
+    ]
+    parts.extend(_table(rows) for rows in tables(record["rows"]))
+    return "\n".join(parts)
+
+
+def _where(env: Mapping[str, Any]) -> str:
+    """Machine, software and commit in one line."""
     packages = ", ".join(f"{name} {version}" for name, version in env["packages"].items())
     gpus = (
         f"{len(env['gpus'])} x {env['gpus'][0]} (driver {env['driver']})"
@@ -46,15 +65,11 @@ def _section(record: Mapping[str, Any]) -> str:
         else "no GPU"
     )
     commit = env["commit"][:12] if env["commit"] else "no commit recorded"
-    parts = [
-        f"## {record['name']}\n",
-        f"    {record['command']}\n",
+    return (
         f"{env['cpu']}, {env['cores']} cores, {env['memory_gib']} GiB, {gpus}; {env['os']}, Python {env['python']}; "
         f"moesys {env['moesys']}, {packages}; {env['date'][:10]}, "
-        f"{commit}{' with local changes' if env['dirty'] else ''}.\n",
-    ]
-    parts.extend(_table(rows) for rows in tables(record["rows"]))
-    return "\n".join(parts)
+        f"{commit}{' with local changes' if env['dirty'] else ''}."
+    )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,21 +93,26 @@ def main() -> int:
         "--check", action="store_true", help="write nothing, exit 1 if the page is stale"
     )
     check = parser.parse_args().check
-    text = page(read_results())
-    if PAGE.exists() and PAGE.read_text() == text:
-        return 0
-    if check:
-        print(
-            f"{PAGE.relative_to(ROOT)} is not what benchmarks/results says: run `make docs`",
-            file=sys.stderr,
-        )
-        return 1
-    PAGE.parent.mkdir(exist_ok=True)
-    beside = PAGE.with_suffix(".md.tmp")
-    beside.write_text(text)
-    os.replace(beside, PAGE)
-    print(f"wrote {PAGE.relative_to(ROOT)}")
-    return 0
+    records = read_results()
+    pages = {PAGE: page(records)}
+    if RELIABILITY_PAGE.exists():
+        pages[RELIABILITY_PAGE] = reliability_page(RELIABILITY_PAGE.read_text(), records)
+    stale = {path: text for path, text in pages.items() if not _says(path, text)}
+    for path, text in stale.items():
+        name = path.relative_to(ROOT)
+        if check:
+            print(f"{name} is not what benchmarks/results says: run `make docs`", file=sys.stderr)
+        else:
+            path.parent.mkdir(exist_ok=True)
+            beside = path.with_suffix(".md.tmp")
+            beside.write_text(text)
+            os.replace(beside, path)
+            print(f"wrote {name}")
+    return int(check and bool(stale))
+
+
+def _says(path: Path, text: str) -> bool:
+    return path.exists() and path.read_text() == text
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ A benchmark is a module beside this one with
     DESCRIPTION: str                                  # one line, shown by `moesys bench --list`
     def run(quick: bool, progress: Callable[[str], None]) -> Result
 
-and, if `make gpu` should run it too, `GPU = True`. `quick` asks for a smoke run of a few seconds;
+and, if `make gpu` should run it too, `GPU = True`; if its result is not called NAME_cpu or NAME_gpu, `RESULT`. `run` may
+have parameters `seeds` and `only`, which `moesys bench` has options for. `quick` asks for a smoke run of a few seconds;
 its figures go to build/bench-quick, never over the real ones. `progress` takes a line for a person.
 
 Standard library only: `make gpu` writes a result where nothing but torch is installed.
@@ -49,6 +50,8 @@ class Result:
     """The few figures that the benchmark exists for; a name ends in its unit (`_ms`, `_bytes`, `_ratio`)."""
     rows: Sequence[Mapping[str, Cell]] = field(default_factory=list)
     """Every measurement. Rows with the same columns form one table of docs/benchmarks.md."""
+    is_whole: bool = True
+    """False: parts of it, or fewer tries than count. Kept apart as a smoke run's figures are."""
 
 
 def write_result(
@@ -167,6 +170,7 @@ def environment() -> dict[str, Any]:
         ".",
         ":!benchmarks/results",
         ":!docs/benchmarks.md",
+        ":!docs/reliability.md",
     )
     commit = _lines("git", "rev-parse", "HEAD")
     return {

@@ -7,7 +7,9 @@ benchmarks/results.py says what a benchmark is and what its result looks like.
 import argparse
 import ast
 import importlib
+import inspect
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "bench",
         help="run benchmarks and write their results",
-        description="Run benchmarks. Results go to benchmarks/results, with --quick to build/bench-quick.",
+        description="Run benchmarks. Results go to benchmarks/results, with --quick or in part to build/bench-quick.",
     )
     parser.add_argument(
         "names", metavar="NAME", nargs="*", help="which ones; 'all' = every one there is"
@@ -26,6 +28,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "--quick",
         action="store_true",
         help="a smoke run of a few seconds each; figures mean little",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        type=int,
+        help="tries of each kind, for a benchmark of things by chance",
+    )
+    parser.add_argument(
+        "--only", metavar="PART,...", help="parts of a long benchmark; kept for when all are run"
     )
     parser.add_argument("--json", action="store_true", help="print each result as one line of JSON")
     parser.add_argument("--list", action="store_true", help="print the names and what they measure")
@@ -51,15 +62,31 @@ def run(args: argparse.Namespace) -> int:
 
     for name in names:
         benchmark = importlib.import_module(f"benchmarks.{name}")
-        result = benchmark.run(args.quick, _say)
-        command = f"moesys bench {name}{' --quick' if args.quick else ''}"
-        result_name = f"{name}_{_device(benchmark)}"
-        path = write_result(result_name, result.headline, result.rows, command, quick=args.quick)
+        options = _options(args, name, benchmark)
+        result = benchmark.run(args.quick, _say, **options)
+        words = ["moesys", "bench", name, *(["--quick"] if args.quick else [])]
+        for option, value in options.items():
+            words += [f"--{option}", ",".join(value) if isinstance(value, list) else str(value)]
+        quick = args.quick or not result.is_whole
+        result_name = getattr(benchmark, "RESULT", f"{name}_{_device(benchmark)}")
+        path = write_result(
+            result_name, result.headline, result.rows, shlex.join(words), quick=quick
+        )
         if args.json:
             print(json.dumps(json.loads(path.read_text())), flush=True)
         else:
             _show(result_name, result, path)
     return 0
+
+
+def _options(args: argparse.Namespace, name: str, benchmark: Any) -> dict[str, Any]:
+    """What was given of the options that not every benchmark has. ValueError if this one has not."""
+    given = {"seeds": args.seeds, "only": args.only and args.only.split(",")}
+    options = {option: value for option, value in given.items() if value is not None}
+    known = inspect.signature(benchmark.run).parameters
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"--{unknown[0]}: benchmark {name} has no such option: leave it out")
+    return options
 
 
 def _device(benchmark: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import docs, gpu, results
+from benchmarks.measured import BEGIN, END
 from moesys.cli import bench
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +87,8 @@ def test_page_is_up_to_date() -> None:
 def test_stale_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "PAGE", tmp_path / "docs" / "benchmarks.md")
+    reliability = tmp_path / "docs" / "reliability.md"
+    monkeypatch.setattr(docs, "RELIABILITY_PAGE", reliability)
     monkeypatch.setattr(sys, "argv", ["docs", "--check"])
     assert docs.main() == 1
     assert not docs.PAGE.exists()
@@ -95,6 +98,19 @@ def test_stale_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert docs.main() == 0
     docs.PAGE.write_text(docs.PAGE.read_text() + "by hand")
     assert docs.main() == 1
+    monkeypatch.setattr(sys, "argv", ["docs"])
+    reliability.write_text(f"# Page\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    assert docs.main() == 0
+    assert reliability.read_text().startswith(f"# Page\n\n{BEGIN}\n\n")
+    assert reliability.read_text().endswith(f"\n{END}\n\nafter\n")
+    assert "old" not in reliability.read_text()
+    monkeypatch.setattr(sys, "argv", ["docs", "--check"])
+    assert docs.main() == 0
+    reliability.write_text(reliability.read_text().replace(END, f"by hand\n{END}"))
+    assert docs.main() == 1
+    reliability.write_text("without marks")
+    with pytest.raises(ValueError, match="must have the lines"):
+        docs.main()
 
 
 def test_page_shows_headline_rows_and_machine() -> None:

@@ -1,0 +1,73 @@
+"""The section "Measured" of docs/reliability.md, from the result of `moesys bench reliability`. Pure."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+BEGIN, END = "<!-- measured: written by `make docs` -->", "<!-- measured: end -->"
+
+Row = Mapping[str, Any]
+
+_SECTIONS: Mapping[str, tuple[str, str]] = {
+    "fault": (
+        "Faults",
+        "Two ranks under torchrun with restarts in place, a checkpoint every 5 steps; rank, step and phase by chance. `found`: from "
+        "the fault until a rank says so or ends; `back`: until the next new step is done; medians, and the worst. `exact`: every loss "
+        "of the job is bitwise that of one without faults.",
+    ),
+    "saves": (
+        "Save stall",
+        "quickstart's model, saved every 10 steps while steps go on. `stall`: what steps waited for a save.",
+    ),
+    "ranks": (
+        "Start-up",
+        "From `moesys train` on the command line to the end of the first step, the start of median length; rank 0's parts sum to the "
+        "total. More ranks than cores wait for one another.",
+    ),
+    "faults": (
+        "Goodput",
+        "A rank killed, failed, or killed with a damaged checkpoint, once in every 20 restart times.",
+    ),
+    "requeues": (
+        "Requeues",
+        "Stopped by the signal of the time limit and requeued, on a real Slurm; exact: every step until the next one is bitwise "
+        "that of a job left alone.",
+    ),
+    "mutations": (
+        "Refusals",
+        "Wrong configurations and environments that the real command refuses before a process group, with key, rule and fix.",
+    ),
+    "left_out": ("Left out", "What this machine could not be asked."),
+}
+"""By the first column of a table: its title, and what it says."""
+
+
+def section(
+    record: Mapping[str, Any] | None,
+    table: Callable[[Sequence[Row]], str],
+    where: Callable[[Mapping[str, Any]], str],
+    tables: Callable[[Sequence[Row]], Sequence[Sequence[Row]]],
+) -> str:
+    """What stands between the marks: a table for each kind of row, and where all was measured."""
+    if record is None:
+        return "Not measured yet: `moesys bench reliability`.\n"
+    parts = [
+        f"`{record['command']}`, about half an hour. {where(record['env'])}\n",
+        table([{"figure": key, "value": value} for key, value in record["headline"].items()]),
+    ]
+    for rows in tables(record["rows"]):
+        title, text = _SECTIONS[next(iter(rows[0]))]
+        parts += [f"### {title}\n", f"{text}\n", table(rows)]
+    return "\n".join(parts)
+
+
+def with_section(page: str, text: str) -> str:
+    """The page with `text` between its marks.
+
+    Raises:
+        ValueError: the page has no such marks, in this order.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r}: put them back")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
