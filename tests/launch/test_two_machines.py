@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[tuple[str, str]]:
-    """Names of two namespaces, joined by a fast network 10.77.0.0/24 and by a management network 10.78.0.0/24."""
+    """Names of two namespaces, joined by a fast network 10.77.0.0/24, fd77::/64 and a management network 10.78.0.0/24."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces are made by root, with iproute2")
     names = tuple(f"moesys{os.getpid()}{side}" for side in "ab")
@@ -52,6 +53,10 @@ def machines() -> Iterator[tuple[str, str]]:
             for number, name in enumerate(names, start=1):
                 ip("-n", name, "address", "add", f"{network}.{number}/24", "dev", interface)
                 ip("-n", name, "link", "set", interface, "up")
+        if socket.has_dualstack_ipv6():
+            for number, name in enumerate(names, start=1):
+                # nodad: it may be used at once.
+                ip("-n", name, "address", "add", f"fd77::{number}/64", "dev", "fast0", "nodad")
         yield names
 
 
@@ -80,6 +85,15 @@ def test_gloo_takes_the_network_of_the_store(machines):
     said = f"GLOO_SOCKET_IFNAME=mgmt0: the way to the job's store at 10.78.0.1:{PORT}\n"
     assert first == f"{said}sum 2.0 mgmt0\n"
     assert second == "sum 2.0 mgmt0\n"
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6")
+def test_two_machines_meet_over_ipv6(machines):
+    """Where gloo finds addresses of both kinds on the interface it is told."""
+    first, second = start_on(machines, "01", 60, MASTER_ADDR="[fd77::1]")
+    said = f"GLOO_SOCKET_IFNAME=fast0: the way to the job's store at [fd77::1]:{PORT}\n"
+    assert first == f"{said}sum 2.0 fast0\n"
+    assert second == "sum 2.0 fast0\n"
 
 
 def test_the_users_choice_stays(machines):
