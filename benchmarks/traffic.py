@@ -73,7 +73,9 @@ def count(rank: int, world_size: int, config: RunConfig) -> tuple[ByGroup, Slots
     return count_step(run)
 
 
-def formula(config: RunConfig, world_size: int, rank: int, slots: list[Slots]) -> ByGroup:
+def formula(
+    config: RunConfig, world_size: int, rank: int, slots: list[Slots], state_dim: int = 0
+) -> ByGroup:
     """What plan.communication says of a rank, given all ranks' routing. Groups of the same ranks are one."""
     dims = parallel_dims(config.parallel, world_size)
     at = dims.coordinates(rank)
@@ -83,6 +85,7 @@ def formula(config: RunConfig, world_size: int, rank: int, slots: list[Slots]) -
         at=at,
         stages=layers_of_stages(config.model, config.parallel, config.data.seq_len),
         orders=_orders(config, dims, at["pp"]) if dims.pp > 1 else None,
+        state_dim=state_dim,
     )
     found: ByGroup = defaultdict(Fraction)
     for sent in communication(case, _rows(dims, rank, slots)):

@@ -64,10 +64,6 @@ class TrafficCounter(TorchDispatchMode):
             self._count(func, args, options)
         return func(*args, **options)
 
-    def bytes_to(self, ranks: tuple[int, ...]) -> Fraction:
-        """Sent within that group, by any kind of call."""
-        return sum((t.bytes for (group, _), t in self.sent.items() if group == ranks), Fraction())
-
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         name = func._schema.name.partition("::")[2]
         if name in SILENT:

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.traffic import count, formula
-from moesys.config.schema import BalanceConfig, ParallelConfig, RunConfig
+from moesys.config.schema import BalanceConfig, ComponentConfig, ParallelConfig, RunConfig
 from moesys.plan.communication import RowsSent, rows_sent
 from moesys.plan.parameters import Parameter
 from moesys.testing.layouts import BASE, LAYOUTS
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import with_micro_steps
+from tests.train.recurrent_router import RecurrentRouter
 
 MICRO_STEPS = 4
 
@@ -83,6 +84,25 @@ VARIANTS = [
 def test_options_change_the_bytes_as_the_formulas_say(name, changes):
     world_size, config = layout(name)
     assert_counted(changed(config, **changes), world_size)
+
+
+@pytest.mark.parity
+def test_a_routers_state_travels_with_the_hidden_states():
+    """Those of all tokens, the state of a rank's own. (Its router's parameters are not in the formulas.)"""
+    router = ComponentConfig(target="tests.train.recurrent_router.RecurrentRouter")
+    config = replace(
+        changed(BASE, router=router),
+        parallel=ParallelConfig(pp=2, tp=2, sequence_parallel=False),
+    )
+    config = with_micro_steps(config, 4, MICRO_STEPS)
+    ranks = run_ranks(count, 4, config)
+    for rank, (counted, _) in enumerate(ranks):
+        expected = formula(
+            config, 4, rank, [slots for _, slots in ranks], RecurrentRouter.state_dim
+        )
+        sends = [(key, nbytes) for key, nbytes in counted.items() if key[1] == "send"]
+        assert sends == [(key, nbytes) for key, nbytes in expected.items() if key[1] == "send"]
+        assert len(sends) == 1
 
 
 @pytest.mark.parity
