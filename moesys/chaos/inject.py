@@ -6,14 +6,13 @@ A marker RUN/chaos/NNNN.json is written before fault N of the list happens, and 
 again: a job that is started again does not die at the same step for ever.
 """
 
-import functools
 import json
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,6 @@ VARIABLE = "MOESYS_CHAOS"
 MARKERS = "chaos"
 """A folder in the run folder."""
 _SAVING = re.compile(r"/step_(\d{8,})\.tmp-[0-9a-f]+/")
-
-
-def read_early(environ: Mapping[str, str] = os.environ) -> Callable[[Trainer], None]:
-    """`arm`, for when the ranks have met. Raises ValueError at once for a text that lists no faults."""
-    try:
-        parse_faults(environ[VARIABLE])
-    except ValueError as error:
-        raise ValueError(f"{VARIABLE}={environ[VARIABLE]!r}: {error}") from error
-    return functools.partial(arm, environ=environ)
 
 
 def arm(trainer: Trainer, environ: Mapping[str, str] = os.environ) -> None:

@@ -171,8 +171,8 @@ def _points(
             overrides.append(f"run.name='{name}-{number:0{width}d}'")
         try:
             config = compose(overrides, config_dir)
-            warnings = check(config, ranks, ranks_per_node)
             memory_gib = _memory_gib(config, components, ranks)
+            warnings = check(config, ranks, ranks_per_node)
         except ValueError as error:
             if not words.sweep:
                 raise
@@ -185,17 +185,27 @@ def _points(
 
 
 def _memory_gib(config: "RunConfig", components: Sequence["Component"], ranks: int) -> float | None:
-    """What the fullest rank will need. ConfigError if the smallest GPU has less, with what would help."""
+    """What the fullest rank will need; None for a layout that is wrong, or GPUs that are not known. Without torch,
+    whose import takes longer than all else.
+
+    Raises ConfigError if the smallest GPU has less, with what would help, and with what is wrong with files.
+    """
     from moesys.config.errors import ConfigError
+    from moesys.config.files import find_file_problems
     from moesys.config.memory import GIB, memory_problems, plan_memory
+    from moesys.config.validate import validate
     from moesys.parallel.dims import parallel_dims
 
     sizes = [c.cluster.gpu_memory_gib for c in components if c.cluster.gpu_memory_gib is not None]
     if not sizes:
         return None
+    try:
+        validate(config, world_size=ranks)
+    except ConfigError:
+        return None  # `check` says it, with all else
     dims = parallel_dims(config.parallel, ranks)
     if problems := memory_problems(config, dims, min(sizes)):
-        raise ConfigError(problems)
+        raise ConfigError([*problems, *find_file_problems(config)])
     return max(stage.total for stage in plan_memory(config, dims)) / GIB
 
 

@@ -49,20 +49,18 @@ def run(args: argparse.Namespace) -> int:
     # Before moesys.train and torch: a misspelt key is told at once.
     place = place_here(os.environ)
     is_rank = place.launcher != "single"
-    if not is_rank:  # ranks are refused where they meet, all together
-        _refuse_environment()
+    _refuse_early(place)
     world_size = _world_size(args.nproc, place)
     config = compose(args.overrides, args.config_dir)
     config, told = fit_to_world(config, world_size)
     warnings = told + check(config, world_size, place.ranks_per_node)
     if (is_rank or world_size == 1) and not args.dry_run:
+        _refuse_device(config.train.device, place)
         from moesys.train.job import main as train
 
         prepare = None
         if os.environ.get("MOESYS_CHAOS"):
-            from moesys.chaos.inject import read_early
-
-            prepare = read_early(os.environ)
+            from moesys.chaos.inject import arm as prepare
         return train(args.overrides, args.config_dir, prepare=prepare)
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
@@ -81,13 +79,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_environment() -> None:
-    """Raises ValueError for what every rank started here would be refused for."""
+def _refuse_early(place: "Place") -> None:
+    """Raises ValueError for what would be found seconds later, when torch and all of the trainer are imported."""
     from moesys.parallel.environment import environment_problems
     from moesys.parallel.interfaces import interfaces_here
+    from moesys.parallel.store_address import refuse_store_address
 
-    if problems := environment_problems(os.environ, list(interfaces_here()), with_nccl=False):
+    refuse_store_address(place)
+    problems = []
+    if place.launcher == "single":  # others are refused where they meet, all together
+        problems = environment_problems(os.environ, list(interfaces_here()), with_nccl=False)
+    if faults := os.environ.get("MOESYS_CHAOS"):
+        from moesys.chaos.faults import parse_faults
+
+        try:
+            parse_faults(faults)
+        except ValueError as error:
+            problems.append(f"MOESYS_CHAOS={faults!r}: {error}")
+    if problems:
         raise ValueError("\n".join(problems))
+
+
+def _refuse_device(device: str, place: "Place") -> None:
+    """Raises ValueError for a rank that is alone and would have no GPU."""
+    if device == "cuda" and place.world_size == 1:
+        from moesys.parallel.bootstrap import problems_here
+
+        if problems := problems_here(device, True, place.local_rank):
+            raise ValueError("\n".join(problems))
 
 
 def _world_size(nproc: int | None, place: "Place") -> int:

@@ -18,10 +18,11 @@ import torch.distributed as dist
 import moesys
 from moesys.parallel.environment import environment_problems
 from moesys.parallel.interfaces import choose_interface, interfaces_here, own_address, running_here
-from moesys.parallel.job_store import open_store, spell_address
+from moesys.parallel.job_store import open_store
 from moesys.parallel.launcher import Launcher, Place
 from moesys.parallel.meeting import Meeting, meet
 from moesys.parallel.roll_call import Expected, Facts, Verdict
+from moesys.parallel.store_address import spell_address
 from moesys.parallel.surroundings import place_here
 
 START_TIMEOUT_S = 300.0
@@ -69,7 +70,7 @@ def process_group(
     place = place or place_here(os.environ)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     backend = "nccl" if use_cuda else "gloo"
-    problem = "; ".join(_problems_here(device, use_cuda, place.local_rank))
+    problem = "; ".join(problems_here(device, use_cuda, place.local_rank))
     own_device = torch.device("cuda", place.local_rank) if use_cuda else torch.device("cpu")
     if place.world_size == 1:
         if problem:
@@ -112,7 +113,8 @@ def process_group(
             dist.destroy_process_group()
 
 
-def _problems_here(device: str, use_cuda: bool, local_rank: int) -> list[str]:
+def problems_here(device: str, use_cuda: bool, local_rank: int) -> list[str]:
+    """What this process would be refused for, whatever the others are."""
     found = environment_problems(os.environ, list(interfaces_here()), with_nccl=use_cuda)
     if use_cuda and local_rank >= (count := torch.cuda.device_count()):
         fewer = f"start at most {count} ranks per node, or " if count else ""

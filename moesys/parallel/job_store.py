@@ -8,6 +8,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from moesys.parallel.launcher import Place
+from moesys.parallel.store_address import spell_address, taken, unresolved
 
 OWN_HOST_S = 2.0
 """Rank 0 reaches its own listening socket at once, or MASTER_ADDR does not lead to it."""
@@ -40,10 +41,6 @@ def open_store(place: Place, timeout_s: float) -> dist.TCPStore:
         ) from error
 
 
-def spell_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _serve(port: int, timeout_s: float) -> dist.TCPStore:
     try:
         return dist.TCPStore(
@@ -54,13 +51,8 @@ def _serve(port: int, timeout_s: float) -> dist.TCPStore:
             timeout=timedelta(seconds=timeout_s),
         )
     except dist.DistError as error:
-        reason = _first_line(error)
-        if "EADDRINUSE" in reason or "EADDRINUSE" in str(error):
-            reason = "another program listens there, perhaps an earlier job that has not ended"
-        raise ValueError(
-            f"rank 0 cannot serve the job's store on port {port}: {reason}; set MASTER_PORT to a free "
-            "port for all ranks, or end what has this one (ss -ltnp)"
-        ) from error
+        is_taken = "EADDRINUSE" in str(error)
+        raise ValueError(taken(port) if is_taken else taken(port, _first_line(error))) from error
 
 
 def _reach(place: Place, timeout_s: float) -> None:
@@ -84,10 +76,7 @@ def _why_not(place: Place, error: OSError, timeout_s: float) -> str:
     who = f"rank {place.rank} on {place.node}"
     where = spell_address(host, port)
     if isinstance(error, socket.gaierror):
-        return (
-            f"{who} cannot resolve {host!r}, the machine of the job's store ({error.strerror}): set "
-            "MASTER_ADDR to its address, or add the name to /etc/hosts or the name service"
-        )
+        return unresolved(place, error)
     if place.rank == 0 and not place.agent_has_store:
         return (
             f"{who} serves the job's store, but does not reach itself at {where} ({error}): MASTER_ADDR "

@@ -155,13 +155,10 @@ LOCAL_WORLD_SIZE=3 | LOCAL_WORLD_SIZE=3 | must be at most WORLD_SIZE=2 | torchru
 MASTER_ADDR=tcp://n1 | MASTER_ADDR=tcp://n1 | must be a name or an address | name the machine of rank 0
 MASTER_ADDR=nosuch.invalid | rank 1 | cannot resolve 'nosuch.invalid' | set MASTER_ADDR to its address
 RANK=0 LOCAL_RANK=0 MASTER_ADDR=nosuch.invalid | rank 0 | cannot resolve 'nosuch.invalid' | set MASTER_ADDR to its address
-RANK=0 LOCAL_RANK=0 MASTER_ADDR=192.0.2.1 | rank 0 | does not reach itself at 192.0.2.1:<FREE> | MASTER_ADDR must be a name or address of rank 0's machine
 -MASTER_PORT | MASTER_PORT | is not set | torchrun sets it
 MASTER_PORT=http | MASTER_PORT=http | must be a whole number, at least 1 | choose a free one
 MASTER_PORT=70000 | MASTER_PORT=70000 | must be below the number of ports=65536 | choose a free one
 RANK=0 LOCAL_RANK=0 MASTER_PORT=<TAKEN> | port <TAKEN> | another program listens there | set MASTER_PORT to a free port
-MASTER_PORT=<FREE> | nobody at localhost:<FREE> | within train.start_timeout_s=1 | check MASTER_ADDR
-RANK=0 LOCAL_RANK=0 CUDA_VISIBLE_DEVICES= train.device=cuda | train.device=cuda | this node shows 0 | set train.device=cpu
 """
 
 _SRUN = {

@@ -1,5 +1,8 @@
 """`moesys launch`: what it prints without a cluster, and what it refuses before anything is queued."""
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,6 +95,35 @@ def test_a_plan_that_cannot_fit_is_refused_before_it_is_queued(
     assert not Path("runs").exists()
     assert main([*large, "--dry-run", "parallel.zero=3", "train.recompute=layer"]) == 0
     assert "# memory of the fullest rank, by formula: " in capsys.readouterr().out
+
+
+def test_64_nodes_whose_memory_is_impossible_are_refused_without_torch(
+    words: list[str], tmp_path: Path
+) -> None:
+    """On the login node, before Slurm is asked for; with what is said to help, the plan is printed."""
+    prepared_data(tmp_path / "data", train_tokens=10**9)
+    code = (
+        "import sys; from moesys.cli import main; code = main(sys.argv[1:]); "
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
+    large = [
+        *("cluster=h100_pyxis", "nodes=64", "model=qwen3_30b_a3b", words[-1]),
+        *("data.seq_len=4096", "train.micro_batch_tokens=4096", "parallel.ep=8"),
+        f"train.global_batch_tokens={4096 * 512}",
+    ]
+    command = [sys.executable, "-c", code, "launch", *large]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PATH": "/nowhere"}, timeout=240
+    )
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    said = re.search(
+        r"memory needs (\d+\.\d) GiB on a rank \(.*which must be at most the 79\.6 GiB of a GPU: use (\S+=\S+) ",
+        done.stderr,
+    )
+    assert said is not None, done.stderr
+    assert float(said[1]) > 79.6
+    assert not Path("runs").exists()
+    assert main(["launch", *large, said[2], "--dry-run"]) == 0
 
 
 def test_without_sbatch_the_other_ways_are_named(
