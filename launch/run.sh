@@ -7,8 +7,9 @@
 #   srun --ntasks-per-node=8 launch/run.sh experiment=...      # every task is a rank; no torchrun
 #
 # RANKS_PER_MACHINE defaults to the machine's GPUs, or 2 without any. PYTHON names the interpreter.
-# PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies. If torchrun itself is killed, or crashes,
-# the job is started again, at most TIMES (default: 3; 0 = never). Not under srun: there Slurm sees the end of the step.
+# PET_MAX_RESTARTS=3 lets torchrun start the ranks again in place when one dies. If torchrun itself, or a rank that it starts no
+# more, is killed or crashes, the job is started again, at most TIMES (default: 3; 0 = never). Not under srun: there Slurm
+# sees the end of the step.
 # With --nodes MIN:MAX ranks are started again in place as long as MIN machines are there: docs/launch.md. Exit codes: 0 done,
 # 75 stopped and saved (start it again to go on), 76 another machine is lost, anything else has failed.
 set -euo pipefail
@@ -120,8 +121,8 @@ for ((launched = 1; ; launched++)); do
   esac
   if ((signals)); then exit "$code"; fi
   if ((launched > relaunch)); then
-    echo "run.sh: torchrun was ended by signal $((code - 128)), and had been started again $relaunch times (--relaunch)" >&2
+    echo "run.sh: torchrun, or a rank of it, was ended by signal $((code - 128)), and had been started again $relaunch times (--relaunch)" >&2
     exit "$code"
   fi
-  echo "run.sh: torchrun (process $agent) was ended by signal $((code - 128)); started again, $launched of $relaunch" >&2
+  echo "run.sh: torchrun (process $agent), or a rank of it, was ended by signal $((code - 128)); started again, $launched of $relaunch" >&2
 done

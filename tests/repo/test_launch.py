@@ -118,6 +118,8 @@ def stand_in(programs: Path, body: str) -> Path:
         ([], "kill -9 $$", 4, 137),
         (["--relaunch", "1"], "kill -SEGV $$", 2, 139),
         (["--relaunch", "0"], "kill -9 $$", 1, 137),
+        # A rank was killed, and torchrun has no restart left.
+        (["--relaunch", "1"], "exit 137", 2, 137),
         # Its own word: done, ranks failed, wrong words, saved on request, asked to end.
         *(([], f"exit {code}", 1, code) for code in (0, 1, 2, 75)),
         ([], "kill -TERM $$", 1, 143),
