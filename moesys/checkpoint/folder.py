@@ -98,6 +98,12 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def free_bytes(directory: Path) -> int:
+    """On the file system that `directory` is in, or will be."""
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
 def fsync(path: Path) -> None:
     """Put a file's bytes, or a folder's entries, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

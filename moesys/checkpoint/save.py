@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,7 @@ def write(
         raise
     except CheckpointError as error:
         free_bytes = ranks.first(lambda: abandon(directory, unfinished))
-        ranks.first(lambda: check_turn() if check_turn is not None else None)  # it may be why
+        ranks.first(lambda: _ask_again(check_turn))  # it may be why
         raise CheckpointError(
             f"cannot save step {step} in {directory}: {error}\n"
             f"It needs {prepared.needed_bytes:,} bytes, {free_bytes:,} are free. Earlier checkpoints are "
@@ -184,6 +185,12 @@ def _start(directory: Path, prepared: Prepared, check_turn: Callable[[], None] |
     else:
         check_turn()
     return folders.start(directory, prepared.step, prepared.needed_bytes)
+
+
+def _ask_again(check_turn: Callable[[], None] | None) -> None:
+    with suppress(OSError):  # a disk that does not even say whose turn it is
+        if check_turn is not None:
+            check_turn()
 
 
 def _prune(directory: Path, prepared: Prepared, check_turn: Callable[[], None] | None) -> None:
@@ -262,5 +269,4 @@ def abandon(directory: Path, unfinished: Path | None) -> int:
     """Remove what was written; return the bytes then free on the file system."""
     if unfinished is not None:
         shutil.rmtree(unfinished, ignore_errors=True)
-    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+    return folders.free_bytes(directory)

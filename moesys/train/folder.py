@@ -3,9 +3,12 @@
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from moesys.checkpoint.folder import free_bytes
 
 
 @contextmanager
@@ -31,7 +34,38 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside and renamed."""
+    """Written beside and renamed. Raises OSError; then nothing of it is left."""
     beside = path.with_suffix(path.suffix + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def may_fail(path: Path, fix: str) -> Iterator[None]:
+    """Around the writing of a file that a run can do without: a disk that refuses it is told, with the `fix`."""
+    try:
+        yield
+    except OSError as error:
+        with suppress(OSError):  # the console may be a file on the same disk
+            print(f"warning: {_refused(path, error)}; {fix}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def must_begin(folder: Path) -> Iterator[None]:
+    """Around what a start writes in its run folder. Raises ValueError, with the fix, where a disk refuses it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{_refused(folder, error)}: free space there, or choose another run.dir"
+        ) from error
+
+
+def _refused(path: Path, error: OSError) -> str:
+    where = path if path.is_dir() else path.parent
+    return f"{path} cannot be written ({error}; {free_bytes(where):,} bytes are free)"

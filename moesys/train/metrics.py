@@ -10,14 +10,17 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from moesys.report.goodput import Books
 from moesys.report.records import LOAD_KEY, parse_line, read_records, without_load
+from moesys.train.line_file import LineFile
 from moesys.train.undone import UNDONE_BY_RESUME, Undone
 
 FILE_NAME = "metrics.jsonl"
@@ -40,7 +43,9 @@ class MetricsLog:
     that loses some says how many steps and how much time they took. A record is on its way to the
     disk when `write` returns, so a later kill of this process cannot lose it.
 
-    A sink that raises is reported once as a warning and left out from then on: no view of a run may end it.
+    A disk that takes no records ends nothing: they wait in memory (see `LineFile`) and come in their order. `sync`
+    raises then, so that no checkpoint is ahead of them. A sink that raises is reported once as a warning and left out
+    from then on, or with OSError tried again: no view of a run may end it.
 
     Raises:
         ValueError: the file that is already there has a line that is not a record (names the line).
@@ -58,6 +63,7 @@ class MetricsLog:
         """`check_turn` raises if another job has taken the folder over; asked before the file is replaced."""
         self.path = Path(run_dir) / FILE_NAME
         self._sinks = list(sinks)
+        self._troubled: set[int] = set()  # sinks that a disk refuses
         self._last_step = resume_step
         self._check_turn = check_turn
         self.books = Books()
@@ -65,10 +71,10 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             _rewind(self.path, Undone(resume_step, resume_anomalies), self.books, check_turn)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = LineFile(self.path, _tell)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the sinks. `kind` is required, `unix_s` is now where it is not given,
+        """Append one record and hand it to the sinks; raises no OSError. `kind` is required, `unix_s` is now where it is not given,
         `expert_load` is moved last."""
         complete = {key: value for key, value in record.items() if key != LOAD_KEY}
         complete.setdefault("unix_s", time.time())
@@ -79,8 +85,7 @@ class MetricsLog:
                 f"step {complete['step']} after {self._last_step}"
             )
             self._last_step = complete["step"]
-        self._file.write(_dump(complete) + "\n")
-        self._file.flush()
+        self._file.append(_dump(complete))
         self.books.add(complete)
         for sink in tuple(self._sinks):
             self._guard(sink, lambda sink=sink: sink.write(complete))
@@ -88,15 +93,19 @@ class MetricsLog:
     def rewind(self, step: int) -> None:
         """Drop what a roll back to `step` undoes, as a resume does; anomalies stay."""
         self._check_turn()
+        self._file.sync()
         self._file.close()
         self.books = Books()
         _rewind(self.path, Undone(step, None), self.books, self._check_turn)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = LineFile(self.path, _tell)
         self._last_step = step
 
     def sync(self) -> None:
-        """Wait until every record is on the disk itself, safe from a node that loses power."""
-        os.fsync(self._file.fileno())
+        """Wait until every record is on the disk itself, safe from a node that loses power. Any thread.
+
+        Raises OSError if the disk does not take them.
+        """
+        self._file.sync()
 
     def close(self) -> None:
         """Close the file and every sink. May be called twice."""
@@ -114,6 +123,13 @@ class MetricsLog:
     def _guard(self, sink: Sink, call: Any) -> None:
         try:
             call()
+            self._troubled.discard(id(sink))
+        except OSError as error:
+            if id(sink) not in self._troubled:
+                self._troubled.add(id(sink))
+                _tell(
+                    f"{type(sink).__name__} cannot write ({error}) and tries again; {self.path} goes on"
+                )
         except Exception as error:
             self._sinks.remove(sink)
             warnings.warn(
@@ -136,6 +152,11 @@ def clear_unfinished(run_dir: Path) -> None:
     """Remove what a job that died, or was taken over, wrote beside metrics.jsonl."""
     for beside in run_dir.glob(f"{FILE_NAME}.tmp-*"):
         beside.unlink(missing_ok=True)
+
+
+def _tell(text: str) -> None:
+    with suppress(OSError):  # the console may be a file on the same disk
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _rewind(path: Path, undone: Undone, books: Books, check_turn: Callable[[], None]) -> None:

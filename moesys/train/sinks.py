@@ -6,7 +6,9 @@ records carry no curves and are left out. `open_sinks` makes these and the conso
 
 import os
 import secrets
+from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,9 @@ from moesys.train.metrics import Sink
 from moesys.train.progress import console_view
 
 _CURVES = ("train", "eval", "checkpoint")
+_FLUSH_EVERY = 50
+"""Records of TensorBoard that its own thread may not have written yet."""
+_MOST_UNSURE = 10_000
 
 
 def open_sinks(config: RunConfig, *, resume_step: int) -> list[Sink]:
@@ -57,6 +62,7 @@ class TensorboardSink:
     """Event files under RUN/tensorboard.
 
     After a resume from `resume_step`, or a roll back, TensorBoard hides what earlier event files hold of later steps.
+    So it does with what a disk took only a part of: that comes again, in a new file, once the disk takes it.
     """
 
     def __init__(self, run_dir: str | Path, *, resume_step: int = 0) -> None:
@@ -70,17 +76,46 @@ class TensorboardSink:
         self._open = lambda step: SummaryWriter(
             log_dir=str(Path(run_dir) / "tensorboard"), purge_step=step + 1, flush_secs=30
         )
-        self._writer = self._open(resume_step)
+        self._unsure: deque[tuple[int, dict[str, float]]] = deque(maxlen=_MOST_UNSURE)
+        self._writer: SummaryWriter | None = self._open(resume_step)
 
     def write(self, record: dict[str, Any]) -> None:
+        """Raises OSError for a disk that takes nothing; what was given waits for the next call."""
         if record["kind"] == "anomaly" and "to_step" in record:
-            self._writer.close()
+            self._give_up_writer()
+            self._unsure.clear()
             self._writer = self._open(record["to_step"])
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, global_step=record["step"])
+        values = scalars(record)
+        if not values:
+            return
+        self._unsure.append((record["step"], values))
+        try:
+            if self._writer is None:
+                self._writer = self._open(self._unsure[0][0] - 1)
+                new = [*self._unsure]
+            else:
+                new = [self._unsure[-1]]
+            for step, scalars_of_step in new:
+                for name, value in scalars_of_step.items():
+                    self._writer.add_scalar(name, value, global_step=step)
+            if len(self._unsure) >= _FLUSH_EVERY:
+                self._writer.flush()
+                # A new file hides whole steps.
+                kept = [entry for entry in self._unsure if entry[0] == record["step"]]
+                self._unsure = deque(kept, maxlen=_MOST_UNSURE)
+        except OSError:
+            self._give_up_writer()
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def _give_up_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(OSError):
+                writer.close()
 
 
 class WandbSink:

@@ -20,7 +20,7 @@ from moesys.optim.schedule import learning_rate
 from moesys.train.anomaly import AnomalyState
 from moesys.train.backend_choice import choose_backend
 from moesys.train.evaluate import evaluate
-from moesys.train.folder import write_text
+from moesys.train.folder import may_fail, must_begin, write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop, slowest
 from moesys.train.guard import Guard
 from moesys.train.metrics import MetricsLog
@@ -103,7 +103,8 @@ class Trainer:
         self._set_random_state(resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
             self.saver.reserve(self._tensors(), random_state(self.run.process.device))
-        self.log = self._open_log() if is_writer else None
+        with must_begin(self.run.folder):
+            self.log = self._open_log() if is_writer else None
         try:
             self.start_up.mark("measure")
             self._write(self._start_record(resumed))
@@ -415,8 +416,10 @@ class Trainer:
             "tokens": self._tokens(),
             "goodput": self.goodput,
         }
-        self.check_turn()
-        write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")
+        with may_fail(self._summary_path, "the next start of the same command writes it"):
+            self.check_turn()
+            self._summary_path.unlink(missing_ok=True)  # none is better than an old one
+            write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")
 
     def _write(self, record: Record) -> None:
         if self.log is not None:

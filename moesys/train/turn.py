@@ -7,9 +7,9 @@ from pathlib import Path
 
 from moesys.checkpoint.errors import Superseded
 from moesys.checkpoint.folder import clear
-from moesys.launch.status import State, job_id_of, write_status
+from moesys.launch.status import FILE_NAME, State, job_id_of, write_status
 from moesys.train.fence import Generation, claim
-from moesys.train.folder import sole_writer
+from moesys.train.folder import may_fail, must_begin, sole_writer
 from moesys.train.metrics import clear_unfinished
 
 
@@ -26,9 +26,10 @@ class Turn:
         self.generation.check()
 
     def say(self, state: State, reason: str = "") -> None:
-        """Write RUN/status.json. Raises Superseded as `check`."""
-        self.check()
-        write_status(self.folder, state, job_id=self.job_id, reason=reason)
+        """Write RUN/status.json, where the disk takes it. Raises Superseded as `check`."""
+        with may_fail(self.folder / FILE_NAME, f"the run is {state}"):
+            self.check()
+            write_status(self.folder, state, job_id=self.job_id, reason=reason)
 
     def say_failed(self, reason: str) -> None:
         """As `say`, but whatever prevents it must not hide the failure."""
@@ -44,10 +45,11 @@ def turn_to_write(folder: Path, explain: Callable[[BaseException], str] = str) -
     """
     with sole_writer(folder):
         job_id = job_id_of(os.environ)
-        turn = Turn(folder, claim(folder, job_id=job_id), job_id)
-        turn.check()
-        clear(folder / "checkpoints")  # after the claim: see `fence`
-        clear_unfinished(folder)
+        with must_begin(folder):
+            turn = Turn(folder, claim(folder, job_id=job_id), job_id)
+            turn.check()
+            clear(folder / "checkpoints")  # after the claim: see `fence`
+            clear_unfinished(folder)
         turn.say("running")
         try:
             yield turn
