@@ -16,22 +16,28 @@ from moesys.checkpoint.manifest import read_manifest
 from moesys.launch.status import read_status
 from moesys.train.exit_codes import DONE_EXIT_CODE, LOST_EXIT_CODE
 from tests.launch.network import FIRST, Network, made
-from tests.train.launched import finish, kill_all, overrides, records, wait_for_step
+from tests.train.launched import finish, overrides, records, wait_for_step
 
 STEPS = ("train.steps=60", "checkpoint.keep_last=3")
 
 
 @pytest.fixture(scope="module")
-def network() -> Iterator[Network]:
+def machines() -> Iterator[Network]:
     with made() as network:
         yield network
 
 
+@pytest.fixture
+def network(machines) -> Iterator[Network]:
+    yield machines
+    machines.end()
+
+
 @pytest.fixture(scope="module")
-def undisturbed(network, tiny_data, tmp_path_factory) -> list[float]:
+def undisturbed(machines, tiny_data, tmp_path_factory) -> list[float]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     given = overrides(folder, tiny_data, *STEPS)
-    for code, output in ends([network.start_rank(rank, *given) for rank in (0, 1)]):
+    for code, output in ends([machines.start_rank(rank, *given) for rank in (0, 1)]):
         assert code == DONE_EXIT_CODE, output
     return losses(folder)
 
@@ -118,23 +124,18 @@ def test_a_rank_0_that_is_cut_off_writes_nothing_once_the_other_side_has_begun(
     former[1].communicate()
     (folder / ".lock").unlink()
     alone = network.start(1, sys.executable, "-m", "moesys.train", *given)
-    try:
-        while len(records(folder, "start")) < 2:
-            assert alone.poll() is None, alone.communicate()[0]
-            time.sleep(0.05)
-        former[0].send_signal(signal.SIGCONT)
-        code, output = finish(former[0])
-        assert code == LOST_EXIT_CODE, output
-        resumed = records(folder, "start")[1]["resumed_from_step"]
-        assert resumed >= 10
-        assert alone.poll() is None, "it did not outlive the other"
-        wait_for_step(alone, folder, resumed + 12)
-        alone.send_signal(signal.SIGTERM)
-        finish(alone)
-    finally:
-        network.mend()
-        if former[0].poll() is None:
-            kill_all(former[0])
+    while len(records(folder, "start")) < 2:
+        assert alone.poll() is None, alone.communicate()[0]
+        time.sleep(0.05)
+    former[0].send_signal(signal.SIGCONT)
+    code, output = finish(former[0])
+    assert code == LOST_EXIT_CODE, output
+    resumed = records(folder, "start")[1]["resumed_from_step"]
+    assert resumed >= 10
+    assert alone.poll() is None, "it did not outlive the other"
+    wait_for_step(alone, folder, resumed + 12)
+    alone.send_signal(signal.SIGTERM)
+    finish(alone)
     assert [start["world_size"] for start in records(folder, "start")] == [2, 1]
     steps = [record["step"] for record in records(folder, "train")]
     assert steps == list(range(1, len(steps) + 1))
