@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     is_rank = place.launcher != "single"
     _refuse_early(place)
     world_size = _world_size(args.nproc, place)
-    config = compose(args.overrides, args.config_dir)
-    config, told = fit_to_world(config, world_size)
+    composed = compose(args.overrides, args.config_dir)
+    config, told = fit_to_world(composed, world_size)
     warnings = told + check(config, world_size, place.ranks_per_node)
     if (is_rank or world_size == 1) and not args.dry_run:
         _refuse_device(config.train.device, place)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         prepare = None
         if os.environ.get("MOESYS_CHAOS"):
             from moesys.chaos.inject import arm as prepare
-        return train(args.overrides, args.config_dir, prepare=prepare)
+        return train(args.overrides, args.config_dir, prepare=prepare, composed=composed)
     command = _command(world_size, args.config_dir, args.overrides)
     threads = _threads_per_rank(world_size)
     if not args.dry_run:
