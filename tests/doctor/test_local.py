@@ -45,9 +45,24 @@ def test_this_machine_is_found_fit(tmp_path: Path) -> None:
     assert findings["disk"]["detail"].startswith(str(tmp_path))
     assert findings["python"]["detail"].startswith(sys.version.split()[0])
     assert len(findings) >= 25
-    # Three processes import torch on two cores.
-    assert used_s < 20.0
+    # Two processes import torch.
+    assert used_s < 12.0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("options", [[], ["--cluster", "--quick"]], ids=["here", "cluster"])
+def test_it_takes_less_than_10_s(options: list[str], tmp_path: Path) -> None:
+    """The best of three: the disk may have been busy with what others wrote."""
+    took_s = []
+    for _ in range(3):
+        start_s = time.monotonic()
+        done = doctor(options, tmp_path)
+        took_s.append(time.monotonic() - start_s)
+        assert done.returncode == 0, done.stdout
+        if took_s[-1] < 10.0:
+            break
+    assert min(took_s) < 10.0
 
 
 def test_a_broken_exchange_is_a_failure_with_a_fix(tmp_path: Path) -> None:
