@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from moesys.checkpoint.errors import CheckpointError, itemize
-from moesys.checkpoint.folder import fsync
+from moesys.checkpoint.folder import fsync, naming
 from moesys.checkpoint.plan import ITEMSIZE_BYTES, tiling_problem
 from moesys.checkpoint.region import Region
 
@@ -68,7 +68,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> int:
     text = json.dumps(_to_json(manifest), indent=1, ensure_ascii=True).encode()
     digest = _digest_line(text)
     for name, content in ((DIGEST, digest), (MANIFEST, text)):
-        (folder / name).write_bytes(content)
+        with naming(folder / name):
+            (folder / name).write_bytes(content)
         fsync(folder / name)
     return len(text) + len(digest)
 

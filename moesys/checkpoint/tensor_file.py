@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moesys.checkpoint.errors import CheckpointError
+from moesys.checkpoint.folder import naming
 from moesys.checkpoint.plan import ITEMSIZE_BYTES
 
 _CODES = {
@@ -67,7 +68,7 @@ def write_tensors(path: Path, specs: Mapping[str, Spec], tensor_of: Callable[[st
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-    with path.open("xb") as file:
+    with naming(path), path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
             # Without a name for the tensor, which would keep it while the next is asked for.
