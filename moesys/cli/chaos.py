@@ -144,8 +144,7 @@ def _jobs(
     steps, phases = config.train.steps, phases_of(config)
     kinds = args.kinds.split(",") if args.kinds else list(KINDS)
     if args.faults is not None:
-        text = Path(args.faults[1:]).read_text() if args.faults[:1] == "@" else args.faults
-        jobs = {"faults": parse_faults(text)}
+        jobs = {"faults": parse_faults(_text(args.faults))}
     elif args.table:
         every_steps = config.checkpoint.every_steps
         if not every_steps:
@@ -183,6 +182,18 @@ def _jobs(
     ):
         raise ValueError("\n".join(["these faults cannot happen:", *problems]))
     return jobs, steps
+
+
+def _text(given: str) -> str:
+    """The faults that were given, or those in the file that was."""
+    if given[:1] != "@":
+        return given
+    try:
+        return Path(given[1:]).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--faults {given}: cannot be read ({error}); name a file with a fault on each line"
+        ) from error
 
 
 def _long_run(args: argparse.Namespace) -> tuple[int, float]:
