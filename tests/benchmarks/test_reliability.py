@@ -1,7 +1,7 @@
 """The reliability benchmark, but for the jobs that it watches: its parts, its figures, and that it goes on where it was."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from benchmarks.reliability import PARTS, SEEDS, Bench, Row, headline, one_in_ea
 from benchmarks.requeues import exact_requeues
 from benchmarks.results import tables
 from benchmarks.start_up import split
-from moesys.chaos.faults import KINDS
+from moesys.chaos.faults import KINDS, Fault
+from moesys.chaos.job import Command, Watched
+from moesys.chaos.outcome import Outcome
+from moesys.chaos.processes import Leaks
 
 FAULT: Row = {"seeds": 20, "survived": 20, "found_s": 0.25, "back_s": 5.0}
 ROWS: dict[str, list[Row]] = {
@@ -127,6 +130,42 @@ def test_a_fault_in_each_stretch() -> None:
     assert faults != one_in_each(4, 5, 400)
     assert [(fault.step - 1) // 400 for fault in faults] == [0, 1, 2, 3, 4]
     assert all(40 < (fault.step - 1) % 400 + 1 <= 360 for fault in faults)
+
+
+def test_the_faults_of_goodput_are_20_restart_times_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a job that takes 4 s to come back and 20 ms a step."""
+    jobs: list[tuple[int, list[Fault]]] = []
+
+    def job(command: Command, run_dir: Path, faults: Sequence[Fault]) -> Watched:
+        steps = int(command.words(run_dir)[-3].removeprefix("train.steps="))
+        jobs.append((steps, list(faults)))
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "step_ms": 20.0}\n')
+        return Watched(
+            run_dir=run_dir,
+            outcomes=[Outcome(fault=f, happened=True, back_s=4.0, steps_lost=3) for f in faults],
+            losses={},
+            exit_code=0,
+            launches=1,
+            wall_s=332.0,
+            goodput_pct=94.5,
+            leaks=Leaks(processes=0, ports=0, shared_memory=()),
+            grown=None,
+        )
+
+    monkeypatch.setattr(reliability, "run_job", job)
+    bench = Bench(folder=tmp_path, data=tmp_path, seeds=20, quick=False, say=lambda line: None)
+    (row,) = reliability.goodput(bench)
+    (probe_steps, probed), (steps, faults) = jobs
+    assert [fault.step for fault in probed] == [110, 210, 310]
+    assert probe_steps == 400
+    assert steps == 4 * 20 * 200
+    assert [fault.step // 4000 for fault in faults] == [0, 1, 2, 3]
+    assert row["restart_times_between_faults"] == 332 / 4 / 4
+    assert (row["faults"], row["faults_survived"], row["steps_lost"]) == (4, 4, 12)
+    assert row["goodput_pct"] == 94.5
 
 
 def records(text: str) -> list[dict[str, Any]]:
