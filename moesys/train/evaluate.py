@@ -4,6 +4,7 @@ Shapes: V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +32,16 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(
-    parallel: ParallelModel, batches: EvalBatches, token_bytes_V: Tensor, dtype: str, meshes: Meshes
-) -> EvalResult:
+    parallel: ParallelModel,
+    batches: EvalBatches,
+    token_bytes_V: Tensor,
+    dtype: str,
+    meshes: Meshes,
+    must_leave: Callable[[], bool] = lambda: False,
+) -> EvalResult | None:
     """Collective: every rank runs as many forwards. Leaves the model in eval mode, and nothing gathered.
+
+    None if it was given up: `must_leave` is asked before each batch, and says the same on all ranks.
 
     bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64). Ranks of tp have the
     same tokens, and only those of the last pipeline stage see the loss.
@@ -41,7 +49,11 @@ def evaluate(
     parallel.whole.eval()
     device = token_bytes_V.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    is_whole = True
     for batch in batches:
+        if must_leave():
+            is_whole = False
+            break
         input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
         target_ids_BS = local_slice(batch.target_ids_BS, meshes).to(device)
         with autocast(device, dtype):
@@ -54,6 +66,8 @@ def evaluate(
             sums += torch.stack([loss_sum.double(), tokens, nbytes.double()])
     for part in parallel.parts:
         free_gathered(part)
+    if not is_whole:
+        return None
     dist.all_reduce(sums)
     nats, tokens, nbytes = (sums / meshes.dims.tp).tolist()
     return EvalResult(

@@ -57,6 +57,15 @@ def plan_stop(grace_s: float, pace: Pace) -> StopPlan:
     return StopPlan(evaluate=True, save=True)
 
 
+def must_leave_evaluation(grace_s: float, pace: Pace) -> bool:
+    """Whether what is left of the evaluation under way, `pace.eval_s`, and the save behind it do not fit any more.
+
+    A save that was not measured yet gets half of the grace period.
+    """
+    until_saved_s = pace.elapsed_s + pace.saving_s + (pace.save_s or grace_s / 2)
+    return pace.elapsed_s > 0 and until_saved_s + pace.eval_s > grace_s
+
+
 def _parts(pace: Pace) -> str:
     parts = [f"step {pace.elapsed_s:.1f} s", f"save {pace.save_s:.1f} s"]
     if pace.saving_s:

@@ -19,6 +19,7 @@ from moesys.config.compose import to_yaml
 from moesys.optim.schedule import learning_rate
 from moesys.train.anomaly import AnomalyState
 from moesys.train.backend_choice import choose_backend
+from moesys.train.eval_stop import EvalStop
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import may_fail, must_begin, write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop, slowest
@@ -140,8 +141,11 @@ class Trainer:
     def _loop(self, stop: StopRequest) -> str:
         steps, every = self.config.train.steps, self.config.checkpoint.every_steps
         if self.step and self._is_eval_due() and self.last_eval.get("step") != self.step:
-            self._evaluate()  # the stop left no time for it
+            asked = self._evaluate(stop)  # the stop left no time for it
             self._save()
+            if asked is not None and not (self.step == steps and asked.evaluate):
+                self._end_save(self.saver.wait, must_be=True)
+                return "stopped"
         while self.step < steps:
             stopping = self._one_step(stop.requested is not None)
             self._end_save(self.saver.poll)
@@ -152,7 +156,8 @@ class Trainer:
             last = self.step == steps
             plan = self._plan_stop(stop) if stopping else StopPlan(evaluate=True, save=True)
             if plan.evaluate and self._is_eval_due():
-                self._evaluate()
+                asked = self._evaluate(stop)
+                stopping, plan = (stopping, plan) if asked is None else (True, asked)
             if plan.save and (last or stopping or _due(self.step, every)):
                 self._save(must_be=last or stopping)
             if last or stopping:
@@ -169,14 +174,20 @@ class Trainer:
 
     def _plan_stop(self, stop: StopRequest) -> StopPlan:
         """What there is time for, the same on all ranks. Collective."""
+        eval_s = self.eval_s if self._is_eval_due() else 0.0
+        return self._note(plan_stop(self.config.train.grace_s, self._pace(stop, eval_s)))
+
+    def _pace(self, stop: StopRequest, eval_s: float) -> Pace:
         running_s = self.saver.running_s
         own = Pace(
             elapsed_s=stop.elapsed_s,
-            eval_s=self.eval_s if self._is_eval_due() else 0.0,
+            eval_s=eval_s,
             save_s=self.save_s,
             saving_s=max(0.0, self.save_s - running_s) if running_s else 0.0,
         )
-        plan = plan_stop(self.config.train.grace_s, slowest(own, self.run.process.device))
+        return slowest(own, self.run.process.device)
+
+    def _note(self, plan: StopPlan) -> StopPlan:
         if plan.note:
             self.stop_note = {"note": plan.note}
             if self.run.process.rank == 0:
@@ -272,8 +283,10 @@ class Trainer:
         )
         self.unrecorded_checkpoint_ms = 0.0
 
-    def _evaluate(self) -> None:
-        began = time.perf_counter()
+    def _evaluate(self, stop: StopRequest) -> StopPlan | None:
+        """What is left to do where a stop was asked for meanwhile, which may end it. Collective."""
+        grace_s = self.config.train.grace_s
+        eval_stop = EvalStop(grace_s, self.eval_s, lambda left_s: self._pace(stop, left_s))
         self.patience_s = patience_s([self.eval_s] if self.eval_s else [], few=1)
         result = evaluate(
             self.run.parallel,
@@ -281,12 +294,17 @@ class Trainer:
             self.run.token_bytes_V,
             self.config.train.dtype,
             self.run.meshes,
+            eval_stop.must_leave,
         )
-        self.eval_s = eval_s = time.perf_counter() - began
+        eval_s = eval_stop.elapsed_s
         self.wall_s += eval_s
         self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
-        self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
-        self._write(self.last_eval)
+        if result is not None:
+            self.eval_s = eval_s
+            self.last_eval = eval_record(result, step=self.step, eval_ms=eval_s * 1e3)
+            self._write(self.last_eval)
+        plan = eval_stop.plan(is_whole=result is not None)
+        return plan and self._note(plan)
 
     def _tensors(self) -> dict[str, Tensor]:
         return run_tensors(self.run.model, self.run.optimizer)

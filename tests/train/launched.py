@@ -88,7 +88,7 @@ def records(run_dir: Path, kind: str) -> list[dict]:
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while not any(r["step"] >= step for r in records(run_dir, "train")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "no such step in time"
