@@ -141,7 +141,7 @@ def _folder(name: str) -> Path:
 
 def _tail(args: argparse.Namespace) -> int:
     """The batch script's log, or, for a run without one, its records, a line for each."""
-    from moesys.launch.runs import ENDED, newest_log, update_statuses
+    from moesys.launch.runs import can_start, newest_log, update_statuses
     from moesys.launch.status import read_status
 
     folder = _folder(args.run)
@@ -154,7 +154,7 @@ def _tail(args: argparse.Namespace) -> int:
         if newest != path:
             path, at = newest, 0
         at += _print_lines(path, at)
-        if args.once or status is None or status.state in ENDED:
+        if args.once or can_start(status):
             if status is not None:
                 print(f"{folder}: {status.state}{status.reason and f', {status.reason}'}")
             return 0

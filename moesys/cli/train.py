@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     # Before moesys.train and torch: a misspelt key is told at once.
     place = place_here(os.environ)
     is_rank = place.launcher != "single"
-    _refuse_early(place)
     world_size = _world_size(args.nproc, place)
+    _refuse_early(place)
     composed = compose(args.overrides, args.config_dir)
     config, told = fit_to_world(composed, world_size)
     warnings = told + check(config, world_size, place.ranks_per_node)

@@ -72,6 +72,8 @@ class ClusterConfig:
     """More options of sbatch, one each: --constraint=h100."""
     grace_s: int = 120
     """Seconds before the time limit at which a run saves and asks to be requeued; a save must fit in."""
+    restarts: int = 3
+    """How often the ranks are started again in place after one was lost, without a new checkpoint in between."""
     preflight: bool = False
     """Whether `moesys doctor --cluster --quick` looks at the nodes before each start, and bad ones are left out."""
     container: ContainerConfig = field(default_factory=ContainerConfig)
@@ -170,7 +172,8 @@ _OURS = {
 
 
 def _find_problems(cluster: ClusterConfig) -> Iterator[Problem]:
-    for key, least in (("gpus_per_node", 0), ("ranks_per_node", 1), ("cpus_per_task", 1)):
+    bounds = {"gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_task": 1, "restarts": 0}
+    for key, least in bounds.items():
         yield from in_range(f"{GROUP}.{key}", getattr(cluster, key), least)
     # Slurm's own bound of --signal.
     yield from in_range(f"{GROUP}.grace_s", cluster.grace_s, 10, below=65536)

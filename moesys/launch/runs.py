@@ -148,8 +148,10 @@ def newest_log(folder: Path) -> Path | None:
 
 
 def can_start(status: Status | None) -> bool:
-    """Whether nothing has, or waits for, the folder."""
-    return status is None or status.state in ENDED
+    """Whether nothing has, or waits for, the folder. A job whose ranks have failed may start them again until it ends."""
+    if status is None or status.state == "done":
+        return True
+    return status.state in ENDED and not (status.job_id and slurm.is_alive(status.job_id))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,8 +78,9 @@ def batch_script(components: Sequence[Component], job: Job) -> str:
     ]
     lines += _run_folder(job)
     lines += _environment(first, job)
-    # shellcheck does not see that job.sh reads it.
-    lines += ["", "# shellcheck disable=SC2034", f"python={shlex.quote(job.python)}"]
+    # shellcheck does not see that job.sh reads them.
+    lines += ["", "# shellcheck disable=SC2034"]
+    lines.append(f"python={shlex.quote(job.python)} restarts={first.restarts}")
     lines += _source(job.code / "launch" / "job.sh")
     ranks = [f"  {shlex.join(_srun(components, job))} \\"]
     if inside := _container(first, job):

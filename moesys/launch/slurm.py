@@ -133,6 +133,12 @@ def cancel(job_id: str) -> None:
     ask("scancel", job_id)
 
 
+def is_alive(job_id: str) -> bool:
+    """Whether Slurm says that the job runs, ends or waits. False too where it is not to be asked."""
+    word = states([job_id]).get(job_id, "").split()
+    return bool(word) and word[0].rstrip("+") not in _ENDS
+
+
 def states(job_ids: Sequence[str]) -> dict[str, str]:
     """Slurm's word for each job that it still knows: squeue first, then the accounting where there is one."""
     found: dict[str, str] = {}

@@ -1,8 +1,9 @@
 """What has become of a run: RUN/status.json, one small file that each change replaces.
 
     queued -> running -> done                          (a run without Slurm begins with running)
-                      -> requeued -> running           saved on request, waits to go on
+                      -> requeued -> running           waits to go on: saved on request, or a rank was lost
                       -> failed -> oom, timeout        the scheduler later knows a better reason
+                                -> requeued            the batch script starts the ranks again
     failed, oom, timeout, done -> queued, running      started again
 
 `next_state` is that table, pure. Rank 0 of the job writes running, done, failed and requeued; the batch
@@ -33,7 +34,7 @@ _FOLLOWERS: dict[State | None, tuple[State, ...]] = {
     "queued": ("queued", "running", "failed", "oom", "timeout"),
     "running": ("running", "requeued", "failed", "oom", "timeout", "done"),
     "requeued": ("queued", "running", "failed", "oom", "timeout"),
-    "failed": ("oom", "timeout", *_START),
+    "failed": ("requeued", "oom", "timeout", *_START),
     "oom": _START,
     "timeout": _START,
     "done": _START,
@@ -66,7 +67,7 @@ def next_state(
     """The status after someone says `state`. What cannot follow is not believed: `before` is returned.
 
     So the first to say how an attempt ended is right, but for what a scheduler knows better (a failure
-    that was a lack of memory or of time). Each `running` is an attempt. Without `job_id` the last one stays.
+    that was a lack of memory or of time, or is not the end). Each `running` is an attempt. Without `job_id` the last one stays.
     """
     job_id = job_id if job_id is not None else before.job_id if before else None
     if before is None:

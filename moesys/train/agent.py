@@ -1,4 +1,4 @@
-"""torchrun's agent, the process that starts the ranks of one machine, and what happens to them when it is gone.
+"""torchrun's agent or slurmstepd, the process that starts the ranks of one machine, and what happens to them when it is gone.
 
 A rank that outlives it holds its GPU, its ports and the run folder, and nobody starts it again.
 """
@@ -8,6 +8,8 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 """prctl(2)."""
@@ -16,7 +18,8 @@ _PR_SET_PDEATHSIG = 1
 class Agent:
     """Of this process. Make it while the agent lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.pid = os.getppid()
 
     @property
@@ -33,5 +36,11 @@ class Agent:
 
 
 def find_agent(environ: Mapping[str, str]) -> Agent | None:
-    """This rank's agent; None if torchrun did not start it."""
-    return Agent() if "TORCHELASTIC_RUN_ID" in environ else None
+    """This rank's agent, torchrun or slurmstepd; None if neither started it, or something is in between."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        return Agent("torchrun")
+    with suppress(OSError):
+        # Of what stands between, as a container's starter, it is not known what its end means.
+        if Path(f"/proc/{os.getppid()}/comm").read_text().strip() == "slurmstepd":
+            return Agent("slurmstepd")
+    return None

@@ -15,6 +15,9 @@ from moesys.train.exit_codes import STOPPED_EXIT_CODE
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
+NOT_FOR_CHILDREN = (signal.SIGUSR1, signal.SIGUSR2)
+"""srun hands a signal to every process of a task, and a compiler that a rank has started would die of these."""
+
 
 def leave_on_signals() -> None:
     """From the first line of a process until a StopRequest, or torchrun, handles signals: one ends it, with 75."""
@@ -33,6 +36,8 @@ class StopRequest:
 
     A second SIGINT interrupts at once. Once a stop was requested the handlers stay after the block: the
     process is about to end, and a launcher that sends the signal again must not change its exit code.
+
+    Processes that this thread starts inside the block have SIGUSR1 and SIGUSR2 blocked.
     """
 
     def __init__(self) -> None:
@@ -61,9 +66,13 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._on_signal)
         self._thread = threading.Thread(target=self._leave_early, name="signals", daemon=True)
         self._thread.start()
+        # A mask is inherited, a handler is not. The thread still takes them.
+        self._former_mask = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_CHILDREN)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self.requested:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._former_mask)
         signal.set_wakeup_fd(self._former_fd)
         os.close(self._write_end)
         self._thread.join()

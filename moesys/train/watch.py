@@ -219,7 +219,9 @@ class Watch:
                 self._report("died", lost.rank, self._silence(lost))
             if self._agent is not None and self._agent.is_gone:
                 self._report(
-                    "orphaned", self._rank, f"torchrun, process {self._agent.pid}, is gone"
+                    "orphaned",
+                    self._rank,
+                    f"{self._agent.name}, process {self._agent.pid}, is gone",
                 )
                 self._agent = None  # told
             now_s = time.monotonic()

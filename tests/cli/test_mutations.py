@@ -65,6 +65,7 @@ def test_a_mutation_is_refused_in_this_process(
     assert not faults(mutation, refusal), refusal.said
 
 
+@pytest.mark.alone  # times the command
 @pytest.mark.parametrize("name", IN_THEIR_OWN_PROCESS)
 def test_a_mutation_is_refused_by_the_command(name: str, scene: Scene) -> None:
     refusal = scene.attempt(of(scene, name))

@@ -22,7 +22,7 @@ TORCHRUN = {
     "RANK": "1",
     "WORLD_SIZE": "2",
     "LOCAL_RANK": "1",
-    "MASTER_ADDR": "a",
+    "MASTER_ADDR": "localhost",
     "MASTER_PORT": "1",
 }
 SRUN = {
@@ -61,6 +61,7 @@ def train(
     )
 
 
+@pytest.mark.alone  # torch's import is two of the three seconds
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

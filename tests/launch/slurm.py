@@ -154,6 +154,8 @@ def _write_conf(cluster: SlurmCluster) -> None:
         "SlurmdUser=root",
         "AuthType=auth/munge",
         "CredType=cred/munge",
+        # Jobs of two clusters, one after the other or of two users, have ports of their own.
+        f"FirstJobId={1 + control % 1000}",
         # A requeued job waits until its credential is out of date, 120 s otherwise.
         f"AuthInfo=socket={folder / 'munge.socket'},cred_expire=5",
         f"StateSaveLocation={folder / 'state'}",
@@ -161,13 +163,17 @@ def _write_conf(cluster: SlurmCluster) -> None:
         f"SlurmdSpoolDir={folder / 'spool-%n'}",
         f"SlurmdPidFile={folder / 'slurmd-%n.pid'}",
         "SelectType=select/cons_tres",
-        "SelectTypeParameters=CR_Core",
+        "SelectTypeParameters=CR_Core_Memory",
+        f"DefMemPerCPU={MEMORY_MIB_PER_NODE // CPUS_PER_NODE}",
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "MpiDefault=none",
         "ReturnToService=2",
         "AccountingStorageType=accounting_storage/none",
-        "JobAcctGatherType=jobacct_gather/none",
+        # A step that has more memory than its job asked for is killed: without cgroups, by looking every 2 s.
+        "JobAcctGatherType=jobacct_gather/linux",
+        "JobAcctGatherParams=OverMemoryKill",
+        "JobAcctGatherFrequency=task=2",
         "SlurmdParameters=config_overrides",
         "SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1",
         "MessageTimeout=60",

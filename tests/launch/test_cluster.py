@@ -56,6 +56,7 @@ def test_a_folder_of_the_users_comes_first(tmp_path: Path) -> None:
     [
         ("cluster.partitio=p", "did you mean cluster.partition?"),
         ("cluster", "must be cluster.KEY=VALUE"),
+        ("cluster.restarts=-1", "cluster.restarts=-1 must be at least 0"),
         ("cluster.grace_s=5", "cluster.grace_s=5 must be at least 10 and below 65536"),
         ("cluster.ranks_per_node=0", "must be at least 1"),
         ("cluster.ranks_per_node=two", "must be an integer"),

@@ -29,7 +29,7 @@ def test_dry_run_prints_the_plan_and_the_script_and_writes_nothing(
     assert out.startswith("# 1 run of 4 ranks on 2 nodes of local\n")
     assert f"# run folder: {tmp_path}/runs/quickstart\n" in out
     assert "#SBATCH --partition=p\n" in out
-    assert f"python={sys.executable}\n" in out
+    assert f"python={sys.executable} restarts=3\n" in out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
 
 

@@ -126,6 +126,28 @@ def test_srun_alone(options, slurm: SlurmCluster, two_agents, tiny_data, tmp_pat
     assert said["nodes"] == ["n1", "n2"]
 
 
+SRUN_MPI = """
+import os
+from mpi4py import MPI
+from moesys.parallel.surroundings import place_here
+place, world = place_here(os.environ), MPI.COMM_WORLD
+stores = set(world.allgather((place.store_host, place.store_port)))
+print("place", place.launcher, place.rank, place.world_size, world.rank, world.size, len(stores))
+"""
+
+
+@needs_mpi
+@pytest.mark.slurm
+def test_srun_with_pmix_is_the_world_of_mpi(slurm: SlurmCluster):
+    """On one node: between virtual nodes of one machine Slurm's PMIx servers get in each other's way."""
+    where = ["srun", "--mpi=pmix", "--nodes=1", "--ntasks=2"]
+    if not slurm.run(*where, "echo", "ok", check=False):
+        pytest.skip("Slurm finds no libpmix.so: apt-get install libpmix-dev")
+    said = slurm.run(*where, sys.executable, "-c", SRUN_MPI, timeout_s=240.0, cwd=ROOT)
+    places = sorted(line.split() for line in said.splitlines() if line.startswith("place"))
+    assert places == [["place", "srun", rank, "2", rank, "2", "1"] for rank in "01"]
+
+
 @pytest.mark.slurm
 def test_srun_in_turns_over_the_nodes(slurm: SlurmCluster, tiny_data, tmp_path):
     where = ["--nodes=2", "--ntasks=4", "--ntasks-per-node=2"]

@@ -107,6 +107,10 @@ def test_a_preflight_runs_as_the_ranks_do_and_before_them() -> None:
     assert "doctor" not in script(cluster())
 
 
+def test_how_often_ranks_are_started_again_is_said() -> None:
+    assert "python=/venv/bin/python restarts=5\n" in script(cluster("local", "cluster.restarts=5"))
+
+
 def test_apptainer_wraps_the_interpreter() -> None:
     text = script(cluster("apptainer_ib"))
     assert "  apptainer exec --nv --bind /scratch:/scratch --bind /project:/project " in text

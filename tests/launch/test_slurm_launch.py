@@ -1,63 +1,16 @@
 """`moesys launch` on a real Slurm: a run that is stopped, saved, requeued and goes on to its end."""
 
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moesys.launch.status import Status, read_status
+from moesys.launch.status import read_status
 from tests.launch.slurm import SlurmCluster
+from tests.launch.slurm_runs import WAIT_S, Moesys, state, steps, wait_for, words
 from tests.train.launched import ROOT, overrides, records
-
-Moesys = Callable[..., str]
-WAIT_S = 240.0
-
-
-@pytest.fixture
-def moesys(slurm: SlurmCluster) -> Moesys:
-    """moesys(words...): what the command prints, in the root of the source tree, talking to the cluster."""
-
-    def run(*words: str | Path, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "moesys", *map(str, words)],
-            cwd=ROOT,
-            env=dict(slurm.environment),
-            capture_output=True,
-            text=True,
-            timeout=WAIT_S,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    return run
-
-
-def words(run_dir: Path, data: Path, *more: str) -> list[str]:
-    """Of a run whose folder has a name that a shell would split."""
-    mine = [word for word in overrides(run_dir, data, *more) if not word.startswith("run.dir=")]
-    return ["launch", "cluster=local", "nodes=2", *mine, f'run.dir="{run_dir}"']
-
-
-def wait_for(run_dir: Path, what: Callable[[], bool]) -> Status | None:
-    deadline = time.monotonic() + WAIT_S
-    while not what():
-        log = "\n".join(path.read_text() for path in run_dir.glob("slurm-*.log"))
-        assert time.monotonic() < deadline, f"{read_status(run_dir)}\n{log}"
-        time.sleep(0.1)
-    return read_status(run_dir)
-
-
-def state(run_dir: Path) -> str | None:
-    status = read_status(run_dir)
-    return status.state if status else None
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [record["step"] for record in records(run_dir, "train")]
 
 
 @pytest.mark.slurm
@@ -122,7 +75,7 @@ def test_a_cancelled_run_saves_and_stays_away_until_it_is_submitted_again(
     assert "saves and ends" in moesys("runs", "cancel", run)
     status = wait_for(run, lambda: state(run) == "failed")
     assert status is not None
-    assert status.reason == "cancelled and saved: moesys runs resubmit goes on"
+    assert status.reason == "cancelled, saved: moesys runs resubmit goes on"
     assert status.job_id is not None
     slurm.wait(int(status.job_id), "FAILED")
     stopped = steps(run)[-1]
@@ -152,7 +105,10 @@ def test_what_a_run_could_not_say_slurm_does(
         if {row["state"] for row in rows} == {"failed"}:
             break
         assert time.monotonic() < deadline, rows
-    assert [row["reason"] for row in rows] == ["cancelled", "cancelled"]
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert reasons["waiting"] == "cancelled"
+    # A rank may live long enough to see another one die.
+    assert reasons["running"] == "cancelled" or reasons["running"].startswith("rank ")
 
 
 @pytest.mark.slurm

@@ -40,6 +40,7 @@ def play(*states: State) -> Status:
         (("running", "failed", "oom"), "oom", 1, 2),
         (("running", "failed", "timeout"), "timeout", 1, 2),
         (("running", "failed", "queued", "running"), "running", 2, 3),
+        (("running", "failed", "requeued", "running", "done"), "done", 2, 4),
         # Not believed: the first word about an end stands.
         (("running", "done", "failed"), "done", 1, 1),
         (("running", "requeued", "done"), "requeued", 1, 1),

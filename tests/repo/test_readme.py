@@ -74,15 +74,25 @@ def training(command: str) -> Training | None:
     launcher = argparse.ArgumentParser(allow_abbrev=False)
     launcher.add_argument("--nnodes", "--nodes", "-N", type=int, default=1)
     launcher.add_argument("--nproc-per-node", "--nproc_per_node", "-n", type=int)
+    launcher.add_argument("--ntasks-per-node", type=int, default=1)  # above 1 every task is a rank
     outer, _ = launcher.parse_known_args(shlex.split(command[: found.start()]))
     job = argparse.ArgumentParser(allow_abbrev=False)
     if "-m" not in found[0]:  # the module is one rank, and takes neither
         job.add_argument("--nproc", type=int)
         job.add_argument("--dry-run", action="store_true")
-    job.set_defaults(nproc=RUN_SH_RANKS if "run.sh" in found[0] else 1)
+    if "run.sh" in found[0]:
+        job.add_argument("--relaunch")
+        job.add_argument("--nodes", default="")
+        job.add_argument("--meeting")
     words = shlex.split(command[found.end() :], comments=True)
     inner, configuration = job.parse_known_args(words)
-    return Training(outer.nnodes * (outer.nproc_per_node or inner.nproc), configuration)
+    nodes, per_node = outer.nnodes, outer.nproc_per_node
+    if "run.sh" in found[0]:
+        nodes = int(inner.nodes.rpartition(":")[2] or nodes)  # as many as may come
+        per_node = inner.nproc or max(RUN_SH_RANKS, outer.ntasks_per_node)
+    elif "-m" not in found[0]:
+        per_node = inner.nproc
+    return Training(nodes * (per_node or 1), configuration)
 
 
 def prepare(page: str, folder: Path) -> None:
@@ -149,7 +159,7 @@ def test_command_works(command: str) -> None:
 def test_every_way_to_start_is_shown() -> None:
     ways = {found[0] for name, line in TRAININGS if (found := TRAINING.search(line))}
     assert ways == {"moesys train", "-m moesys.train", "launch/run.sh"}
-    assert {name for name, _ in TRAININGS} == {"README.md", "routers.md"}
+    assert {name for name, _ in TRAININGS} == {"README.md", "launch.md", "routers.md"}
 
 
 @pytest.mark.parametrize(("name", "line"), TRAININGS)
@@ -192,6 +202,8 @@ def test_what_a_wrong_line_trains_is_refused(line: str, message: str, tmp_path: 
         ("X=1 python -m moesys train --dry-run a=b", 1),
         ("launch/run.sh a=b", RUN_SH_RANKS),
         ("srun --nodes=3 --ntasks-per-node=1 launch/run.sh --nproc 8 a=b", 24),
+        ("srun --nodes=2 --ntasks-per-node=8 launch/run.sh a=b", 16),
+        ("launch/run.sh --nodes 2:4 --meeting host:1 --nproc 8 --relaunch 0 a=b", 32),
         ("torchrun --nnodes 2 --nproc-per-node=4 -m moesys.train a=b", 8),
     ],
 )

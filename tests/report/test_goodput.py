@@ -123,7 +123,8 @@ class Life:
             self.write("stop", step=self.step, reason="failed: rank 1 died", cause="died")
         elif how == "torn":
             assert self.log is not None
-            self.log._file.write('{"kind": "tra')
+            with self.log.path.open("a") as file:
+                file.write('{"kind": "tra')
         elif how != "killed":
             self.pass_time("other", ms)
             self.write("stop", step=self.step, reason=how)

@@ -138,7 +138,8 @@ def test_a_killed_writer_leaves_a_file_that_resumes(tmp_path: Path) -> None:
         "import os, signal, sys\nfrom moesys.train.metrics import MetricsLog\n"
         "log = MetricsLog(sys.argv[1])\n"
         "for step in range(1, 51):\n    log.write({'kind': 'train', 'step': step, 'loss': 1.0})\n"
-        'log._file.write(\'{"kind": "tra\')\nlog._file.flush()\nos.kill(os.getpid(), signal.SIGKILL)\n'
+        'os.write(os.open(log.path, os.O_WRONLY | os.O_APPEND), b\'{"kind": "tra\')\n'
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == -9
