@@ -187,12 +187,12 @@ def test_bad_nodes_of_a_preflight_are_left_out(slurm: SlurmCluster, tmp_path: Pa
     (tmp_path / "doctor").chmod(0o755)
     script = tmp_path / "job.sbatch"
     script.write_text(
-        "#!/bin/bash\n#SBATCH --nodes=1\nset -eo pipefail\n"
+        f"#!/bin/bash\n#SBATCH --nodes=1 --output={tmp_path}/log\nset -eo pipefail\n"
         f"python={sys.executable}\n. {ROOT}/launch/job.sh\n"
         f"preflight {script} {run} srun {tmp_path}/doctor {run}\n"
         f"run_job {run} srun bash -c 'echo $SLURMD_NODENAME > {run}/node; rm {run}/well'\n"
     )
-    first = slurm.submit(f"--output={tmp_path}/log", script, cwd=ROOT)
+    first = slurm.submit(script, cwd=ROOT)
     wait_for(run, lambda: (run / "node").exists())
     assert slurm.wait(first, "COMPLETED")["NodeList"] == "n1"
     assert ((run / "exclude").read_text(), (run / "node").read_text()) == ("n1\n", "n2\n")
@@ -200,7 +200,7 @@ def test_bad_nodes_of_a_preflight_are_left_out(slurm: SlurmCluster, tmp_path: Pa
     assert status is not None
     assert status.job_id == str(first + 1)
     # Without the mark the doctor fails and names nobody new: an end, not a loop.
-    again = slurm.submit(f"--output={tmp_path}/log", script, cwd=ROOT)
+    again = slurm.submit(script, cwd=ROOT)
     slurm.wait(again, "FAILED")
     status = read_status(run)
     assert status is not None
