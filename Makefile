@@ -17,7 +17,7 @@ VENV   ?= .venv
 # More arguments for pytest, e.g. ARGS='tests/moe -x'.
 ARGS   ?=
 # How many tests run at a time, besides those that want the machine to themselves.
-WORKERS ?= 2
+WORKERS ?= 3
 # The benchmarks of `make bench`.
 BENCHMARKS ?= all
 

@@ -48,7 +48,7 @@ run_job() {
     left=$((left - 1))
     unset MOESYS_SUBMITTED_UNIX_S # this start did not wait in the queue
     record requeued "$why; started again in place, $left more times unless it saves"
-    end_steps
+    end_steps || share_nodes
   done
 
   local short
@@ -134,7 +134,7 @@ lack_of_memory() {
     grep --text --max-count=1 -E 'oom[-_]kill event|: Out Of Memory$|exceeded memory limit|OutOfMemoryError' || true
 }
 
-# end_steps: an srun that was killed leaves its ranks behind, who would keep the run folder.
+# end_steps: an srun that was killed leaves its ranks behind, who would keep the run folder. False if Slurm cannot end them.
 end_steps() {
   local steps step
   for _ in {1..60}; do
@@ -144,6 +144,13 @@ end_steps() {
     done
     sleep 0.5
   done
+  return 1
+}
+
+# share_nodes: of a step whose slurmstepd is dead Slurm goes on to believe, for minutes, that it holds its cores and memory.
+share_nodes() {
+  unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU
+  export SLURM_OVERLAP=1 SLURM_MEM_PER_NODE=0 # 0 = all that the job has
 }
 
 # preflight SCRIPT RUN_FOLDER COMMAND...: a look at all nodes before the ranks start. If the command fails and names nodes
