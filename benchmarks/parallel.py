@@ -36,6 +36,7 @@ from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, small_config, small_model
 
 DESCRIPTION = "each parallel axis alone: bytes against the formula, step time against one rank's share, overlap"
+RESULT = "parallel"
 
 RANKS = 2
 SHARE = "half the sequences"
