@@ -135,14 +135,15 @@ class Eye:
 
 
 class _Records:
-    """New lines of a metrics.jsonl that each start of the ranks replaces by a shorter one."""
+    """New lines of a metrics.jsonl that restarts and roll backs replace by one with less in it."""
 
     def __init__(self, path: Path) -> None:
         self.losses: dict[int, float] = {}
         self._path = path
         self._file = (0, 0)
         self._offset = 0
-        self._starts = 0
+        self._seen: set[int] = set()
+        """Hashes of lines: what is kept is kept as it was."""
 
     def new(self) -> list[dict[str, Any]]:
         try:
@@ -153,22 +154,14 @@ class _Records:
 
     def _read(self, file: IO[bytes]) -> list[dict[str, Any]]:
         stat = os.fstat(file.fileno())
-        is_other = (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset
-        if is_other:
+        if (stat.st_dev, stat.st_ino) != self._file or stat.st_size < self._offset:
             self._file, self._offset = (stat.st_dev, stat.st_ino), 0
         file.seek(self._offset)
-        lines = file.read()
-        whole = lines[: lines.rfind(b"\n") + 1]
+        text = file.read()
+        whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        records = [json.loads(line) for line in whole.splitlines()]
-        if is_other:  # what is kept of earlier starts was seen
-            records = _from_start(records, self._starts)
-        self._starts += sum(record["kind"] == "start" for record in records)
+        lines = [line for line in whole.splitlines() if hash(line) not in self._seen]
+        self._seen.update(map(hash, lines))
+        records = [json.loads(line) for line in lines]
         self.losses |= {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
         return records
-
-
-def _from_start(records: list[dict[str, Any]], starts: int) -> list[dict[str, Any]]:
-    """From the first start record after so many."""
-    begins = [index for index, record in enumerate(records) if record["kind"] == "start"]
-    return records[begins[starts] :] if len(begins) > starts else []

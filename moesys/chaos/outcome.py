@@ -64,39 +64,27 @@ def outcomes(faults: Sequence[Fault], events: Iterable[Event]) -> list[Outcome]:
 
 
 def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
-    done = max((e.step for e in ordered if e.kind == "step" and e.at_s <= begin.at_s), default=0)
-    # Another rank's record of the step before may come a moment later.
-    done = max(done, begin.step - (fault.phase != "save"))
-    found: Event | None = None
-    back: Event | None = None
-    steps_lost = restarts = relaunches = 0
-    is_overtaken = False
-    is_victims_end_due, is_start_due = KINDS[fault.kind].ends_rank, KINDS[fault.kind].ends_job
-    for event in ordered:
-        if event.at_s <= begin.at_s or back is not None:
-            continue
-        match event.kind:
-            case "ended" if is_victims_end_due and event.rank == fault.rank:
-                is_victims_end_due = False  # that is the fault itself
-            case "ended" | "said":
-                found = found or event
-            case "fault" if event.ordinal != begin.ordinal:
-                is_overtaken = True
-                break  # what comes now may be of that one
-            case "start":
-                restarts += 1
-                is_start_due = False
-                steps_lost = max(steps_lost, done - event.step)
-            case "job_started":
-                relaunches += 1
-            case "step" if is_start_due:
-                done = max(done, event.step)
-            case "step" if event.step > done:
-                back = event
-            case "job_ended" if event.text == "0":
-                back = event
+    before = [event for event in ordered if event.at_s <= begin.at_s]
+    after = [event for event in ordered if event.at_s > begin.at_s]
+    next_fault = next((i for i, event in enumerate(after) if event.kind == "fault"), None)
+    after = after[:next_fault]  # what comes then may be of that one
+    starts = [i for i, event in enumerate(after) if event.kind == "start"]
+    # Another rank's record of the step before the fault may come a moment later.
+    done = max(_last_step(before), begin.step - (fault.phase != "save"))
+    steps_lost = 0
+    for at in starts:
+        steps_lost = max(steps_lost, max(done, _last_step(after[:at])) - after[at].step)
+    if starts:
+        # Steps before it were done with the fault, found later or by ranks that had not seen it yet.
+        done = max(done, _last_step(after[: starts[-1]]))
+        recovering = after[starts[-1] :]
+    else:
+        recovering = [e for e in after if e.kind == "job_ended" or not KINDS[fault.kind].ends_job]
+    back = next((event for event in recovering if _is_back(event, done)), None)
+    found = _found(fault, after)
     if found is not None and back is not None and found.at_s > back.at_s:
         found = None
+    relaunches = sum(event.kind == "job_started" for event in after)
     return Outcome(
         fault=fault,
         happened=True,
@@ -104,10 +92,31 @@ def _outcome(fault: Fault, begin: Event, ordered: Sequence[Event]) -> Outcome:
         found_by="" if found is None else _name(found),
         back_s=None if back is None else back.at_s - begin.at_s,
         steps_lost=steps_lost,
-        restarts=max(0, restarts - relaunches),
+        restarts=max(0, len(starts) - relaunches),
         relaunches=relaunches,
-        is_overtaken=is_overtaken,
+        is_overtaken=next_fault is not None and back is None,
     )
+
+
+def _last_step(events: Iterable[Event]) -> int:
+    return max((event.step for event in events if event.kind == "step"), default=0)
+
+
+def _is_back(event: Event, done: int) -> bool:
+    if event.kind == "step":
+        return event.step > done
+    return event.kind == "job_ended" and event.text == "0"
+
+
+def _found(fault: Fault, after: Iterable[Event]) -> Event | None:
+    """The first that somebody noticed; the end of a rank that was killed is the fault itself."""
+    is_victims_end_due = KINDS[fault.kind].ends_rank
+    for event in after:
+        if is_victims_end_due and event.kind == "ended" and event.rank == fault.rank:
+            is_victims_end_due = False
+        elif event.kind in ("ended", "said"):
+            return event
+    return None
 
 
 def _name(event: Event) -> str:

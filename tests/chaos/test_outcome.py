@@ -94,7 +94,7 @@ def test_the_record_of_the_step_before_may_come_late() -> None:
     )
     assert found.back_s == 2
     # A save is written while later steps are done.
-    events = seen("1 step 8; 2 fault 0 7; 2.1 step 9; 3 start 6; 4 step 7; 5 step 8; 6 step 9")
+    events = seen("1 step 8; 2 fault 0 7; 2.1 step 9; 3 step 10")
     (found,) = outcomes(parse_faults("slow rank=0 step=7 phase=save"), events)
     assert (found.back_s, found.steps_lost) == (pytest.approx(0.1), 0)
     (found,) = outcomes(
@@ -102,6 +102,22 @@ def test_the_record_of_the_step_before_may_come_late() -> None:
         seen("1 step 7; 2 fault 0 7; 3 start 5; 4 step 6; 5 step 7; 6 step 8"),
     )
     assert (found.back_s, found.steps_lost) == (4, 2)
+
+
+def test_a_step_that_was_done_with_a_fault_found_later_counts_for_nothing() -> None:
+    events = seen(
+        "1 step 16; 2 fault 0 17; 3 step 17; 4 said; 5 ended r0; 8 start 15; 9 step 16; 10 step 17; 11 step 18"
+    )
+    (found,) = outcomes(parse_faults("bit_flip rank=2 step=17"), events)
+    assert (found.found_s, found.back_s, found.steps_lost, found.restarts) == (2, 9, 2, 1)
+
+
+def test_back_is_behind_the_last_start() -> None:
+    events = seen(
+        f"{KILL}; 3.75 said; 6 start 5; 7 step 6; 8 start 5; 9 step 6; 10 step 7; 11 step 8"
+    )
+    (found,) = outcomes(parse_faults("kill rank=1 step=8"), events)
+    assert (found.found_s, found.back_s, found.steps_lost, found.restarts) == (0.25, 7.5, 2, 2)
 
 
 def test_what_comes_after_the_next_fault_is_not_of_the_one_before() -> None:
