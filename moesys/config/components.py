@@ -5,17 +5,18 @@ Importing a component imports what it imports (torch, mostly), so this is a file
 
 import importlib
 import importlib.util
-import inspect
-import typing
 from collections.abc import Iterator
 from typing import Any
 
 from moesys.config.build import check_value
+from moesys.config.constructor import Constructor
 from moesys.config.errors import Problem, did_you_mean
 from moesys.config.schema import ComponentConfig, RunConfig
 
 # What the model passes to a component beside its options.
 _FIXED = ("d_model", "num_experts", "top_k")
+# What it passes to those that name it.
+_OFFERED = ("layer", "num_layers")
 
 
 def find_component_problems(config: RunConfig) -> Iterator[Problem]:
@@ -96,52 +97,36 @@ def _is_module_class(value: Any) -> bool:
 
 
 def _check_options(key: str, component: type, config: ComponentConfig) -> Iterator[Problem]:
-    signature = inspect.signature(component)
-    named = {
-        name: parameter
-        for name, parameter in signature.parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    }
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    options = [name for name in named if name not in _FIXED]
+    constructor = Constructor(component)
+    passed = (*_FIXED, *_OFFERED)
+    options = [name for name in constructor.parameters if name not in passed]
     for name in _FIXED:
-        if name not in named and not takes_any:
+        if name not in constructor.parameters and not constructor.takes_any:
             yield Problem(
                 key=f"{key}._target_",
                 given=config.target,
                 rule=f"must take {name} in its constructor (as {', '.join(_FIXED)} are always passed)",
                 fix=f"add the keyword argument {name}: int",
             )
-    for name, parameter in named.items():
-        required = parameter.default is parameter.empty
-        if required and name not in _FIXED and name not in config.options:
+    for name in constructor.required:
+        if name not in passed and name not in config.options:
             yield Problem(
                 key=f"{key}.{name}",
                 rule=f"is required by {config.target}",
                 fix=f"set it: {key}.{name}=...",
             )
-    hints = _hints(component)
     for name, value in config.options.items():
-        if name in _FIXED:
-            yield Problem(
-                key=f"{key}.{name}",
-                given=value,
-                rule="is passed by the model",
-                fix=f"remove it and set model.{'' if name == 'd_model' else 'moe.'}{name}",
-            )
-        elif name in named:
-            yield from check_value(hints.get(name), value, f"{key}.{name}")
-        elif not takes_any:
+        if name in passed:
+            fix = "remove it"
+            if name in _FIXED:
+                fix += f" and set model.{'' if name == 'd_model' else 'moe.'}{name}"
+            yield Problem(key=f"{key}.{name}", given=value, rule="is passed by the model", fix=fix)
+        elif name in constructor.parameters:
+            yield from check_value(constructor.hints.get(name), value, f"{key}.{name}")
+        elif not constructor.takes_any:
             yield Problem(
                 key=f"{key}.{name}",
                 given=value,
                 rule=f"is not an option of {config.target}",
                 fix=did_you_mean(name, options),
             )
-
-
-def _hints(component: type) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(component.__init__)
-    except NameError:  # a forward reference of the user's: its options go unchecked
-        return {}

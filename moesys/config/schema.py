@@ -19,16 +19,34 @@ class ComponentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """How expert load is kept even. Each rule is off at 0 and the rules add up."""
+    """How expert load is kept even. Each rule is off at 0 and the rules add up.
 
-    aux_loss_coef: float = 0.0
-    """Weight of E * sum_i f_i P_i (Switch, GShard); per layer, then summed over layers."""
-    aux_loss_level: Literal["micro", "sequence", "global"] = "global"
-    """Where f_i is counted: one rank's micro-batch, each sequence, or all ranks and micro-steps of a step."""
+    The first three weigh E * sum_i f_i P_i (Switch, GShard), per layer and summed over layers, and differ in where f_i is
+    counted.
+    """
+
+    micro_loss_coef: float = 0.0
+    """f_i of one rank's micro-batch."""
+    sequence_loss_coef: float = 0.0
+    """f_i of each sequence (DeepSeek-V3)."""
+    global_loss_coef: float = 0.0
+    """f_i of all ranks and the micro-steps of a step so far, which lets experts specialise (2501.11873)."""
+    device_loss_coef: float = 0.0
+    """The same of groups of experts in the place of experts, counted as global (DeepSeekMoE)."""
+    device_groups: int = 1
+    """With device_loss_coef: equal groups of experts in a row, one for each device; divides num_experts."""
     z_loss_coef: float = 0.0
     """Weight of mean(logsumexp(logits)^2) (ST-MoE)."""
     bias_update_rate: float = 0.0
     """Step of the aux-loss-free selection bias (DeepSeek-V3), once per optimizer step."""
+    bias_end_step: int = 0
+    """After so many optimizer steps the bias stays as it is (DeepSeek-V3: for the last 3 %); 0 = never."""
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether a balance loss is optimised."""
+        coefficients = (self.micro_loss_coef, self.sequence_loss_coef, self.global_loss_coef)
+        return any((*coefficients, self.device_loss_coef))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +69,9 @@ class MoEConfig:
     capacity_policy: Literal["drop", "pad"] = "drop"
     """With a capacity: drop = only rows that exist travel; pad = every expert gets exactly capacity rows,
     so sizes are known without a device-to-host sync. Both drop what is over capacity."""
+    capacity_priority: Literal["weight", "order", "random"] = "weight"
+    """With a capacity: an expert keeps the slots of largest weight, the first ones (GShard, Switch), or random ones
+    (random token selection, 2109.10465)."""
     expert_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
     """auto = both are timed on this run's shapes at start-up and the faster one is kept for the whole run."""
 

@@ -85,19 +85,19 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
             f"model.num_dense_layers={config.model.num_dense_layers} leaves no MoE layer: "
             "model.moe, parallel.ep and parallel.etp have no effect"
         )
-    if moe.capacity_factor is None and moe.capacity_policy != _default(
-        MoEConfig, "capacity_policy"
+    for key in ("capacity_policy", "capacity_priority"):
+        value = getattr(moe, key)
+        if moe.capacity_factor is None and value != _default(MoEConfig, key):
+            found.append(f"model.moe.{key}={value} has no effect without model.moe.capacity_factor")
+    for key, reader in (
+        ("device_groups", "device_loss_coef"),
+        ("bias_end_step", "bias_update_rate"),
     ):
-        found.append(
-            f"model.moe.capacity_policy={moe.capacity_policy} has no effect without "
-            "model.moe.capacity_factor"
-        )
-    level = moe.balance.aux_loss_level
-    if moe.balance.aux_loss_coef == 0 and level != _default(BalanceConfig, "aux_loss_level"):
-        found.append(
-            f"model.moe.balance.aux_loss_level={level} has no effect with "
-            "model.moe.balance.aux_loss_coef=0"
-        )
+        value = getattr(moe.balance, key)
+        if not getattr(moe.balance, reader) and value != _default(BalanceConfig, key):
+            found.append(
+                f"model.moe.balance.{key}={value} has no effect with model.moe.balance.{reader}=0"
+            )
     for key, kinds in _SCHEDULE_READERS.items():
         value = getattr(schedule, key)
         if schedule.kind not in kinds and value != _default(ScheduleConfig, key):
@@ -242,9 +242,17 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
     if moe.capacity_factor is not None:
         yield from in_range(f"{path}.capacity_factor", moe.capacity_factor, above=0.0)
     for field in dataclasses.fields(moe.balance):
-        if field.name != "aux_loss_level":
-            value = getattr(moe.balance, field.name)
-            yield from in_range(f"{path}.balance.{field.name}", value, 0.0)
+        least = 1 if field.name == "device_groups" else 0
+        value = getattr(moe.balance, field.name)
+        yield from in_range(f"{path}.balance.{field.name}", value, least)
+    groups = moe.balance.device_groups
+    if groups >= 1 and moe.num_experts % groups:
+        yield Problem(
+            key=f"{path}.balance.device_groups",
+            given=groups,
+            rule=f"must divide {path}.num_experts={moe.num_experts}",
+            fix="use parallel.ep, or a number that divides",
+        )
     if moe.expert_backend == "grouped_mm":
         per_row, d_model = values_per_row(config), config.model.d_model
         if d_model % per_row:

@@ -45,12 +45,13 @@ class DenseBlock(nn.Module):
 class MoEBlock(nn.Module):
     """x + attention(norm x), then x + MoE(norm x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.moe = MoELayer(config.moe, config.d_model)
+        num_moe = config.num_layers - config.num_dense_layers
+        self.moe = MoELayer(config.moe, config.d_model, layer - config.num_dense_layers, num_moe)
 
     def forward(
         self,
@@ -58,9 +59,10 @@ class MoEBlock(nn.Module):
         rope_SH: tuple[Tensor, Tensor],
         ends: DocumentEnds | None = None,
         state: Tensor | None = None,
+        ids_U: Tensor | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
-        y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0])
+        y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0], ids_U)
         return x_TD + y_TD, losses, state
 
 
@@ -81,10 +83,17 @@ class Transformer(nn.Module):
         self.embed = Embedding(config.vocab_size, config.d_model) if has_table else None
         self.layers = nn.ModuleDict(
             {
-                str(i): DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config)
+                str(i): DenseBlock(config) if i < config.num_dense_layers else MoEBlock(config, i)
                 for i in indices
             }
         )
+        self.over_depth = nn.ModuleDict()
+        """What all layers' routers have one of. Every stage has them, and all stages the same."""
+        routers = [layer.router for layer in self.moe_layers()]
+        if not routers and config.num_dense_layers < config.num_layers:
+            routers = [MoEBlock(config, config.num_dense_layers).moe.router]
+        for name in getattr(routers[0], "over_depth", ()) if routers else ():
+            self.share_over_depth(name, routers[0].get_submodule(name))
         self.norm = RMSNorm(config.d_model, config.norm_eps) if is_last else None
         self.head = Linear(config.d_model, config.vocab_size) if is_last else None
         self.cross_entropy_sum: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum
@@ -100,6 +109,13 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings and self.head is not None and self.embed is not None:
             self.head.weight = self.embed.weight
 
+    def share_over_depth(self, name: str, module: nn.Module) -> None:
+        """Let every router of this stage use `module` as its submodule `name`, which is then none of its own."""
+        self.over_depth[name] = module
+        for layer in self.moe_layers():
+            layer.router._modules.pop(name, None)
+            layer.router.__dict__[name] = module
+
     def forward(
         self,
         x: Tensor,
@@ -107,11 +123,12 @@ class Transformer(nn.Module):
         state: Tensor | None = None,
         *,
         documents: Tensor | None = None,
+        ids_BS: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """From token ids [B, S], or what the stage before returned, to what the next stage takes.
 
         `documents` (integers on the CPU) says which document each token of the whole sequences belongs to: attention
-        then stays inside it.
+        then stays inside it. A stage but the first is told the token ids as `ids_BS`, for routers that ask.
 
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
         far as one fp32 tensor, and with a `state_shape` the last router's state (zeros before the first router).
@@ -120,6 +137,7 @@ class Transformer(nn.Module):
         if self.is_first:
             assert self.embed is not None
             self.seq_len = x.shape[-1]
+            ids_BS = x
             x = self.embed(x.flatten())
         assert self.seq_len is not None, "a stage but the first is told seq_len"
         rope_SH = rope_tables(
@@ -138,9 +156,10 @@ class Transformer(nn.Module):
                 losses_3, state = losses_3 + 0.0 * received.sum(), None
         losses = RoutingLosses(*losses_3.unbind())
         ends = None if documents is None else document_ends(documents.tolist())
+        ids_U = None if ids_BS is None else ids_BS.flatten()
         for block in self.blocks():
             if isinstance(block, MoEBlock):
-                x, block_losses, state = block(x, rope_SH, ends, state)
+                x, block_losses, state = block(x, rope_SH, ends, state, ids_U)
                 losses = losses + block_losses
             else:
                 x = block(x, rope_SH, ends)
@@ -189,9 +208,12 @@ class Transformer(nn.Module):
         return [block.moe for block in self.blocks() if isinstance(block, MoEBlock)]
 
     def router_parameters(self) -> int | None:
-        """Parameters of one layer's router; None without MoE layers."""
+        """Parameters that one layer's router works with; None without MoE layers."""
         layers = self.moe_layers()
-        return sum(p.numel() for p in layers[0].router.parameters()) if layers else None
+        if not layers:
+            return None
+        modules = (layers[0].router, self.over_depth)
+        return sum(p.numel() for module in modules for p in module.parameters())
 
 
 class _Received(torch.autograd.Function):

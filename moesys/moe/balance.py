@@ -1,15 +1,17 @@
 """Losses and biases that keep expert load even. Separate from the router, which only decides.
 
-Shapes: T tokens, E experts, K experts per token, B sequences.
+Shapes: T tokens, E experts, K experts per token, B sequences, G groups of experts.
 
 With f_i = share of the slots that went to expert i and P_i = mean routing probability of i,
 
     balance loss = E * sum_i f_i P_i          (1 when the load is even; Switch eq. 4, GShard)
 
-The level says over which tokens f_i is counted (2501.11873): a rank's micro-batch, each sequence, or all
+There is one for each level, over whose tokens f_i is counted (2501.11873): a rank's micro-batch, each sequence, or all
 ranks and the micro-steps of this optimizer step so far. P_i is always local: averaged over ranks it is global.
+The device loss is the same of groups of experts, counted as the global one (DeepSeekMoE, 2401.06066, eq. 15-17).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from moesys.config.schema import BalanceConfig
 from moesys.moe.routing import RoutingResult
+from moesys.moe.tokens import Tokens
+from moesys.ops import tokens_per_expert
 
 
 class RoutingLosses(NamedTuple):
@@ -26,7 +30,7 @@ class RoutingLosses(NamedTuple):
     total: Tensor
     """Sum of the losses, each with its coefficient."""
     balance: Tensor
-    """Balance loss without coefficient, detached."""
+    """The loss of the widest level that is optimised, without coefficient, detached; 0 where none is."""
     z: Tensor
     """z-loss without coefficient, detached."""
 
@@ -38,6 +42,12 @@ def balance_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     """E * sum_i f_i P_i with f from `counts_E` (slots per expert, any integer or float type)."""
     fractions_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
     return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(dim=0))
+
+
+def device_balance_loss(probs_TE: Tensor, counts_E: Tensor, num_groups: int) -> Tensor:
+    """sum_d f_d P_d: of each of G groups of experts the mean f, in units of an even load, times the sum of P."""
+    counts_G = counts_E.view(num_groups, -1).sum(1)
+    return balance_loss(probs_TE.unflatten(1, (num_groups, -1)).sum(2), counts_G)
 
 
 def sequence_counts(topk_ids_TK: Tensor, sequence_T: Tensor, counts_BE: Tensor) -> Tensor:
@@ -69,74 +79,90 @@ def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:
     return bias_E + rate * torch.sign(load_E.mean() - load_E)
 
 
-class SequenceShare(NamedTuple):
-    """Which of the tokens of its ranks' common sequences this rank has."""
-
-    group: dist.ProcessGroup | None = None
-    """The ranks that share sequences; None = this rank alone has whole ones."""
-    tp_rank: int = 0
-    """This rank has the tp_rank-th of tp_size equal runs of tokens."""
-    tp_size: int = 1
-
-
 class Balance:
     """The balance rules of one MoE layer, with what they remember within an optimizer step."""
 
-    def __init__(self, config: BalanceConfig) -> None:
+    def __init__(self, config: BalanceConfig, top_k: int) -> None:
         self.config = config
+        self.top_k = top_k
         self.group: dist.ProcessGroup | None = None
         """Ranks over which the global level counts; None = this rank alone."""
-        self.sequence_share = SequenceShare()
         self._step_counts_E: Tensor | None = None
 
     def losses(
-        self, routing: RoutingResult, counts_E: Tensor, seq_len: int, training: bool
+        self, routing: RoutingResult, counts_E: Tensor, tokens: Tokens, training: bool
     ) -> RoutingLosses:
-        """The losses of one forward, `counts_E` being its slots per expert; without a coefficient, figures only.
+        """The losses of one forward, `counts_E` being its slots per expert. z is a figure also without a coefficient.
 
-        With the global and the sequence level this is a collective in training. `seq_len` tokens in a row of the ranks
-        that share the same stretches of sequences are one sequence's.
+        Where a selection bias decides too, f_i counts what the scores alone would choose (DeepSeek-V3 eq. 18): the bias
+        evens out the load, the losses the scores. In training a collective with a loss that counts over ranks.
         """
         config = self.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.aux_loss_coef != 0):
-            balance = self._balance_loss(routing, counts_E, seq_len, training)
+        if routing.blend is not None and config.has_loss:
+            raise ValueError(
+                "model.moe.balance has a balance loss and the router blends tokens, so that its load is always even: "
+                "use balance=none"
+            )
+        ids_TK = routing.topk_ids_TK
+        if config.bias_update_rate and config.has_loss:
+            ids_TK = routing.probs_TE.detach().topk(self.top_k, dim=-1)[1]
+            counts_E = tokens_per_expert(ids_TK, routing.probs_TE.shape[1])
+        found = dict(self._balance_losses(routing.probs_TE, ids_TK, counts_E, tokens, training))
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.z_loss_coef != 0):
             z = z_loss(routing.logits_TE)
-        total = config.aux_loss_coef * balance + config.z_loss_coef * z
+        total = config.z_loss_coef * z
+        for coefficient, loss in found.values():
+            total = total + coefficient * loss
         if routing.extra_loss is not None:
             total = total + routing.extra_loss
+        balance = found[max(found)][1] if found else torch.zeros_like(z)
         return RoutingLosses(total, balance.detach(), z.detach())
 
-    def _balance_loss(
-        self, routing: RoutingResult, counts_E: Tensor, seq_len: int, training: bool
-    ) -> Tensor:
-        if self.config.aux_loss_level == "sequence":
-            return self._sequence_loss(routing, seq_len)
-        if self.config.aux_loss_level == "micro" and self.sequence_share.group is not None:
-            counts_E = _summed(counts_E, self.sequence_share.group)
-        if self.config.aux_loss_level == "global" and training and self.config.aux_loss_coef:
-            if self.group is not None:
-                counts_E = _summed(counts_E, self.group)
-            if self._step_counts_E is not None:
-                counts_E = counts_E + self._step_counts_E
-            self._step_counts_E = counts_E
-        return balance_loss(routing.probs_TE, counts_E)
+    def _balance_losses(
+        self,
+        probs_TE: Tensor,
+        ids_TK: Tensor,
+        counts_E: Tensor,
+        tokens: Tokens,
+        training: bool,
+    ) -> Iterator[tuple[int, tuple[float, Tensor]]]:
+        """(how wide it counts, (coefficient, loss)) of those that are on, narrowest first."""
+        config = self.config
+        if config.micro_loss_coef:
+            group = tokens.share.group
+            shared_E = counts_E if group is None else _summed(counts_E, group)
+            yield 1, (config.micro_loss_coef, balance_loss(probs_TE, shared_E))
+        if config.sequence_loss_coef:
+            yield 0, (config.sequence_loss_coef, _sequence_loss(probs_TE, ids_TK, tokens))
+        if config.global_loss_coef or config.device_loss_coef:
+            step_E = self._count_step(counts_E) if training else counts_E
+            if config.device_loss_coef:
+                loss = device_balance_loss(probs_TE, step_E, config.device_groups)
+                yield 2, (config.device_loss_coef, loss)
+            if config.global_loss_coef:
+                yield 3, (config.global_loss_coef, balance_loss(probs_TE, step_E))
 
-    def _sequence_loss(self, routing: RoutingResult, seq_len: int) -> Tensor:
-        share, num_tokens = self.sequence_share, routing.probs_TE.shape[0]
-        first = share.tp_rank * num_tokens
-        tokens_T = torch.arange(first, first + num_tokens, device=routing.probs_TE.device)
-        sequence_T = tokens_T // seq_len
-        num_sequences = num_tokens * share.tp_size // seq_len
-        counts_BE = routing.probs_TE.new_zeros(num_sequences, routing.probs_TE.shape[1])
-        sequence_counts(routing.topk_ids_TK, sequence_T, counts_BE)
-        if share.group is not None:
-            dist.all_reduce(counts_BE, group=share.group)
-        return sequence_balance_loss(routing.probs_TE, sequence_T, counts_BE)
+    def _count_step(self, counts_E: Tensor) -> Tensor:
+        """Of all ranks, and of the step so far."""
+        if self.group is not None:
+            counts_E = _summed(counts_E, self.group)
+        if self._step_counts_E is not None:
+            counts_E = counts_E + self._step_counts_E
+        self._step_counts_E = counts_E
+        return counts_E
 
     def end_step(self) -> None:
         """Forget the counts: the optimizer has stepped."""
         self._step_counts_E = None
+
+
+def _sequence_loss(probs_TE: Tensor, ids_TK: Tensor, tokens: Tokens) -> Tensor:
+    sequence_T = tokens.sequence_T(probs_TE.device)
+    counts_BE = probs_TE.new_zeros(tokens.num_sequences, probs_TE.shape[1])
+    sequence_counts(ids_TK, sequence_T, counts_BE)
+    if tokens.share.group is not None:
+        dist.all_reduce(counts_BE, group=tokens.share.group)
+    return sequence_balance_loss(probs_TE, sequence_T, counts_BE)
 
 
 def _summed(counts_E: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, K experts per token, N = T * K slots.
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,31 +13,48 @@ from torch import Tensor
 from moesys.moe.routing import RoutingResult
 from moesys.ops import tokens_per_expert
 
+Priority = Literal["weight", "order", "random"]
+
 
 def capacity_rows(num_tokens: int, top_k: int, num_experts: int, factor: float) -> int:
     """ceil(factor * T * K / E), at least 1 (GShard sec. 3.2)."""
     return max(1, math.ceil(factor * num_tokens * top_k / num_experts))
 
 
-def within_capacity(routing: RoutingResult, num_experts: int, capacity: int) -> RoutingResult:
-    """Drop what is over capacity: each expert keeps its `capacity` slots of largest weight (ties: first token).
+def within_capacity(
+    routing: RoutingResult, num_experts: int, capacity: int, priority: Priority = "weight"
+) -> RoutingResult:
+    """Drop what is over capacity: each expert keeps `capacity` slots, by priority (ties: first token).
 
     A dropped slot has id -1 and weight 0; the other weights of its token stay as they are.
     """
-    keep_TK = _rank_in_expert(routing.topk_ids_TK, routing.topk_weights_TK, num_experts) < capacity
+    ids_TK = routing.topk_ids_TK
+    keep_TK = _rank_in_expert(ids_TK, _priorities(routing, priority), num_experts) < capacity
     return replace(
         routing,
-        topk_ids_TK=routing.topk_ids_TK.masked_fill(~keep_TK, -1),
+        topk_ids_TK=ids_TK.masked_fill(~keep_TK, -1),
         topk_weights_TK=routing.topk_weights_TK.masked_fill(~keep_TK, 0.0),
     )
 
 
+def _priorities(routing: RoutingResult, priority: Priority) -> Tensor:
+    """[T, K], the larger the sooner an expert takes the slot."""
+    weights_TK = routing.topk_weights_TK.detach()
+    if priority == "weight":
+        return weights_TK
+    if priority == "random":
+        return torch.rand_like(weights_TK)
+    # First choices before second ones, as GShard and Switch fill their experts.
+    choices_K = torch.arange(weights_TK.shape[1], device=weights_TK.device)
+    return -choices_K.expand_as(weights_TK)
+
+
 @torch.no_grad()
-def _rank_in_expert(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> Tensor:
-    """Position of each slot among its expert's slots, by falling weight. int64 [T, K]."""
+def _rank_in_expert(ids_TK: Tensor, priorities_TK: Tensor, num_experts: int) -> Tensor:
+    """Position of each slot among its expert's slots, by falling priority. int64 [T, K]."""
     ids_N = ids_TK.flatten()
-    by_weight_N = weights_TK.flatten().argsort(descending=True, stable=True)
-    order_N = by_weight_N[ids_N[by_weight_N].argsort(stable=True)]
+    by_priority_N = priorities_TK.flatten().argsort(descending=True, stable=True)
+    order_N = by_priority_N[ids_N[by_priority_N].argsort(stable=True)]
     counts_X = tokens_per_expert(ids_N[:, None] + 1, num_experts + 1)  # X: no expert, then E
     first_X = counts_X.cumsum(0) - counts_X
     rank_N = torch.empty_like(ids_N)

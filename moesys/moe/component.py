@@ -1,17 +1,23 @@
 """Build a user's class from its import path and options."""
 
 import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from moesys.config.constructor import Constructor
 from moesys.config.schema import ComponentConfig
 
 
-def build_component(component: ComponentConfig, **fixed: Any) -> nn.Module:
-    """`component.target(**fixed, **component.options)`; the target must be a torch module class.
+def build_component(
+    component: ComponentConfig, offered: Mapping[str, Any] | None = None, **fixed: Any
+) -> nn.Module:
+    """`component.target(**fixed, **component.options)`, with those of `offered` that its constructors name.
 
-    Raises ValueError naming the path when it cannot be imported or is not a module class.
+    The target must be a torch module class. Raises ValueError naming the path when it cannot be imported, is no module
+    class, or does not take the options.
     """
     module_name, _, class_name = component.target.rpartition(".")
     try:
@@ -20,4 +26,16 @@ def build_component(component: ComponentConfig, **fixed: Any) -> nn.Module:
         raise ValueError(f"_target_={component.target} cannot be imported: {error}") from error
     if not (isinstance(target, type) and issubclass(target, nn.Module)):
         raise ValueError(f"_target_={component.target} must be a subclass of torch.nn.Module")
-    return target(**fixed, **component.options)
+    named = Constructor(target).parameters
+    wanted = {name: value for name, value in (offered or {}).items() if name in named}
+    try:
+        return target(**fixed, **wanted, **component.options)
+    except TypeError as error:
+        raise ValueError(
+            f"_target_={component.target} does not take its options: {error}"
+        ) from error
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether it has a parameter of that name."""
+    return name in inspect.signature(function).parameters

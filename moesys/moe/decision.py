@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesys.moe.balance import RoutingLosses
+from moesys.moe.routing import Blend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +26,19 @@ class Decision:
     losses: RoutingLosses
     state: Tensor | None
     """The router's, for the next layer."""
+    blend: Blend | None = None
+    """How tokens become rows, where these are no tokens."""
 
     def detached(self) -> "Decision":
         """The same numbers outside of the graph that made them."""
         state = None if self.state is None else _detached(self.state)
-        losses = RoutingLosses(*map(_detached, self.losses))
-        return replace(self, weights_TK=_detached(self.weights_TK), losses=losses, state=state)
+        return replace(
+            self,
+            weights_TK=_detached(self.weights_TK),
+            losses=RoutingLosses(*map(_detached, self.losses)),
+            state=state,
+            blend=None if self.blend is None else self.blend.detached(),
+        )
 
 
 @dataclass

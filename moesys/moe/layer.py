@@ -1,6 +1,7 @@
 """The MoE layer: decide (route, count, plan), dispatch, experts, combine.
 
-Shapes: T tokens on this rank, D model, K experts per token, R rows received, L local experts.
+Shapes: T tokens on this rank, U tokens of its tensor-parallel group, D model, K experts per token, R rows received,
+L local experts.
 """
 
 from torch import Tensor, nn
@@ -8,12 +9,13 @@ from torch import Tensor, nn
 from moesys.config.schema import MoEConfig
 from moesys.moe.balance import Balance, RoutingLosses
 from moesys.moe.capacity import capacity_rows, within_capacity
-from moesys.moe.component import build_component
+from moesys.moe.component import build_component, takes
 from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import Experts, SwiGLU
 from moesys.moe.load import ExpertLoad
 from moesys.moe.routing import RoutingResult
+from moesys.moe.tokens import WHOLE_SEQUENCES, Tokens
 from moesys.ops import tokens_per_expert
 from moesys.ops.autocast import compute_type
 
@@ -21,14 +23,20 @@ from moesys.ops.autocast import compute_type
 class MoELayer(nn.Module):
     """Replaces a feed-forward by num_experts of them, top_k per token, plus shared experts that all tokens see.
 
-    Built for one rank; `parallelize` swaps the dispatcher and shards the experts.
+    It is the `layer`-th of `num_layers`. Built for one rank; `parallelize` swaps the dispatcher and shards the experts.
     """
 
-    def __init__(self, config: MoEConfig, d_model: int) -> None:
+    def __init__(
+        self, config: MoEConfig, d_model: int, layer: int = 0, num_layers: int = 1
+    ) -> None:
         super().__init__()
         self.config = config
         self.router = build_component(
-            config.router, d_model=d_model, num_experts=config.num_experts, top_k=config.top_k
+            config.router,
+            offered={"layer": layer, "num_layers": num_layers},
+            d_model=d_model,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
         )
         if config.balance.bias_update_rate and not hasattr(self.router, "selection_bias_E"):
             raise ValueError(
@@ -42,31 +50,48 @@ class MoELayer(nn.Module):
             else None
         )
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
-        self.balance = Balance(config.balance)
+        self.share = WHOLE_SEQUENCES
+        """Of this rank's sequences."""
+        self.balance = Balance(config.balance, config.top_k)
         self.load = ExpertLoad(config.num_experts)
         self.memory = DecisionMemory()
+        self._passes_tokens = takes(self.router.forward, "tokens")
 
     def forward(
-        self, x: Tensor, state: Tensor | None = None, seq_len: int | None = None
+        self,
+        x: Tensor,
+        state: Tensor | None = None,
+        seq_len: int | None = None,
+        ids_U: Tensor | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
         """Return y like x, the routing losses (means over this rank's tokens), and the router's state.
 
-        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other.
+        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other. `ids_U` are their
+        ids, for routers that ask.
         """
-        seq_len = seq_len or x.shape[-2]
         x_TD = x.flatten(0, -2)
-        decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, seq_len), x_TD)
+        tokens = self._tokens(x_TD.shape[0], seq_len or x.shape[-2], ids_U)
+        decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, tokens), x_TD)
         x_TD = compute_type(x_TD)
-        rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(x_TD, decision.plan)
+        sent_TD = x_TD if decision.blend is None else decision.blend.slots(x_TD)
+        rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(sent_TD, decision.plan)
         rows_RD = self.experts(rows_RD, tokens_per_expert_L)
         y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
+        if decision.blend is not None:
+            y_TD = decision.blend.tokens(y_TD)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         return y_TD.view_as(x), decision.losses, decision.state
 
-    def _decide(self, x_TD: Tensor, state: Tensor | None, seq_len: int) -> Decision:
+    def _tokens(self, num_tokens: int, seq_len: int, ids_U: Tensor | None) -> Tokens:
+        if ids_U is not None and ids_U.numel() != num_tokens:  # this rank's run of them
+            ids_U = ids_U[self.share.tp_rank * num_tokens :][:num_tokens]
+        return Tokens(num_tokens=num_tokens, seq_len=seq_len, ids_T=ids_U, share=self.share)
+
+    def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:
         """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""
-        routed = self.router(x_TD, state)
+        known = {"tokens": tokens} if self._passes_tokens else {}
+        routed = self.router(x_TD, state, **known)
         kept, padded_rows = self._limit(routed)
         plan = self.dispatcher.plan(kept.topk_ids_TK, padded_rows)
         kept_E = plan.slots_per_expert_E
@@ -75,11 +100,15 @@ class MoELayer(nn.Module):
             if kept is routed
             else tokens_per_expert(routed.topk_ids_TK, self.config.num_experts)
         )
-        losses = self.balance.losses(routed, routed_E, seq_len, self.training)
+        losses = self.balance.losses(routed, routed_E, tokens, self.training)
         if self.training:
             self.load.add(routed_E, kept_E)
         return Decision(
-            weights_TK=kept.topk_weights_TK, plan=plan, losses=losses, state=routed.state
+            weights_TK=kept.topk_weights_TK,
+            plan=plan,
+            losses=losses,
+            state=routed.state,
+            blend=routed.blend,
         )
 
     def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
@@ -87,10 +116,12 @@ class MoELayer(nn.Module):
 
         Evaluation is dropless: what a model is worth does not depend on how its text was batched.
         """
-        factor = self.config.capacity_factor
-        if factor is None or not self.training:
+        config = self.config
+        if config.capacity_factor is None or not self.training:
             return routed, None
-        num_tokens, top_k = routed.topk_ids_TK.shape
-        capacity = capacity_rows(num_tokens, top_k, self.config.num_experts, factor)
-        kept = within_capacity(routed, self.config.num_experts, capacity)
-        return kept, capacity if self.config.capacity_policy == "pad" else None
+        num_tokens = routed.logits_TE.shape[0]
+        capacity = capacity_rows(
+            num_tokens, config.top_k, config.num_experts, config.capacity_factor
+        )
+        kept = within_capacity(routed, config.num_experts, capacity, config.capacity_priority)
+        return kept, capacity if config.capacity_policy == "pad" else None

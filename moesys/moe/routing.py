@@ -1,12 +1,28 @@
 """The contract between a router and the rest of the MoE layer.
 
-Shapes: T tokens on this rank, D model, E experts, K experts per token.
+Shapes: T tokens on this rank, D model, E experts, K experts per token, M MoE layers, N slots of a blend.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+
+class Blend(Protocol):
+    """Rows that are mixtures of tokens (SoftMoE, 2308.00951): experts serve N slots in the place of T tokens."""
+
+    def slots(self, x_TD: Tensor) -> Tensor:
+        """[N, D]; the ids and weights of the result are theirs. With ranks a collective."""
+        ...
+
+    def tokens(self, y_ND: Tensor) -> Tensor:
+        """[T, D], what each token gets of all slots. With ranks a collective."""
+        ...
+
+    def detached(self) -> "Blend":
+        """The same numbers outside of the graph that made them."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +30,7 @@ class RoutingResult:
     """What a router decided for T tokens. Decisions are saved under recompute, never made twice."""
 
     topk_ids_TK: Tensor
-    """int64, expert of each slot; -1 = no expert. Experts of one token are distinct."""
+    """int64, expert of each slot; -1 = no expert. Experts of one token are distinct; K may be any number."""
     topk_weights_TK: Tensor
     """fp32, the weight of each slot in the combined output; 0 where the id is -1."""
     logits_TE: Tensor
@@ -25,12 +41,45 @@ class RoutingResult:
     """Scalar mean over tokens of a loss of the router's own, added to the balance losses."""
     state: Tensor | None = None
     """fp32 [T, state_dim], what a recurrent router hands to the next layer's router; the first gets None."""
+    blend: Blend | None = None
+    """With it, ids and weights are those of N slots ([N, K]) that stand for the tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoad:
+    """What an optimizer step routed, over all ranks and micro-steps."""
+
+    load_ME: Tensor
+    """int64, slots of each expert of every MoE layer; a layer with fewer experts has zeros behind them."""
+    layer: int
+    """Which of the M the router is of."""
+    num_tokens: int
+    """That each layer routed."""
+
+
+@runtime_checkable
+class FollowsLoad(Protocol):
+    """A router that moves with the load of all ranks."""
+
+    def end_step(self, load: StepLoad) -> None:
+        """Called on every rank after each optimizer step that changed weights."""
+        ...
 
 
 class Router(Protocol):
-    """A torch module with this forward. Built as `Router(d_model=, num_experts=, top_k=, **options)`.
+    """A torch module with this forward, built as `Router(d_model=, num_experts=, top_k=, **options)`.
 
-    One that hands on a state has an attribute `state_dim`, its numbers per token: a pipeline's stages are told it.
+    It is also given what it names:
+
+    - `layer` and `num_layers` in its constructor: its place among the MoE layers, from 0, and their number
+    - `tokens` in its forward: `moesys.moe.tokens.Tokens`
+
+    and may have
+
+    - `state_dim`: the numbers per token of the state that it hands on; a pipeline's stages are told it
+    - `over_depth`: names of its submodules that are one for all layers, the first layer's
+    - `end_step`, as FollowsLoad has it
+    - a buffer `selection_bias_E`, which `balance.bias_update_rate` moves
     """
 
     def __call__(self, x_TD: Tensor, state: Tensor | None = None) -> RoutingResult: ...

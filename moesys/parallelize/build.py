@@ -74,6 +74,12 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
             compile_blocks(part)
         apply_recompute(part, config.train.recompute)
     if parallel.zero:
+        if len(parts) > 1 and whole.over_depth:
+            raise ValueError(
+                f"parallel.zero={parallel.zero} cannot shard what stages of one rank share, "
+                f"{', '.join(whole.over_depth)} of {config.model.moe.router.target}: use parallel.zero=0, or a "
+                f"parallel.pp_schedule with one stage per rank in the place of {parallel.pp_schedule}"
+            )
         for part in parts:
             shard_data(part, meshes, parallel.zero)
     _materialize(parts, device)
@@ -85,10 +91,13 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         sequence_parallel=parallel.sequence_parallel,
     )
     copies: set[nn.Parameter] = set()
+    if pipeline is not None and (over_depth := list(whole.over_depth.parameters())):
+        sums.append((meshes.pp_group, over_depth))
+        copies |= set() if parts[0].is_first else set(over_depth)
     if meshes.ends_group is not None and _is_tied_to_another_rank(parts):
         table = whole.get_parameter("embed.weight")
         sums.append((meshes.ends_group, [table]))
-        copies = set() if parts[0].is_first else {table}
+        copies |= set() if parts[0].is_first else {table}
     return ParallelModel(
         whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, copies=copies
     )
@@ -118,6 +127,7 @@ def _whole(config: ModelConfig, parts: list[Transformer]) -> Transformer:
         for name in ("embed", "norm", "head"):
             if getattr(part, name) is not None:
                 setattr(whole, name, getattr(part, name))
+    whole.over_depth.update(dict(parts[0].over_depth.items()))
     return whole
 
 
@@ -132,6 +142,8 @@ def _tie(parts: list[Transformer]) -> None:
     first, last = parts[0], parts[-1]
     for part in parts:
         part.tie()
+        for name, module in first.over_depth.items():
+            part.share_over_depth(name, module)
     if last is not first and first.is_first and last.head is not None:
         last.embed = None  # the copy that it would need elsewhere
         if first.config.tie_embeddings and first.embed is not None:

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moesys.moe.balance import SequenceShare
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.moe.layer import MoELayer
+from moesys.moe.tokens import SequenceShare
 from moesys.parallel.exchange import FlatExchange
 from moesys.parallel.mesh import Meshes
 
@@ -19,7 +19,7 @@ def shard_experts(layer: MoELayer, meshes: Meshes) -> None:
     dims = meshes.dims
     layer.balance.group = meshes.stage_group
     if dims.cp * dims.tp > 1:
-        layer.balance.sequence_share = SequenceShare(
+        layer.share = SequenceShare(
             group=meshes.sequence_group, tp_rank=meshes.dense.get_local_rank("tp"), tp_size=dims.tp
         )
     if dims.ep * dims.etp == 1:

@@ -91,7 +91,9 @@ class Pipeline:
     def step(self, input_ids: Tensor, target_ids: Tensor, documents: Tensor | None) -> None:
         """Forward and backward of all micro-batches [n * B, S]; gradients are added to the parameters'."""
         inputs = (input_ids,) if 0 in self.stage_ids else ()
-        options = {} if documents is None else {"documents": documents}
+        options = {"ids_BS": input_ids}
+        if documents is not None:
+            options["documents"] = documents
         target = target_ids if self.has_last else None
         self._schedule.step(*inputs, target=target, return_outputs=False, **options)
 
@@ -104,15 +106,16 @@ class Pipeline:
         A rank hands on and goes to its next micro-batch, so that successive ones follow each other through the stages.
         """
         here = self.meshes.dense.get_local_rank("pp")
+        options = {"documents": documents, "ids_BS": input_ids_BS}
         output: tuple[Tensor, ...] = ()
         for stage, part in zip(self.stage_ids, self.parts, strict=True):
             if stage == 0:
-                output = part(input_ids_BS, documents=documents)
+                output = part(input_ids_BS, **options)
             elif (source := self.rank_of_stage(stage - 1)) == here:
-                output = part(*output, documents=documents)
+                output = part(*output, **options)
             else:
                 received = self._receive(source, input_ids_BS.device)
-                output = part(*received, documents=documents)
+                output = part(*received, **options)
             if stage < len(self.layers) - 1 and (target := self.rank_of_stage(stage + 1)) != here:
                 for tensor in output:
                     dist.send(tensor.contiguous(), group=self.meshes.pp_group, group_dst=target)

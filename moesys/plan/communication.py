@@ -290,11 +290,11 @@ def _balance(case: CommunicationCase) -> Iterator[Sent]:
     """Per micro-step and MoE layer: slots per expert, counted over all that share them."""
     balance, num_experts = case.config.model.moe.balance, case.config.model.moe.num_experts
     times = case.micro_steps * sum(case.is_moe(layer) for layer in case.layers)
-    if balance.aux_loss_level == "global" and balance.aux_loss_coef:
+    if balance.global_loss_coef or balance.device_loss_coef:
         yield case.all_reduce("stage", "balance", times * INT64 * num_experts)
-    elif balance.aux_loss_level == "micro":
+    if balance.micro_loss_coef:
         yield case.all_reduce("sequence", "balance", times * INT64 * num_experts)
-    elif balance.aux_loss_level == "sequence":
+    if balance.sequence_loss_coef:
         samples = case.config.train.micro_batch_tokens // case.config.data.seq_len
         yield case.all_reduce("sequence", "balance", times * FP32 * samples * num_experts)
 

@@ -9,7 +9,7 @@ from moesys.testing.small_run import small_config, small_model
 
 SMALL = small_config(
     small_model(
-        balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01)
+        balance=BalanceConfig(global_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01)
     ),
     seq_len=16,
     sequences=8,

@@ -131,7 +131,7 @@ class SmallRun:
             self.config, self.steps, self.meshes.dp_rank, self.dims.dp, micro_steps
         )
         self.steps += 1
-        return self.train_step(batches, self.config.optim.lr)
+        return self.train_step(batches, self.config.optim.lr, step=self.steps)
 
 
 def samples_of_step(

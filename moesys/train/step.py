@@ -16,6 +16,7 @@ from moesys.models.transformer import MoEBlock
 from moesys.moe.balance import updated_bias
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.moe.layer import MoELayer
+from moesys.moe.routing import FollowsLoad, StepLoad
 from moesys.optim.build import set_learning_rate
 from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.parallel.gradients import sum_over_replicas
@@ -102,8 +103,9 @@ class TrainStep:
         lr: float,
         stop_requested: bool = False,
         judge: Judge | None = None,
+        step: int = 1,
     ) -> StepResult:
-        """The host waits for the device once: at the end, or with a `judge` before the update, which then runs on."""
+        """`step` is its number, from 1. The host waits for the device once: at the end, or with a `judge` before the update, which then runs on."""
         self.model.train()
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
         if self.parallel.pipeline is not None:
@@ -113,6 +115,9 @@ class TrainStep:
                 self._begin_micro_step(is_last=index == len(micro_batches) - 1)
                 self._forward_backward(batch)
         with self.timer.section("optimizer"):
+            for parameter in self.model.over_depth.parameters():
+                if parameter.grad is None:  # a stage without MoE layers
+                    parameter.grad = torch.zeros_like(parameter)
             gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
             self._reduce()
             counted = [grad for p, grad in gradients.items() if p not in self.parallel.copies]
@@ -128,7 +133,7 @@ class TrainStep:
                 set_learning_rate(self.optimizer, rate)
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            self._end_balance(load_MX, is_applied=rate is not None)
+            self._end_balance(load_MX, step, is_applied=rate is not None)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         return self._result(sums, is_applied=rate is not None)
 
@@ -208,14 +213,20 @@ class TrainStep:
         return load_MX
 
     @torch.no_grad()
-    def _end_balance(self, load_MX: Tensor, is_applied: bool) -> None:
-        """Forget the step's counts; move the selection biases, if weights have moved."""
+    def _end_balance(self, load_MX: Tensor, step: int, is_applied: bool) -> None:
+        """Forget the step's counts; move what follows the load, if weights have moved."""
+        load_ME = load_MX[:, :-1]
         for index, layer in self._layers().items():
             layer.balance.end_step()
-            rate = layer.config.balance.bias_update_rate
-            if rate and is_applied:
-                bias_E = layer.router.get_buffer("selection_bias_E")
-                bias_E.copy_(updated_bias(bias_E, load_MX[index, :-1], rate))
+            if not is_applied:
+                continue
+            balance, router = layer.config.balance, layer.router
+            if balance.bias_update_rate and not 0 < balance.bias_end_step < step:
+                bias_E = router.get_buffer("selection_bias_E")
+                bias_E.copy_(updated_bias(bias_E, load_ME[index], balance.bias_update_rate))
+            if isinstance(router, FollowsLoad):
+                tokens = self.config.train.global_batch_tokens
+                router.end_step(StepLoad(load_ME=load_ME, layer=index, num_tokens=tokens))
 
     def _read_sums(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> _Sums:
         """One all-reduce of a few numbers, and the step's only reads on the host."""

@@ -204,7 +204,7 @@ class Trainer:
         lr = self._learning_rate()
         self.train_step.compute_ms = self.stragglers.due(self.step)
         judge = self.guard.begin(lr, can_roll_back=self.has_checkpoint)
-        result = self.train_step(batches, lr, stop_requested, judge)
+        result = self.train_step(batches, lr, stop_requested, judge, self.step)
         decision = self.guard.end(result.loss, result.grad_norm)
         if decision.finding is not None:
             self._answer(result)

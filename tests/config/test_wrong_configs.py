@@ -25,10 +25,10 @@ WRONG = [
     Wrong("model.num_experts=8", "model.num_experts", UNKNOWN, "model.moe.num_experts"),
     Wrong("model.moe.nexperts=8", "model.moe.nexperts", UNKNOWN, "model.moe.num_experts"),
     Wrong(
-        "model.moe.balance.aux_coef=0.1",
-        "model.moe.balance.aux_coef",
+        "model.moe.balance.globl_loss_coef=0.1",
+        "model.moe.balance.globl_loss_coef",
         UNKNOWN,
-        "model.moe.balance.aux_loss_coef",
+        "model.moe.balance.global_loss_coef",
     ),
     Wrong("moe.top_k=2", "moe.top_k", UNKNOWN, "model.moe.top_k"),
     Wrong("+train.warmup=3", "train.warmup", UNKNOWN, "schedule.warmup_steps"),
@@ -176,7 +176,7 @@ WRONG = [
         "model.moe.router._target_=moesys.moe.routers.TopkRouter",
         "model.moe.router._target_",
         "must name a class of moesys.moe.routers",
-        "did you mean TopKRouter?",
+        "did you mean TopKRouter",
     ),
     Wrong(
         "model.moe.router._target_=no_such_package.Router",
@@ -332,9 +332,11 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
     [
         ("model.moe.capacity_policy=pad", "capacity_policy=pad has no effect without"),
         (
-            "balance=none model.moe.balance.aux_loss_level=micro",
-            "aux_loss_level=micro has no effect",
+            "balance=none model.moe.balance.device_groups=4",
+            "device_groups=4 has no effect with model.moe.balance.device_loss_coef=0",
         ),
+        ("model.moe.balance.bias_end_step=4", "bias_end_step=4 has no effect with"),
+        ("model.moe.capacity_priority=random", "capacity_priority=random has no effect without"),
         (
             "schedule.decay_steps=1000",
             "schedule.decay_steps=1000 has no effect with schedule.kind=cosine",

@@ -25,7 +25,7 @@ GIVEN = [
     "model.moe.router._target_=tests.train.slow_router.SlowRouter",
     "train.elastic=true",
     # Loads of a micro-batch, or of the micro-steps so far, are others where fewer ranks make more micro-steps.
-    "model.moe.balance.aux_loss_level=sequence",
+    "balance=aux_sequence",
     "optim.eps=1e-5",  # AdamW divides by what is smaller, and makes rounding large
     "parallel.ep=4",
     f"train.steps={STEPS}",

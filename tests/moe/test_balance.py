@@ -12,12 +12,12 @@ import torch.distributed as dist
 from moesys.config.schema import BalanceConfig
 from moesys.moe.balance import (
     Balance,
-    SequenceShare,
     balance_loss,
     updated_bias,
     z_loss,
 )
 from moesys.moe.routing import RoutingResult
+from moesys.moe.tokens import WHOLE_SEQUENCES, SequenceShare, Tokens
 from moesys.ops import tokens_per_expert
 from moesys.testing.ranks import run_ranks
 
@@ -33,8 +33,15 @@ def routing(seed: int, tokens: int = T) -> RoutingResult:
     )
 
 
-def losses(balance: Balance, r: RoutingResult, seq_len: int, training: bool):
-    return balance.losses(r, tokens_per_expert(r.topk_ids_TK, E), seq_len, training)
+def losses(
+    balance: Balance,
+    r: RoutingResult,
+    seq_len: int,
+    training: bool,
+    share: SequenceShare = WHOLE_SEQUENCES,
+):
+    tokens = Tokens(num_tokens=len(r.probs_TE), seq_len=seq_len, share=share)
+    return balance.losses(r, tokens_per_expert(r.topk_ids_TK, E), tokens, training)
 
 
 def spelled_out(ids_TK, probs_TE) -> float:
@@ -57,23 +64,23 @@ def test_even_load_gives_one_and_one_expert_gives_its_share():
 
 def test_micro_level_is_the_formula():
     r = routing(0)
-    level = losses(Balance(BalanceConfig(aux_loss_coef=0.5, aux_loss_level="micro")), r, 1, True)
+    level = losses(Balance(BalanceConfig(micro_loss_coef=0.5), K), r, 1, True)
     assert level.balance.item() == pytest.approx(spelled_out(r.topk_ids_TK, r.probs_TE))
     assert level.total.item() == pytest.approx(0.5 * level.balance.item())
 
 
 def sequence_level(r: RoutingResult, ids_TK: torch.Tensor, seq_len: int) -> float:
-    config = BalanceConfig(aux_loss_coef=1.0, aux_loss_level="sequence")
-    return losses(Balance(config), replace(r, topk_ids_TK=ids_TK), seq_len, True).total.item()
+    config = BalanceConfig(sequence_loss_coef=1.0)
+    return losses(Balance(config, K), replace(r, topk_ids_TK=ids_TK), seq_len, True).total.item()
 
 
 def _shared(rank: int, size: int) -> float:
-    balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="sequence"))
-    balance.sequence_share = SequenceShare(group=dist.group.WORLD, tp_rank=rank, tp_size=size)
+    balance = Balance(BalanceConfig(sequence_loss_coef=1.0), K)
+    share = SequenceShare(group=dist.group.WORLD, tp_rank=rank, tp_size=size)
     own = slice(rank * 6, rank * 6 + 6)
     r = routing(1)
     part = replace(r, topk_ids_TK=r.topk_ids_TK[own], probs_TE=r.probs_TE[own])
-    return losses(balance, part, 4, True).total.item()
+    return losses(balance, part, 4, True, share).total.item()
 
 
 def test_ranks_that_share_sequences_have_the_mean_of_whole_ones():
@@ -113,8 +120,82 @@ def test_bias_rises_for_the_idle_and_falls_for_the_busy():
     assert bias.tolist() == pytest.approx([-0.001, 0.0, 0.0, 0.001])
 
 
+def test_rules_add_up():
+    r = routing(3)
+    config = BalanceConfig(
+        micro_loss_coef=0.1,
+        sequence_loss_coef=0.2,
+        global_loss_coef=0.4,
+        device_loss_coef=0.8,
+        device_groups=2,
+        z_loss_coef=1.6,
+    )
+    alone = {
+        field: losses(
+            Balance(replace(BalanceConfig(device_groups=2), **{field: value}), K), r, 4, True
+        )
+        for field, value in vars(config).items()
+        if field.endswith("coef")
+    }
+    both = losses(Balance(config, K), r, 4, True)
+    assert all(part.total > 0 for part in alone.values())
+    assert both.total.item() == pytest.approx(sum(part.total.item() for part in alone.values()))
+    assert both.balance == alone["global_loss_coef"].balance  # of the widest level
+
+
+def test_the_device_loss_is_the_formula_of_deepseek_moe():
+    """sum_d f_d P_d, f_d the mean over the device's experts of E / (K T) * tokens, P_d the sum of their P_i."""
+    r = routing(5)
+    expected = 0.0
+    for device in (range(2), range(2, 4)):
+        f = [E / (K * T) * sum(row.count(e) for row in r.topk_ids_TK.tolist()) for e in device]
+        p = [sum(row[e] for row in r.probs_TE.tolist()) / T for e in device]
+        expected += sum(f) / len(f) * sum(p)
+    config = BalanceConfig(device_loss_coef=1.0, device_groups=2)
+    assert losses(Balance(config, K), r, 1, True).total.item() == pytest.approx(expected)
+
+
+def test_a_selection_bias_is_not_in_the_losses():
+    """Slots are where the bias sent them, f_i counts where the scores would have (DeepSeek-V3 eq. 18)."""
+    r = routing(6)
+    elsewhere = replace(r, topk_ids_TK=(r.topk_ids_TK + 1) % E)
+    for level in ("micro", "sequence", "global"):
+        config = BalanceConfig(bias_update_rate=0.1, **{f"{level}_loss_coef": 1.0})
+        unbiased, biased = (losses(Balance(config, K), x, 4, True).total for x in (r, elsewhere))
+        assert biased == unbiased
+        plain = losses(Balance(replace(config, bias_update_rate=0.0), K), elsewhere, 4, True)
+        assert plain.total != unbiased
+
+
+def _four_by_four(rank: int, size: int):
+    balance = Balance(BalanceConfig(global_loss_coef=1.0), K)
+    balance.group = dist.group.WORLD
+    return [losses(balance, routing(10 * m + rank), 1, True).total.item() for m in range(4)]
+
+
+def test_four_ranks_and_four_micro_steps_are_one_ranks():
+    """Of each micro-step, the mean over ranks is the loss of one rank that has all of their tokens; in the last one
+    f_i is that of the whole batch."""
+    of_ranks = run_ranks(_four_by_four, 4)
+    alone = Balance(BalanceConfig(global_loss_coef=1.0), K)
+    ids = []
+    for m in range(4):
+        results = [routing(10 * m + rank) for rank in range(4)]
+        whole = RoutingResult(
+            **{
+                name: torch.cat([getattr(r, name) for r in results])
+                for name in ("topk_ids_TK", "topk_weights_TK", "logits_TE", "probs_TE")
+            }
+        )
+        ids.append(whole.topk_ids_TK)
+        expected = losses(alone, whole, 1, True).total.item()
+        assert sum(of_rank[m] for of_rank in of_ranks) / 4 == pytest.approx(expected, rel=1e-6)
+    all_E = torch.bincount(torch.cat(ids).flatten(), minlength=E)
+    assert expected == pytest.approx(balance_loss(whole.probs_TE, all_E).item(), rel=1e-6)
+
+
 def _global(rank: int, size: int, micro_steps: int):
-    balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="global"))
+    balance = Balance(BalanceConfig(global_loss_coef=1.0), K)
     balance.group = dist.group.WORLD
     return [
         losses(balance, routing(10 * m + rank), 1, True).balance.item() for m in range(micro_steps)
@@ -141,7 +222,7 @@ def test_the_mean_of_the_ranks_global_losses_is_the_loss_of_all_tokens():
 
 
 def test_counts_are_forgotten_after_the_step_and_never_made_in_evaluation():
-    balance = Balance(BalanceConfig(aux_loss_coef=1.0, aux_loss_level="global"))
+    balance = Balance(BalanceConfig(global_loss_coef=1.0), K)
     first = losses(balance, routing(0), 1, True).balance
     losses(balance, routing(1), 1, False)
     assert losses(balance, routing(0), 1, True).balance == first  # counts of the same batch twice

@@ -1,4 +1,4 @@
-"""Expert capacity keeps the heaviest slots."""
+"""Which slots an expert keeps when it has more than its capacity."""
 
 import pytest
 import torch
@@ -45,3 +45,23 @@ def test_every_expert_keeps_its_best(slots, capacity):
         own = [(w, -t) for t, (i, w) in enumerate(slots) if i == expert]
         best = sorted(own, reverse=True)[:capacity]
         assert sorted(-t for _, t in best) == [t for t, i in enumerate(kept) if i == expert]
+
+
+def test_the_first_slots_are_kept_first_choices_before_second_ones():
+    ids = [[0, 1], [1, 0], [0, 1], [1, 0]]
+    weights = [[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.4, 0.4]]
+    kept = within_capacity(routed(ids, weights), 2, 3, "order")
+    assert kept.topk_ids_TK.tolist() == [[0, 1], [1, 0], [0, -1], [1, -1]]
+    kept = within_capacity(routed(ids, weights), 2, 1, "order")
+    assert kept.topk_ids_TK.tolist() == [[0, -1], [1, -1], [-1, -1], [-1, -1]]
+
+
+def test_random_slots_are_kept_each_as_often():
+    """Random token selection (2109.10465): as many as fit, whatever their place and weight."""
+    routing = routed([[0]] * 8, [[0.1 * t] for t in range(8)])
+    torch.manual_seed(0)
+    kept = torch.stack(
+        [within_capacity(routing, 1, 2, "random").topk_ids_TK[:, 0] == 0 for _ in range(2000)]
+    )
+    assert kept.sum(1).tolist() == [2] * 2000
+    torch.testing.assert_close(kept.float().mean(0), torch.full((8,), 0.25), rtol=0, atol=0.05)

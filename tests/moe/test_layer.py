@@ -22,7 +22,7 @@ CONFIG = MoEConfig(
     d_expert=F_HIDDEN,
     num_shared_experts=1,
     router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
-    balance=BalanceConfig(aux_loss_coef=0.01, aux_loss_level="micro", z_loss_coef=0.001),
+    balance=BalanceConfig(micro_loss_coef=0.01, z_loss_coef=0.001),
 )
 
 
@@ -95,12 +95,12 @@ def test_losses_have_gradients_into_the_router_only():
 
 def test_losses_without_a_coefficient_are_figures_without_gradient():
     weighed = make_layer()
-    silent = make_layer(replace(CONFIG, balance=BalanceConfig(aux_loss_level="micro")))
+    silent = make_layer(replace(CONFIG, balance=BalanceConfig()))
     _, figures, _ = silent(make_input())
     _, losses, _ = weighed(make_input())
     assert figures.total == 0
     assert not figures.total.requires_grad
-    assert (figures.balance, figures.z) == (losses.balance, losses.z)
+    assert (figures.balance, figures.z) == (0, losses.z)
 
 
 def test_experts_are_counted_once_per_forward(monkeypatch):

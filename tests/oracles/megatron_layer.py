@@ -8,7 +8,7 @@ gradients by token, experts' gradients by expert. So both systems give whole ten
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,7 +33,7 @@ LEVELS = {
     "sequence": ("seq_aux_loss", "seq_load_balancing_loss"),
     "global": ("global_aux_loss", "global_load_balancing_loss"),
 }
-"""Our aux_loss_level: Megatron's type of balancing, and the name under which it logs the loss."""
+"""Our level of the balance loss: Megatron's type of balancing, and the name under which it logs the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,12 +150,8 @@ def _our_config(case: Case, size: int) -> MoEConfig:
     """
     balance = BalanceConfig(bias_update_rate=BIAS_RATE if case.moves_bias else 0.0)
     if case.level is not None:
-        balance = BalanceConfig(
-            aux_loss_level=case.level,
-            aux_loss_coef=AUX_COEF / _ranks_of_level(case, size),
-            z_loss_coef=Z_COEF / case.tp,
-            bias_update_rate=balance.bias_update_rate,
-        )
+        coefficient = {f"{case.level}_loss_coef": AUX_COEF / _ranks_of_level(case, size)}
+        balance = replace(balance, z_loss_coef=Z_COEF / case.tp, **coefficient)
     options = {
         "score_function": case.score_function,
         "normalize_weights": case.normalize_weights,

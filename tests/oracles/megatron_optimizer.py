@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 CONFIG = small_config(
     small_model(
         num_layers=2,
-        balance=BalanceConfig(aux_loss_coef=0.1, aux_loss_level="micro", z_loss_coef=0.01),
+        balance=BalanceConfig(micro_loss_coef=0.1, z_loss_coef=0.01),
     ),
     seq_len=SEQ_LEN,
     sequences=SEQUENCES,

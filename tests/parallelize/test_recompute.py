@@ -54,7 +54,7 @@ CONFIG = small_config(
         num_experts=4,
         d_expert=16,
         router="tests.parallelize.test_recompute.CountingRouter",
-        balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
+        balance=BalanceConfig(global_loss_coef=0.01, z_loss_coef=0.001, bias_update_rate=0.01),
     ),
     seq_len=SEQ_LEN,
     sequences=SEQUENCES,
@@ -134,9 +134,7 @@ LAYOUTS = {
     "ep": (2, spread(ep=2)),
     "ep, sequence level": (
         2,
-        spread(
-            with_moe(balance=BalanceConfig(aux_loss_coef=0.01, aux_loss_level="sequence")), ep=2
-        ),
+        spread(with_moe(balance=BalanceConfig(sequence_loss_coef=0.01)), ep=2),
     ),
     "ep, padded": (2, spread(with_moe(capacity_factor=0.8, capacity_policy="pad"), ep=2)),
     "no balance loss": (1, with_moe(balance=BalanceConfig(bias_update_rate=0.01))),

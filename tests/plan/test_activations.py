@@ -49,7 +49,7 @@ MODEL = small_model(
     num_experts=12,
     top_k=3,
     d_expert=48,
-    balance=BalanceConfig(aux_loss_coef=0.01, z_loss_coef=0.01),
+    balance=BalanceConfig(global_loss_coef=0.01, z_loss_coef=0.01),
 )
 
 

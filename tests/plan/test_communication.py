@@ -51,7 +51,8 @@ def changed(config: RunConfig, **changes) -> RunConfig:
 
 
 def balance(level: str) -> BalanceConfig:
-    return replace(BASE.model.moe.balance, aux_loss_level=level)  # type: ignore[arg-type]
+    changes = {"global_loss_coef": 0.0, f"{level}_loss_coef": 0.01}
+    return replace(BASE.model.moe.balance, **changes)
 
 
 VARIANTS = [

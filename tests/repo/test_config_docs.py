@@ -61,7 +61,7 @@ def test_every_key_is_explained_on_its_line(path: Path) -> None:
 
 def test_every_key_of_the_schema_is_in_configs() -> None:
     keys = set(schema_keys(schema.RunConfig))
-    assert "model.moe.balance.aux_loss_coef" in keys
+    assert "model.moe.balance.global_loss_coef" in keys
     assert not keys - set_keys()
 
 

@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "plan": ("plan", "config.schema"),
     "parallel": ("parallel", "plan", "ops", "config.schema"),
     "profile": ("profile", "parallel", "plan", "ops", "config.schema"),
-    "moe": ("moe", "parallel", "plan", "ops", "config.schema"),
+    "moe": ("moe", "parallel", "plan", "ops", "config.schema", "config.constructor"),
     "models": ("models", "moe", "ops", "parallel.context", "config.schema"),
     "parallelize": (
         "parallelize",

@@ -1,4 +1,4 @@
-"""docs/routers.md is true: its files, written out as they stand, make a router that trains."""
+"""docs/custom_router.md is true: its files, written out as they stand, make a router that trains."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "routers.md"
+PAGE = ROOT / "docs" / "custom_router.md"
 FILE = re.compile(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```\n", re.DOTALL)
 
 
@@ -44,6 +44,14 @@ def test_the_page_has_its_three_files(tmp_path):
 def test_the_router_passes_the_contract(tmp_path):
     write_files(tmp_path)
     done = run(tmp_path, "check_router.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_router_trains_alike_under_a_layout(tmp_path):
+    write_files(tmp_path)
+    check = 'from moesys.testing import router_contract as c; c.check_layouts("my_router.CosineRouter", layouts=["pp"], steps=1)'
+    (tmp_path / "layouts.py").write_text(f'if __name__ == "__main__":\n    {check}\n')
+    done = run(tmp_path, "layouts.py")
     assert done.returncode == 0, done.stderr
 
 

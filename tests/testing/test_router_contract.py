@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moesys.moe.contract import ContractError
 from moesys.moe.routers import TopKRouter
 from moesys.testing import router_contract
 from tests.train.recurrent_router import RecurrentRouter
@@ -41,7 +42,7 @@ class Stateless(TopKRouter):
     ("router", "rule"), [(Halved, "must be fp32"), (Stateless, "gives no state")]
 )
 def test_a_state_is_what_the_class_says(router, rule):
-    with pytest.raises(AssertionError, match=rule):
+    with pytest.raises(ContractError, match=rule):
         router_contract.check(router)
 
 
@@ -57,24 +58,30 @@ class Broken(TopKRouter):
 
 
 SPOILS = {
-    "twice": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK[:, :1].expand_as(r.topk_ids_TK)),
+    "must be distinct": lambda r: replace(
+        r, topk_ids_TK=r.topk_ids_TK[:, :1].expand_as(r.topk_ids_TK)
+    ),
     "must be torch.int64": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK.int()),
     "must be torch.float32": lambda r: replace(r, topk_weights_TK=r.topk_weights_TK.bfloat16()),
-    "sum to 1": lambda r: replace(r, probs_TE=r.probs_TE * 2),
-    "lie in": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK + 5),
+    "must sum to 1": lambda r: replace(r, probs_TE=r.probs_TE * 2),
+    "must lie in -1..3": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK + 5),
     "0 where the id is -1": lambda r: replace(r, topk_ids_TK=r.topk_ids_TK.clamp(max=-1)),
-    "not finite": lambda r: replace(r, logits_TE=r.logits_TE * float("inf")),
+    "must be finite": lambda r: replace(r, logits_TE=r.logits_TE * float("inf")),
     "no gradient": lambda r: replace(
         r,
-        topk_weights_TK=r.topk_weights_TK.detach(),
+        topk_weights_TK=r.topk_weights_TK.detach() + 0 * r.topk_weights_TK,
         probs_TE=r.probs_TE.detach(),
         logits_TE=r.logits_TE.detach() + 0 * r.logits_TE,
     ),
-    "must be (T, state_dim)": lambda r: replace(r, state=torch.zeros(3, 2)),
-    "a scalar": lambda r: replace(r, extra_loss=torch.zeros(2)),
+    "must be [T, state_dim]": lambda r: replace(r, state=torch.zeros(3, 2)),
+    "a finite scalar": lambda r: replace(r, extra_loss=torch.zeros(2)),
     "same input": lambda r: replace(
         r, topk_ids_TK=(r.topk_ids_TK + next(_counter)) % r.logits_TE.shape[1]
     ),
+    "under autocast": lambda r: replace(
+        r, topk_weights_TK=r.topk_weights_TK * (0.5 if torch.is_autocast_enabled("cpu") else 1.0)
+    ),
+    "not detached": lambda r: replace(r, topk_weights_TK=r.topk_weights_TK.detach()),
     "RoutingResult": lambda r: r.topk_ids_TK,
 }
 _counter = iter(range(1000))
@@ -82,5 +89,5 @@ _counter = iter(range(1000))
 
 @pytest.mark.parametrize("rule", SPOILS)
 def test_a_broken_rule_is_named(rule):
-    with pytest.raises(AssertionError, match=re.escape(rule)):
+    with pytest.raises(ContractError, match=re.escape(rule)):
         router_contract.check(lambda **sizes: Broken(SPOILS[rule], **sizes))

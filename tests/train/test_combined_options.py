@@ -48,8 +48,7 @@ def _drawn(rng: random.Random) -> RunConfig:
     pick = rng.choice
     zero = pick([0, 0, 1, 2, 3])
     balance = BalanceConfig(
-        aux_loss_coef=0.01,
-        aux_loss_level=pick(["global", "sequence"]),
+        **{f"{pick(['global', 'sequence'])}_loss_coef": 0.01},
         z_loss_coef=pick([0.0, 0.001]),
         bias_update_rate=pick([0.0, 0.01]),
     )

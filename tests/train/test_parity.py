@@ -44,7 +44,7 @@ def test_micro_steps_over_ranks_are_those_of_one_process():
 
 
 def test_without_a_balance_loss_micro_steps_change_nothing():
-    config = with_moe(balance=replace(CONFIG.model.moe.balance, aux_loss_coef=0.0))
+    config = with_moe(balance=replace(CONFIG.model.moe.balance, global_loss_coef=0.0))
     whole, cut = (parity(config, 1, micro_steps)[0] for micro_steps in (1, 4))
     for ours, theirs in zip(cut.results, whole.results, strict=True):
         assert math.isclose(ours.loss, theirs.loss, rel_tol=1e-5)
@@ -64,14 +64,11 @@ SIGMOID = ComponentConfig(
 @pytest.mark.parametrize(
     "variant",
     [
-        # Without a coefficient the global level is not summed over ranks, so the level here is another.
         with_moe(
             router=SIGMOID,
-            balance=BalanceConfig(
-                bias_update_rate=0.01, z_loss_coef=0.001, aux_loss_level="sequence"
-            ),
+            balance=BalanceConfig(bias_update_rate=0.01, z_loss_coef=0.001),
         ),
-        with_moe(balance=BalanceConfig(aux_loss_coef=0.01, aux_loss_level="sequence")),
+        with_moe(balance=BalanceConfig(sequence_loss_coef=0.01)),
         with_moe(capacity_factor=8.0, capacity_policy="pad"),
         with_moe(capacity_factor=8.0, capacity_policy="drop"),
         replace(CONFIG, model=replace(CONFIG.model, tie_embeddings=True, qk_norm=True)),

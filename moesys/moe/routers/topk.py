@@ -17,7 +17,8 @@ class TopKRouter(nn.Module):
 
     The weights are the chosen experts' own scores (the bias only selects), divided by their sum if
     `normalize_weights`, times `scaling_factor`. Everything is fp32 whatever the compute type.
-    Sources: Switch/GShard (softmax), Mixtral (normalised), DeepSeek-V3 sec. 2.1.2 (sigmoid, bias, scaling).
+    Sources: Switch/GShard (softmax), Mixtral (normalised), BASE and StableMoE (sigmoid, not normalised),
+    DeepSeek-V3 sec. 2.1.2 (sigmoid, bias, scaling). Others differ in `logits` or in `select`.
     """
 
     def __init__(
@@ -48,20 +49,31 @@ class TopKRouter(nn.Module):
     def forward(self, x_TD: Tensor, state: Tensor | None = None) -> RoutingResult:
         """Route x_TD (any float type) to K experts each. No host sync."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
-            if self.score_function == "softmax":
-                scores_TE = probs_TE = logits_TE.softmax(dim=-1)
-            else:
-                scores_TE = logits_TE.sigmoid()
-                probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-            topk_ids_TK = (scores_TE.detach() + self.selection_bias_E).topk(self.top_k, dim=-1)[1]
-            weights_TK = scores_TE.gather(1, topk_ids_TK)
-            if self.normalize_weights:
-                weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-            weights_TK = weights_TK * self.scaling_factor
+            return self.choose(self.logits(x_TD.float()))
+
+    def logits(self, x_TD: Tensor) -> Tensor:
+        """[T, E] from fp32 x_TD."""
+        return F.linear(x_TD, self.weight.float())
+
+    def choose(self, logits_TE: Tensor, state: Tensor | None = None) -> RoutingResult:
+        """From logits to experts and their weights; `state` is handed on."""
+        if self.score_function == "softmax":
+            scores_TE = probs_TE = logits_TE.softmax(dim=-1)
+        else:
+            scores_TE = logits_TE.sigmoid()
+            probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
+        topk_ids_TK = self.select(scores_TE.detach() + self.selection_bias_E)
+        weights_TK = scores_TE.gather(1, topk_ids_TK)
+        if self.normalize_weights:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return RoutingResult(
             topk_ids_TK=topk_ids_TK,
-            topk_weights_TK=weights_TK,
+            topk_weights_TK=weights_TK * self.scaling_factor,
             logits_TE=logits_TE,
             probs_TE=probs_TE,
+            state=state,
         )
+
+    def select(self, scores_TE: Tensor) -> Tensor:
+        """int64 [T, K]: the experts, by scores that have the bias."""
+        return scores_TE.topk(self.top_k, dim=-1)[1]

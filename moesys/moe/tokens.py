@@ -1,0 +1,133 @@
+"""What is known of the tokens that a layer routes, besides their activations.
+
+Shapes: T tokens on this rank, U = P * T tokens of the P ranks that share sequences, B sequences of S tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.parallel.tensor import all_gather_single, reduce_scatter_single
+
+
+class SequenceShare(NamedTuple):
+    """Which of the tokens of its ranks' common sequences this rank has."""
+
+    group: dist.ProcessGroup | None = None
+    """The ranks that share sequences; None = this rank alone has whole ones."""
+    tp_rank: int = 0
+    """This rank has the tp_rank-th of tp_size equal runs of tokens."""
+    tp_size: int = 1
+
+    @property
+    def rank(self) -> int:
+        """In the group."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+
+WHOLE_SEQUENCES = SequenceShare()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of one forward of a layer. A router whose forward has a parameter `tokens` is given it."""
+
+    num_tokens: int
+    """T."""
+    seq_len: int
+    """So many tokens in a row, of the ranks that share the same stretches of sequences, are one sequence's."""
+    ids_T: Tensor | None = None
+    """int64, the vocabulary's; None where the layer is called outside of a model."""
+    share: SequenceShare = WHOLE_SEQUENCES
+
+    @property
+    def num_sequences(self) -> int:
+        """B, of which this rank has all tokens or some."""
+        return self.num_tokens * self.share.tp_size // self.seq_len
+
+    def sequence_T(self, device: torch.device) -> Tensor:
+        """int64 in 0..B-1: whose each token is."""
+        first = self.share.tp_rank * self.num_tokens
+        tokens_T = torch.arange(first, first + self.num_tokens, device=device)
+        return tokens_T // self.seq_len
+
+    def by_sequence(self, device: torch.device) -> "BySequence":
+        """How to bring what `gathered` gives into sequences. With ranks a collective."""
+        if self.share.group is None:
+            return BySequence(num_sequences=self.num_sequences)
+        order_U = self.gathered(self.sequence_T(device)).argsort(stable=True)
+        return BySequence(num_sequences=self.num_sequences, order_U=order_U)
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[U, ...] from each rank's [T, ...], in order of rank. With ranks a collective; differentiable."""
+        return x if self.share.group is None else _Gather.apply(x, self.share.group)
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's [T, ...] of what `gathered` gives."""
+        first = self.share.rank * self.num_tokens
+        return x[first : first + self.num_tokens]
+
+    def summed(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, which each goes on to use for its own tokens. With ranks a collective; differentiable."""
+        return x if self.share.group is None else _Sum.apply(x, self.share.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BySequence:
+    """The tokens of all ranks that share sequences, sequence by sequence."""
+
+    num_sequences: int
+    order_U: Tensor | None = None
+    """int64; None = they are in order."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """[U, ...] to [B, S, ...]."""
+        x = x if self.order_U is None else x[self.order_U]
+        return x.view(self.num_sequences, -1 if len(x) else 0, *x.shape[1:])
+
+    def join(self, x: Tensor) -> Tensor:
+        """[B, S, ...] to [U, ...], the inverse."""
+        x = x.flatten(0, 1)
+        return x if self.order_U is None else x[self.order_U.argsort()]
+
+
+class _Gather(torch.autograd.Function):
+    """Every rank goes on to use all of it, each for a share of its own: gradients are summed over ranks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
+        all_gather_single(out, x.contiguous(), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
+        reduce_scatter_single(out, grad.contiguous(), group=ctx.group)
+        return out, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _summed(grad, ctx.group), None
+
+
+def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    summed = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(summed, group=group)
+    return summed

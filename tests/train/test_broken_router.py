@@ -1,0 +1,32 @@
+"""A router that breaks the contract ends a job before its ranks meet, with its class and the rule."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.train.launched import overrides
+
+RULES = {
+    "OutOfRange": "topk_ids_TK must lie in -1..7",
+    "NotANumber": "logits_TE must be finite numbers",
+    "WrongShape": "probs_TE must be [16, 8], is [16, 7]",
+    "Detached": "topk_weights_TK must come from the parameters with a gradient",
+    "NoState": "forward must take (x_TD, state)",
+    "Fails": "RuntimeError",
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_it_is_named(name: str, tiny_data: Path, tmp_path: Path) -> None:
+    words = overrides(tmp_path / "run", tiny_data, "model.moe.num_experts=8", "parallel.ep=1")
+    words.append(f"model.moe.router._target_=tests.moe.routers.broken.{name}")
+    job = subprocess.run(
+        [sys.executable, "-m", "moesys.train", *words], capture_output=True, text=True, timeout=120
+    )
+    assert job.returncode == 2, job.stderr
+    assert f"tests.moe.routers.broken.{name}" in job.stderr
+    assert RULES[name] in job.stderr
+    assert "Traceback" not in job.stderr
+    assert not (tmp_path / "run").exists()
