@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from moesys.cli import bench, chaos, ckpt, config, doctor, launch, prep, report, runs, train
+from moesys.cli import bench, chaos, ckpt, config, doctor, launch, prep, report, runs, sweep, train
 
 _COMMANDS: dict[str, Any] = {
     "train": train,
@@ -23,6 +23,7 @@ _COMMANDS: dict[str, Any] = {
     "doctor": doctor,
     "launch": launch,
     "runs": runs,
+    "sweep": sweep,
     "chaos": chaos,
 }
 

@@ -76,6 +76,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # The one door for faults on purpose: nothing of it is imported where none are asked for.
     "train.__main__": ("train", "chaos"),
     "doctor": ("doctor", "checkpoint", "profile", "parallel", "plan", "ops", "config.schema"),
+    "sweep": ("sweep", "launch", "report", "train.metrics"),
     "cli": ("",),
     "__main__": ("cli",),
 }
