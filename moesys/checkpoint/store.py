@@ -48,12 +48,17 @@ class LoadedState:
 
 
 def load(
-    path: Path, tensors: Mapping[str, Tensor], *, group: dist.ProcessGroup | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    group: dist.ProcessGroup | None = None,
+    partial: bool = False,
 ) -> LoadedState:
     """Fill `tensors` in place from the folder `path`, whatever layout saved it. Collective.
 
     All that a rank needs is read and verified before its first tensor changes, and then read again: a bad
-    checkpoint changes nothing on any rank. The names of all ranks together must be those of the checkpoint.
+    checkpoint changes nothing on any rank. The names of all ranks together must be those of the checkpoint, or with
+    `partial` some of them.
 
     Raises:
         CheckpointMismatch: every name, shape and dtype that differs from the checkpoint's.
@@ -63,7 +68,7 @@ def load(
     pieces = ranks.each(lambda: {name: local_piece(name, t) for name, t in tensors.items()})
     manifest = ranks.each(lambda: read_manifest(path))
     requested = {name for names in ranks.gather(list(pieces)) for name in names}
-    ranks.each(lambda: _check_request(path, manifest, pieces, requested))
+    ranks.each(lambda: _check_request(path, manifest, pieces, requested, partial))
 
     outs = {name: (pieces[name].region, local_tensor(tensor)) for name, tensor in tensors.items()}
     own = _empty_rank_tensors(manifest, ranks)
@@ -108,11 +113,17 @@ def load_latest_good(
 
 
 def _check_request(
-    path: Path, manifest: Manifest, pieces: Mapping[str, Piece], requested: set[str]
+    path: Path,
+    manifest: Manifest,
+    pieces: Mapping[str, Piece],
+    requested: set[str],
+    partial: bool,
 ) -> None:
     saved = {n: r for n, r in manifest.tensors.items() if not n.startswith(RANK_PREFIX)}
     problems = [f"{name} is not in the checkpoint" for name in sorted(requested - saved.keys())]
-    problems += [f"{name} is only in the checkpoint" for name in sorted(saved.keys() - requested)]
+    if not partial:
+        unasked = sorted(saved.keys() - requested)
+        problems += [f"{name} is only in the checkpoint" for name in unasked]
     for name in sorted(pieces.keys() & saved.keys()):
         here, there = pieces[name], saved[name]
         if (here.dtype, here.shape) != (there.dtype, there.shape):

@@ -11,7 +11,20 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from moesys.cli import bench, chaos, ckpt, config, doctor, launch, prep, report, runs, sweep, train
+from moesys.cli import (
+    bench,
+    chaos,
+    ckpt,
+    config,
+    doctor,
+    launch,
+    prep,
+    report,
+    route,
+    runs,
+    sweep,
+    train,
+)
 
 _COMMANDS: dict[str, Any] = {
     "train": train,
@@ -24,6 +37,7 @@ _COMMANDS: dict[str, Any] = {
     "launch": launch,
     "runs": runs,
     "sweep": sweep,
+    "route": route,
     "chaos": chaos,
 }
 

@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
         )
         losses = self.balance.losses(routed, routed_E, tokens, self.training)
         if self.training:
-            self.load.add(routed_E, kept_E)
+            self.load.add(routed_E, kept_E, routed.probs_TE)
         return Decision(
             weights_TK=kept.topk_weights_TK,
             plan=plan,

@@ -305,4 +305,5 @@ def _step(case: CommunicationCase) -> Iterator[Sent]:
     yield case.all_reduce("world", "gradient norm", FP64)
     load = (model.num_layers - model.num_dense_layers) * (model.moe.num_experts + 1)
     yield case.all_reduce("world", "expert load", INT64 * load)
-    yield case.all_reduce("world", "the step's numbers", 6 * FP64)
+    num_moe = model.num_layers - model.num_dense_layers
+    yield case.all_reduce("world", "the step's numbers", (6 + num_moe) * FP64)

@@ -149,6 +149,11 @@ def _balance(lines: _Lines) -> list[Chart | None]:
             lines.of("z_loss", "z", 4),
         ),
         lines.chart_unless_zero(
+            "Router entropy",
+            "nats per token, mean over layers; ln(experts) = undecided, 0 = sure",
+            lines.of("router_entropy", "entropy", 1),
+        ),
+        lines.chart_unless_zero(
             "Dead experts",
             "experts without a token, summed over layers",
             lines.of("dead_experts", "dead experts", 2),

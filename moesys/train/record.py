@@ -50,6 +50,7 @@ def train_record(
     tokens_per_s = config.train.global_batch_tokens / step_s
     tflops_per_rank = tokens_per_s * flops_per_token / world_size / 1e12
     imbalances = [imbalance(load_E) for load_E in result.expert_load_ME]
+    entropies = result.router_entropy_M
     return {
         "kind": "train",
         "step": step,
@@ -66,7 +67,8 @@ def train_record(
         "load_imbalance": sum(imbalances) / len(imbalances) if imbalances else 1.0,
         "max_load_imbalance": max(imbalances, default=1.0),
         "dead_experts": sum(load_E.count(0) for load_E in result.expert_load_ME),
-        "dropped_slots": result.dropped_slots,
+        "dropped_slots": sum(result.dropped_slots_M),
+        "router_entropy": sum(entropies) / len(entropies) if entropies else 0.0,
         "sent_bytes": result.sent_bytes,
         "step_ms": step_s * 1e3,
         **{
@@ -74,6 +76,8 @@ def train_record(
             for name in ("data", "forward", "backward", "optimizer", "checkpoint")
         },
         "exchange_ms": result.exchange_ms,
+        "router_entropy_by_layer": entropies,
+        "dropped_slots_by_layer": result.dropped_slots_M,
         "expert_load": result.expert_load_ME,
     }
 

@@ -41,7 +41,10 @@ class StepResult:
     """Before clipping."""
     expert_load_ME: list[list[int]]
     """Slots per expert as routed."""
-    dropped_slots: int
+    dropped_slots_M: list[int]
+    """Slots over capacity."""
+    router_entropy_M: list[float]
+    """Of a token's routing probabilities, nats, mean over tokens: ln E = undecided, 0 = sure."""
     sent_bytes: int
     """Rows that exchanges sent from any rank to another, forward and backward."""
     exchange_ms: float
@@ -64,6 +67,7 @@ class _Sums:
     stops: float
     grad_norm: float
     expert_load_MX: list[list[int]]
+    entropy_M: list[float]
 
 
 Judge = Callable[[float, float], float | None]
@@ -239,9 +243,14 @@ class TrainStep:
         if self.compute_ms is not None:
             told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
             told_W[dist.get_rank()] = self.compute_ms
-        numbers = torch.cat([self.sums, host.to(self.device), told_W.to(self.device)])
+        entropy_M = self.sums.new_zeros(load_MX.shape[0])
+        for index, layer in self._layers().items():
+            entropy_M[index] = layer.load.take_entropy(self.device)
+        numbers = torch.cat([self.sums, entropy_M, host.to(self.device), told_W.to(self.device)])
         dist.all_reduce(numbers)
-        loss, balance, z, sent, seconds, stops, *self.compute_ms_W = numbers.tolist()
+        loss, balance, z, *rest = numbers.tolist()
+        entropies, rest = rest[: len(load_MX)], rest[len(load_MX) :]
+        sent, seconds, stops, *self.compute_ms_W = rest
         return _Sums(
             loss=loss,
             balance=balance,
@@ -251,6 +260,7 @@ class TrainStep:
             stops=stops,
             grad_norm=norm.item(),
             expert_load_MX=load_MX.tolist(),
+            entropy_M=entropies,
         )
 
     def _result(self, sums: _Sums, is_applied: bool) -> StepResult:
@@ -261,7 +271,8 @@ class TrainStep:
             z_loss=sums.z / tokens,
             grad_norm=sums.grad_norm,
             expert_load_ME=[row[:-1] for row in sums.expert_load_MX],
-            dropped_slots=sum(row[-1] for row in sums.expert_load_MX),
+            dropped_slots_M=[row[-1] for row in sums.expert_load_MX],
+            router_entropy_M=[entropy / tokens for entropy in sums.entropy_M],
             sent_bytes=int(sums.sent_bytes),
             exchange_ms=sums.exchange_s * 1e3 / self.meshes.dims.world_size,
             stop_requested=sums.stops > 0,

@@ -76,6 +76,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     # The one door for faults on purpose: nothing of it is imported where none are asked for.
     "train.__main__": ("train", "chaos"),
     "doctor": ("doctor", "checkpoint", "profile", "parallel", "plan", "ops", "config.schema"),
+    "route": (
+        *("route", "checkpoint", "models", "moe", "parallelize", "data", "report", "config"),
+    ),
     "sweep": ("sweep", "launch", "report", "train.metrics"),
     "cli": ("",),
     "__main__": ("cli",),

@@ -1,0 +1,158 @@
+"""Sends texts through a checkpoint's model and writes down what its routers decide.
+
+Shapes: T tokens of a text, E experts, K slots of a token, M MoE layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moesys.checkpoint.folder import latest, step_folders
+from moesys.checkpoint.store import load
+from moesys.config.compose import load_resolved
+from moesys.config.schema import RunConfig
+from moesys.data.tokenizer import load_tokenizer
+from moesys.models.transformer import Transformer
+from moesys.moe.routing import RoutingResult
+from moesys.parallelize.build import build_model
+from moesys.parallelize.expert_backend import set_expert_backend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visits:
+    """Of one text."""
+
+    source: str
+    """Its name."""
+    tokens: list[str]
+    """The text of each of T tokens; "" for a later part of one character."""
+    experts: list[list[list[tuple[int, float]]]]
+    """M x T: the experts of a token with their weights, the heaviest first."""
+    load_ME: list[list[int]]
+    """Slots."""
+    entropy_M: list[float]
+    """Of a token's routing probabilities, nats, mean over tokens."""
+
+
+def load_model(run_dir: Path, step: int | None = None) -> tuple[RunConfig, Transformer, int]:
+    """The run's configuration, and its model at `step` (None = the newest checkpoint) on the CPU, with that step.
+
+    Raises ValueError naming what is missing.
+    """
+    config = load_resolved(run_dir / "config.yaml")
+    folder = run_dir / "checkpoints"
+    found = {int(path.name.rpartition("_")[2]): path for path in step_folders(folder)}
+    path = latest(folder) if step is None else found.get(step)
+    if path is None:
+        steps = ", ".join(map(str, sorted(found))) or "none"
+        raise ValueError(f"{folder} has no checkpoint {step or ''}: there are {steps}")
+    model = build_model(config.model, None, torch.device("cpu"), seed=0)
+    set_expert_backend(model, "loop")
+    named = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    persistent = model.state_dict().keys()
+    named |= {f"model.{name}": b for name, b in model.named_buffers() if name in persistent}
+    done = load(path, named, partial=True)
+    return config, model.eval(), done.step
+
+
+@torch.no_grad()
+def visits(
+    config: RunConfig, model: Transformer, texts: Mapping[str, str], max_tokens: int
+) -> list[Visits]:
+    """Of the first `max_tokens` tokens of each text, in sequences of data.seq_len."""
+    tokenizer = load_tokenizer(Path(config.data.path, "tokenizer.json"))
+    found = []
+    for source, text in texts.items():
+        encoding = tokenizer.encode(text)
+        ids = encoding.ids[:max_tokens]
+        if not ids:
+            raise ValueError(f"{source} has no token")
+        layers = _decisions(model, ids, config.data.seq_len)
+        spans = [text[a:b] for a, b in encoding.offsets[:max_tokens]]
+        found.append(
+            Visits(
+                source=source,
+                tokens=_without_repeats(spans, encoding.offsets),
+                experts=[_of_tokens(parts, config.model.moe.top_k) for parts in layers],
+                load_ME=[_load(parts, config.model.moe.num_experts) for parts in layers],
+                entropy_M=[_entropy(parts) for parts in layers],
+            )
+        )
+    return found
+
+
+def _decisions(model: Transformer, ids: Sequence[int], seq_len: int) -> list[list[RoutingResult]]:
+    """Of each MoE layer, one result for each sequence."""
+    layers: list[list[RoutingResult]] = [[] for _ in model.moe_layers()]
+    hooks = [
+        layer.router.register_forward_hook(lambda _router, _args, out, kept=kept: kept.append(out))
+        for layer, kept in zip(model.moe_layers(), layers, strict=True)
+    ]
+    try:
+        for first in range(0, len(ids), seq_len):
+            model.logits(torch.tensor([ids[first : first + seq_len]]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers
+
+
+def _of_tokens(parts: Sequence[RoutingResult], top_k: int) -> list[list[tuple[int, float]]]:
+    found = []
+    for part in parts:
+        ids_TK, weights_TK = part.topk_ids_TK, part.topk_weights_TK
+        if part.blend is not None:  # all of them: the largest shares
+            weights_TK, ids_TK = part.probs_TE.topk(top_k, dim=-1)
+        for ids, weights in zip(ids_TK.tolist(), weights_TK.tolist(), strict=True):
+            chosen = [(e, round(w, 4)) for e, w in zip(ids, weights, strict=True) if e >= 0]
+            found.append(sorted(chosen, key=lambda one: -one[1]))
+    return found
+
+
+def _load(parts: Sequence[RoutingResult], num_experts: int) -> list[int]:
+    ids = torch.cat([part.topk_ids_TK.flatten() for part in parts])
+    return torch.bincount(ids[ids >= 0], minlength=num_experts).tolist()
+
+
+def _entropy(parts: Sequence[RoutingResult]) -> float:
+    probs_TE = torch.cat([part.probs_TE for part in parts])
+    return torch.special.entr(probs_TE).sum(-1).mean().item()
+
+
+def _without_repeats(spans: list[str], offsets: Sequence[tuple[int, int]]) -> list[str]:
+    """Tokens that are parts of one character have its span each."""
+    return ["" if at and offsets[at] == offsets[at - 1] else span for at, span in enumerate(spans)]
+
+
+@torch.no_grad()
+def expert_similarity(model: Transformer) -> list[float]:
+    """Of each MoE layer the mean cosine between the weights of two experts: 0 = unrelated, 1 = copies."""
+    return [mean_cosine(_flat(layer.experts)) for layer in model.moe_layers()]
+
+
+def _flat(experts: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten(1) for p in experts.parameters()], dim=1)
+
+
+def mean_cosine(rows_ED: Tensor) -> float:
+    """Over all pairs of rows: (|sum of unit rows|^2 - E) / (E (E - 1)); 1 for a single row."""
+    num_rows = len(rows_ED)
+    if num_rows < 2:
+        return 1.0
+    units_ED = torch.nn.functional.normalize(rows_ED.double(), dim=1)
+    total = units_ED.sum(0).square().sum().item()
+    return (total - num_rows) / (num_rows * (num_rows - 1))
+
+
+def divergence(loads: Sequence[Sequence[int]]) -> float:
+    """How differently sources use the experts of a layer: the Jensen-Shannon divergence of their loads, bits.
+
+    0 = alike; log2 of the number of sources = no expert in common.
+    """
+    shares = torch.tensor(loads, dtype=torch.float64)
+    shares = shares / shares.sum(1, keepdim=True).clamp(min=1)
+    mixed = torch.special.entr(shares.mean(0)).sum() - torch.special.entr(shares).sum(1).mean()
+    return max(0.0, mixed.item()) / torch.log(torch.tensor(2.0)).item()
