@@ -142,6 +142,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     problems = []
     if moe.num_shared_experts:
         problems.append(f"model.moe.num_shared_experts={moe.num_shared_experts} must be 0")
+    if moe.d_latent is not None:
+        problems.append(f"model.moe.d_latent={moe.d_latent} must be null")
     if not is_topk_router(moe.router.target):
         problems.append(f"model.moe.router._target_={moe.router.target} must be {TOPK_ROUTER}")
     for name, want in (("score_function", "softmax"), ("scaling_factor", 1.0)):

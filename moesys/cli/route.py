@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         layers,
         name=config.run.name,
         step=step,
-        num_experts=moe.num_experts,
+        num_experts=moe.num_choices,
         top_k=moe.top_k,
     )
     out = args.out or args.run / "route.html"

@@ -61,6 +61,17 @@ class MoEConfig:
     """Hidden width of one routed expert."""
     num_shared_experts: int = 0
     """Always-on experts of width d_expert, computed as one SwiGLU of num_shared_experts * d_expert."""
+    shared_gate: Literal["none", "sigmoid", "softmax"] = "none"
+    """How shared experts join the routed ones: none = added; sigmoid = times sigmoid(w x) (Qwen2-MoE); softmax = both
+    weighed by the softmax of two learned scores (residual MoE of PR-MoE, 2201.05596)."""
+    d_latent: int | None = None
+    """Width in which rows travel and routed experts work, projected down before and up after. null = d_model."""
+    zero_experts: int = 0
+    """Experts that give nothing, from which a router chooses too (MoE++, 2410.07348)."""
+    copy_experts: int = 0
+    """Experts that give the token itself."""
+    constant_experts: int = 0
+    """Experts that give a learned mixture of the token and a learned vector."""
     router: ComponentConfig
     """The router class, e.g. moesys.moe.routers.TopKRouter, and its options."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
@@ -74,6 +85,11 @@ class MoEConfig:
     (random token selection, 2109.10465)."""
     expert_backend: Literal["auto", "grouped_mm", "loop"] = "auto"
     """auto = both are timed on this run's shapes at start-up and the faster one is kept for the whole run."""
+
+    @property
+    def num_choices(self) -> int:
+        """What a router chooses from: the experts, and those without a feed-forward."""
+        return self.num_experts + self.zero_experts + self.copy_experts + self.constant_experts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +127,11 @@ class ModelConfig:
     @property
     def resolved_head_dim(self) -> int:
         return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
+
+    @property
+    def d_row(self) -> int:
+        """Width of the rows that travel to routed experts."""
+        return self.d_model if self.moe.d_latent is None else self.moe.d_latent
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,8 +231,18 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
     moe, path = config.model.moe, "model.moe"
     for key in ("num_experts", "top_k", "d_expert"):
         yield from in_range(f"{path}.{key}", getattr(moe, key), 1)
-    yield from in_range(f"{path}.num_shared_experts", moe.num_shared_experts, 0)
-    if moe.top_k > moe.num_experts >= 1:
+    for key in ("num_shared_experts", "zero_experts", "copy_experts", "constant_experts"):
+        yield from in_range(f"{path}.{key}", getattr(moe, key), 0)
+    if moe.d_latent is not None:
+        yield from in_range(f"{path}.d_latent", moe.d_latent, 1)
+    if moe.shared_gate != "none" and not moe.num_shared_experts:
+        yield Problem(
+            key=f"{path}.shared_gate",
+            given=moe.shared_gate,
+            rule=f"weighs shared experts, and {path}.num_shared_experts=0",
+            fix=f"set {path}.num_shared_experts=1, or {path}.shared_gate=none",
+        )
+    if moe.top_k > moe.num_choices >= 1:
         yield Problem(
             key=f"{path}.top_k",
             given=moe.top_k,
@@ -246,18 +256,20 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
         value = getattr(moe.balance, field.name)
         yield from in_range(f"{path}.balance.{field.name}", value, least)
     groups = moe.balance.device_groups
-    if groups >= 1 and moe.num_experts % groups:
+    if groups >= 1 and moe.num_choices % groups:
         yield Problem(
             key=f"{path}.balance.device_groups",
             given=groups,
-            rule=f"must divide {path}.num_experts={moe.num_experts}",
+            rule=f"must divide {path}.num_experts={moe.num_choices}"
+            if moe.num_choices == moe.num_experts
+            else f"must divide the {moe.num_choices} experts, those without a feed-forward included",
             fix="use parallel.ep, or a number that divides",
         )
     if moe.expert_backend == "grouped_mm":
-        per_row, d_model = values_per_row(config), config.model.d_model
+        per_row, d_model = values_per_row(config), config.model.d_row
         if d_model % per_row:
             yield Problem(
-                key="model.d_model",
+                key="model.d_model" if moe.d_latent is None else f"{path}.d_latent",
                 given=d_model,
                 rule=f"must be a multiple of {per_row} (rows of 16 bytes in "
                 f"train.dtype={config.train.dtype}) for {path}.expert_backend=grouped_mm",

@@ -26,10 +26,13 @@ def within_capacity(
 ) -> RoutingResult:
     """Drop what is over capacity: each expert keeps `capacity` slots, by priority (ties: first token).
 
-    A dropped slot has id -1 and weight 0; the other weights of its token stay as they are.
+    A dropped slot has id -1 and weight 0; the other weights of its token stay as they are. Ids of `num_experts` and above
+    have no limit.
     """
     ids_TK = routing.topk_ids_TK
-    keep_TK = _rank_in_expert(ids_TK, _priorities(routing, priority), num_experts) < capacity
+    limited_TK = ids_TK.masked_fill(ids_TK >= num_experts, -1)
+    rank_TK = _rank_in_expert(limited_TK, _priorities(routing, priority), num_experts)
+    keep_TK = (rank_TK < capacity) | (limited_TK != ids_TK)
     return replace(
         routing,
         topk_ids_TK=ids_TK.masked_fill(~keep_TK, -1),

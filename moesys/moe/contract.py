@@ -25,10 +25,10 @@ def check_configured(config: MoEConfig, d_model: int, num_layers: int) -> None:
         config.router,
         offered={"layer": 0, "num_layers": num_layers},
         d_model=d_model,
-        num_experts=config.num_experts,
+        num_experts=config.num_choices,
         top_k=config.top_k,
     )
-    check_router(router, d_model, config.num_experts)
+    check_router(router, d_model, config.num_choices)
 
 
 def route(

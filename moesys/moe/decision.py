@@ -28,6 +28,8 @@ class Decision:
     """The router's, for the next layer."""
     blend: Blend | None = None
     """How tokens become rows, where these are no tokens."""
+    null_ids_TK: Tensor | None = None
+    """int64, where slots may be of experts without a feed-forward: all slots' ids."""
 
     def detached(self) -> "Decision":
         """The same numbers outside of the graph that made them."""

@@ -13,8 +13,11 @@ from moesys.moe.component import build_component, takes
 from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import Experts, SwiGLU
+from moesys.moe.latent import Latent
 from moesys.moe.load import ExpertLoad
+from moesys.moe.null_experts import NullExperts
 from moesys.moe.routing import RoutingResult
+from moesys.moe.shared import SharedGate
 from moesys.moe.tokens import WHOLE_SEQUENCES, Tokens
 from moesys.ops import tokens_per_expert
 from moesys.ops.autocast import compute_type
@@ -35,7 +38,7 @@ class MoELayer(nn.Module):
             config.router,
             offered={"layer": layer, "num_layers": num_layers},
             d_model=d_model,
-            num_experts=config.num_experts,
+            num_experts=config.num_choices,
             top_k=config.top_k,
         )
         if config.balance.bias_update_rate and not hasattr(self.router, "selection_bias_E"):
@@ -43,17 +46,23 @@ class MoELayer(nn.Module):
                 f"model.moe.balance.bias_update_rate={config.balance.bias_update_rate} needs a router with a "
                 f"buffer selection_bias_E, which {config.router.target} has not: set the rate to 0"
             )
-        self.experts = Experts(config.num_experts, d_model, config.d_expert)
+        d_row = config.d_latent or d_model
+        self.latent = Latent(d_model, d_row) if config.d_latent else None
+        self.experts = Experts(config.num_experts, d_row, config.d_expert)
         self.shared = (
             SwiGLU(d_model, config.num_shared_experts * config.d_expert)
             if config.num_shared_experts
             else None
         )
+        gate = config.shared_gate
+        self.shared_gate = None if gate == "none" else SharedGate(d_model, gate)
+        has_null = config.num_choices > config.num_experts
+        self.null_experts = NullExperts(config, d_model) if has_null else None
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts)
         self.share = WHOLE_SEQUENCES
         """Of this rank's sequences."""
         self.balance = Balance(config.balance, config.top_k)
-        self.load = ExpertLoad(config.num_experts)
+        self.load = ExpertLoad(config.num_choices)
         self.memory = DecisionMemory()
         self._passes_tokens = takes(self.router.forward, "tokens")
 
@@ -72,15 +81,24 @@ class MoELayer(nn.Module):
         x_TD = x.flatten(0, -2)
         tokens = self._tokens(x_TD.shape[0], seq_len or x.shape[-2], ids_U)
         decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, tokens), x_TD)
-        x_TD = compute_type(x_TD)
-        sent_TD = x_TD if decision.blend is None else decision.blend.slots(x_TD)
+        routed_TD, x_TD = x_TD, compute_type(x_TD)
+        sent_TD = x_TD if self.latent is None else self.latent.enter(x_TD)
+        if decision.blend is not None:
+            sent_TD = decision.blend.slots(sent_TD)
         rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(sent_TD, decision.plan)
         rows_RD = self.experts(rows_RD, tokens_per_expert_L)
         y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
         if decision.blend is not None:
             y_TD = decision.blend.tokens(y_TD)
+        if self.latent is not None:
+            y_TD = self.latent.leave(y_TD)
+        if self.null_experts is not None and decision.null_ids_TK is not None:
+            weights_TK = decision.weights_TK
+            y_TD = y_TD + self.null_experts(x_TD, decision.null_ids_TK, weights_TK)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            shared_TD = self.shared(x_TD)
+            gate = self.shared_gate
+            y_TD = y_TD + shared_TD if gate is None else gate(routed_TD, y_TD, shared_TD)
         return y_TD.view_as(x), decision.losses, decision.state
 
     def _tokens(self, num_tokens: int, seq_len: int, ids_U: Tensor | None) -> Tokens:
@@ -93,13 +111,16 @@ class MoELayer(nn.Module):
         known = {"tokens": tokens} if self._passes_tokens else {}
         routed = self.router(x_TD, state, **known)
         kept, padded_rows = self._limit(routed)
-        plan = self.dispatcher.plan(kept.topk_ids_TK, padded_rows)
-        kept_E = plan.slots_per_expert_E
-        routed_E = (
-            kept_E
-            if kept is routed
-            else tokens_per_expert(routed.topk_ids_TK, self.config.num_experts)
-        )
+        has_null = self.null_experts is not None
+        sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
+        plan = self.dispatcher.plan(sent_ids_TK, padded_rows)
+        if has_null:
+            kept_E = tokens_per_expert(kept.topk_ids_TK, self.config.num_choices)
+        else:
+            kept_E = plan.slots_per_expert_E
+        routed_E = kept_E
+        if kept is not routed:
+            routed_E = tokens_per_expert(routed.topk_ids_TK, self.config.num_choices)
         losses = self.balance.losses(routed, routed_E, tokens, self.training)
         if self.training:
             self.load.add(routed_E, kept_E, routed.probs_TE)
@@ -109,7 +130,12 @@ class MoELayer(nn.Module):
             losses=losses,
             state=routed.state,
             blend=routed.blend,
+            null_ids_TK=kept.topk_ids_TK if has_null else None,
         )
+
+    def _with_rows(self, ids_TK: Tensor) -> Tensor:
+        """-1 in the place of experts that have no feed-forward."""
+        return ids_TK.masked_fill(ids_TK >= self.config.num_experts, -1)
 
     def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
         """Apply the expert capacity, if any; return the routing and the rows per expert if padded.

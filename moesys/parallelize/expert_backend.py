@@ -21,7 +21,7 @@ def choose_expert_backend(
     times = time_expert_backends(
         num_rows=micro_batch_tokens * moe.top_k * dims.etp // (dims.tp * dims.cp),
         num_experts=moe.num_experts // dims.ep,
-        d_model=config.d_model,
+        d_model=config.d_row,
         d_expert=moe.d_expert // dims.etp,
         dtype=dtype,
         device=device,

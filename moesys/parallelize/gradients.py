@@ -8,7 +8,11 @@ from torch.distributed.tensor import DTensor
 
 from moesys.parallel.mesh import Meshes
 
-SEES_A_SHARE = (".moe.router.", "over_depth.", ".moe.shared.", ".q_norm.", ".k_norm.")
+SEES_A_SHARE = (
+    *(".moe.router.", "over_depth.", ".moe.shared.", ".moe.shared_gate.", ".moe.latent."),
+    ".moe.null_experts.",
+    *(".q_norm.", ".k_norm."),
+)
 """Whole parameters that, without sequence parallelism, still see only a tp rank's tokens or heads."""
 
 

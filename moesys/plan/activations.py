@@ -83,6 +83,8 @@ def moe_block_bytes(case: ActivationCase) -> float:
         + _plan_saved(case)
         + _experts(case)
         + _shared(case)
+        + _shared_gate(case)
+        + _latent(case)
     )
 
 
@@ -126,7 +128,7 @@ def _ffn(case: ActivationCase) -> Fraction:
 def _routing(case: ActivationCase) -> Fraction:
     """Logits and probabilities [E]; ids (int64), own and normalised weights [K]; two sums."""
     moe = case.model.moe
-    return case.own_tokens * (8 * moe.num_experts + 16 * moe.top_k + 8)
+    return case.own_tokens * (8 * moe.num_choices + 16 * moe.top_k + 8)
 
 
 def _plan_saved(case: ActivationCase) -> Fraction:
@@ -150,8 +152,8 @@ def _experts(case: ActivationCase) -> Fraction:
     hidden = Fraction(3 * model.moe.d_expert, case.etp)
     if case.recompute in ("moe", "selective"):
         hidden = Fraction(0)
-    sent_back = width * case.own_tokens * model.moe.top_k * model.d_model
-    return width * case.rows * (model.d_model + hidden) + sent_back
+    sent_back = width * case.own_tokens * model.moe.top_k * model.d_row
+    return width * case.rows * (model.d_row + hidden) + sent_back
 
 
 def _shared(case: ActivationCase) -> Fraction:
@@ -164,3 +166,22 @@ def _shared(case: ActivationCase) -> Fraction:
     if case.recompute in ("moe", "selective"):
         hidden = 0
     return width * case.own_tokens * (entered + hidden)
+
+
+def _shared_gate(case: ActivationCase) -> Fraction:
+    """The branches that are weighed; scores in fp32, and from bf16 in the compute type. It reads what the router reads."""
+    kind, width = case.model.moe.shared_gate, case.activation_bytes
+    if kind == "none":
+        return Fraction(0)
+    number = 1 if kind == "sigmoid" else 2
+    scores = 4 * number + (width * number if width == 2 else 0)
+    return case.own_tokens * (width * number * case.model.d_model + scores)
+
+
+def _latent(case: ActivationCase) -> Fraction:
+    """Input in the compute type, if shared experts have not kept it; what is projected up again."""
+    moe, width = case.model.moe, case.activation_bytes
+    if moe.d_latent is None:
+        return Fraction(0)
+    entered = case.model.d_model if width == 2 and not moe.num_shared_experts else 0
+    return width * case.own_tokens * (entered + moe.d_latent)

@@ -262,7 +262,7 @@ def _gradient_sums(case: CommunicationCase) -> Iterator[Sent]:
 
 def row_bytes(case: CommunicationCase) -> int:
     """Of one row that travels."""
-    return case.width * case.config.model.d_model
+    return case.width * case.config.model.d_row
 
 
 def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent]:
@@ -288,7 +288,7 @@ def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent
 
 def _balance(case: CommunicationCase) -> Iterator[Sent]:
     """Per micro-step and MoE layer: slots per expert, counted over all that share them."""
-    balance, num_experts = case.config.model.moe.balance, case.config.model.moe.num_experts
+    balance, num_experts = case.config.model.moe.balance, case.config.model.moe.num_choices
     times = case.micro_steps * sum(case.is_moe(layer) for layer in case.layers)
     if balance.global_loss_coef or balance.device_loss_coef:
         yield case.all_reduce("stage", "balance", times * INT64 * num_experts)
@@ -303,7 +303,7 @@ def _step(case: CommunicationCase) -> Iterator[Sent]:
     """Once per step, over all ranks."""
     model = case.config.model
     yield case.all_reduce("world", "gradient norm", FP64)
-    load = (model.num_layers - model.num_dense_layers) * (model.moe.num_experts + 1)
+    load = (model.num_layers - model.num_dense_layers) * (model.moe.num_choices + 1)
     yield case.all_reduce("world", "expert load", INT64 * load)
     num_moe = model.num_layers - model.num_dense_layers
     yield case.all_reduce("world", "the step's numbers", (6 + num_moe) * FP64)

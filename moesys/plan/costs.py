@@ -4,6 +4,8 @@ A product of [m, k] by [k, n] counts 2 m k n. Attention counts the full S x S sc
 torch's FlopCounterMode does (causal masking is not subtracted). Backward is twice the forward.
 """
 
+from fractions import Fraction
+
 from moesys.config.schema import ModelConfig
 
 
@@ -15,12 +17,17 @@ def attention_parameters(config: ModelConfig) -> int:
 
 def expert_parameters(config: ModelConfig) -> int:
     """One routed expert."""
-    return 3 * config.d_model * config.moe.d_expert
+    return 3 * config.d_row * config.moe.d_expert
 
 
 def shared_parameters(config: ModelConfig) -> int:
-    """The shared experts of one layer."""
-    return config.moe.num_shared_experts * expert_parameters(config)
+    """What all tokens of an MoE layer pass, but the router: shared experts and their gate, the latent projections,
+    experts without a feed-forward."""
+    moe, d_model = config.moe, config.d_model
+    experts = moe.num_shared_experts * 3 * d_model * moe.d_expert
+    gate = {"none": 0, "sigmoid": 1, "softmax": 2}[moe.shared_gate] * d_model
+    null = 3 * moe.constant_experts * d_model
+    return experts + gate + 2 * d_model * (moe.d_latent or 0) + null
 
 
 def norm_parameters(config: ModelConfig) -> int:
@@ -31,10 +38,18 @@ def norm_parameters(config: ModelConfig) -> int:
 
 def linear_router_parameters(config: ModelConfig) -> int:
     """Per layer: one row per expert. A router of another kind says its own count to the functions below."""
-    return config.moe.num_experts * config.d_model
+    return config.moe.num_choices * config.d_model
 
 
-def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: int | None) -> int:
+def routed_experts(config: ModelConfig) -> Fraction:
+    """Of a token on average: top_k, less its even share of experts without a feed-forward."""
+    moe = config.moe
+    return Fraction(moe.top_k * moe.num_experts, moe.num_choices)
+
+
+def _parameters(
+    config: ModelConfig, experts_per_layer: int | Fraction, router_parameters: int | None
+) -> int:
     if router_parameters is None:
         router_parameters = linear_router_parameters(config)
     num_moe = config.num_layers - config.num_dense_layers
@@ -45,7 +60,7 @@ def _parameters(config: ModelConfig, experts_per_layer: int, router_parameters: 
         + shared_parameters(config)
         + router_parameters
     )
-    return (
+    return int(
         embeddings
         + config.num_layers * attention_parameters(config)
         + dense
@@ -60,8 +75,8 @@ def total_parameters(config: ModelConfig, router_parameters: int | None = None) 
 
 
 def active_parameters(config: ModelConfig, router_parameters: int | None = None) -> int:
-    """Parameters that take part for one token: top_k of the experts, everything else."""
-    return _parameters(config, config.moe.top_k, router_parameters)
+    """Parameters that take part for one token: its routed experts, everything else."""
+    return _parameters(config, routed_experts(config), router_parameters)
 
 
 def forward_flops_per_token(
@@ -86,7 +101,7 @@ def layer_flops_per_token(
     else:
         if router_parameters is None:
             router_parameters = linear_router_parameters(config)
-        routed = config.moe.top_k * expert_parameters(config)
+        routed = int(routed_experts(config) * expert_parameters(config))
         feed_forward = routed + shared_parameters(config) + router_parameters
     scores = 2 * config.num_heads * config.resolved_head_dim * seq_len
     return 2 * (attention_parameters(config) + feed_forward + scores)

@@ -236,11 +236,13 @@ def _cast(case: MemoryCase, is_moe: bool, recompute: Recompute) -> int:
     heads = model.num_heads + model.num_kv_heads
     attention = 2 * model.d_model * model.resolved_head_dim * heads // axes["tp"]
     if is_moe:
-        hidden = moe.num_experts * moe.d_expert // (axes["ep"] * axes["etp"])
-        hidden += moe.num_shared_experts * moe.d_expert
+        routed = moe.num_experts * moe.d_expert // (axes["ep"] * axes["etp"])
+        shared = moe.num_shared_experts * moe.d_expert
+        made_again = 3 * (model.d_row * routed + model.d_model * shared)
+        kept = 2 * model.d_model * (moe.d_latent or 0)
+        feed_forward = kept + (0 if "moe" in again else made_again)
     else:
-        hidden = model.d_ffn // axes["tp"]
-    feed_forward = 0 if is_moe and "moe" in again else 3 * model.d_model * hidden
+        feed_forward = 3 * model.d_model * model.d_ffn // axes["tp"]
     return feed_forward + (0 if "attention" in again else attention)
 
 
@@ -305,8 +307,8 @@ def _layer_work(case: MemoryCase, is_moe: bool) -> int:
         sent = case.own_tokens * moe.top_k
         received = int(case.activations("none").rows)
         hidden = 3 * moe.d_expert // axes["etp"]
-        rows = model.d_model * (sent + 2 * received) + hidden * received
-        matrix = 2 * model.d_model * moe.d_expert * moe.num_experts // (axes["ep"] * axes["etp"])
+        rows = model.d_row * (sent + 2 * received) + hidden * received
+        matrix = 2 * model.d_row * moe.d_expert * moe.num_experts // (axes["ep"] * axes["etp"])
     else:
         rows = case.tokens * 3 * model.d_ffn // axes["tp"]
         matrix = 2 * model.d_model * model.d_ffn // axes["tp"]

@@ -67,17 +67,26 @@ def block_parameters(
         yield _cut((d_model, model.d_ffn), 1, tp)
         return
     moe = model.moe
-    yield Parameter(shape=(moe.num_experts, d_model), sees_a_share=True)
+    yield Parameter(shape=(moe.num_choices, d_model), sees_a_share=True)
     if moe.num_shared_experts:
         hidden = moe.num_shared_experts * moe.d_expert
         yield Parameter(shape=(2, hidden, d_model), sees_a_share=True)
         yield Parameter(shape=(d_model, hidden), sees_a_share=True)
+    if moe.shared_gate != "none":
+        scores = 1 if moe.shared_gate == "sigmoid" else 2
+        yield Parameter(shape=(scores, d_model), sees_a_share=True)
+    if moe.d_latent is not None:
+        yield Parameter(shape=(moe.d_latent, d_model), sees_a_share=True)
+        yield Parameter(shape=(d_model, moe.d_latent), sees_a_share=True)
+    if moe.constant_experts:
+        yield Parameter(shape=(moe.constant_experts, d_model), sees_a_share=True)
+        yield Parameter(shape=(moe.constant_experts, 2, d_model), sees_a_share=True)
     experts, width = moe.num_experts // axes["ep"], moe.d_expert // axes["etp"]
     cut = frozenset(
         dim for dim, size in ((0, axes["ep"] * axes["etp"]), (2, axes["etp"])) if size > 1
     )
-    yield Parameter(shape=(experts, 2, width, d_model), cut_dims=cut, is_expert=True)
-    yield Parameter(shape=(experts, d_model, width), cut_dims=cut, is_expert=True)
+    yield Parameter(shape=(experts, 2, width, model.d_row), cut_dims=cut, is_expert=True)
+    yield Parameter(shape=(experts, model.d_row, width), cut_dims=cut, is_expert=True)
 
 
 def outer_parameters(

@@ -77,7 +77,7 @@ def visits(
                 source=source,
                 tokens=_without_repeats(spans, encoding.offsets),
                 experts=[_of_tokens(parts, config.model.moe.top_k) for parts in layers],
-                load_ME=[_load(parts, config.model.moe.num_experts) for parts in layers],
+                load_ME=[_load(parts, config.model.moe.num_choices) for parts in layers],
                 entropy_M=[_entropy(parts) for parts in layers],
             )
         )

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -55,10 +56,19 @@ def begin_start_up(environ: Mapping[str, str]) -> StartUp:
         ValueError: MOESYS_SUBMITTED_UNIX_S is no time.
     """
     is_restart = any(environ.get(name, "0") != "0" for name in _RESTARTS)
-    created_unix_s = psutil.Process(os.getpid()).create_time()
-    start_up = StartUp(created_unix_s, submitted_unix_s(environ), is_restart=is_restart)
+    start_up = StartUp(created_unix_s(), submitted_unix_s(environ), is_restart=is_restart)
     start_up.mark("import")
     return start_up
+
+
+def created_unix_s() -> float:
+    """When this process was made, to a hundredth of a second; psutil knows that of Linux to a second only."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return psutil.Process(os.getpid()).create_time()
+    return time.time() - age_s
 
 
 def submitted_unix_s(environ: Mapping[str, str]) -> float | None:

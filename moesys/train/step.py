@@ -209,7 +209,7 @@ class TrainStep:
         model = self.config.model
         num_moe = model.num_layers - model.num_dense_layers
         load_MX = torch.zeros(
-            num_moe, model.moe.num_experts + 1, dtype=torch.int64, device=self.device
+            num_moe, model.moe.num_choices + 1, dtype=torch.int64, device=self.device
         )
         for index, layer in self._layers().items():
             load_MX[index] = layer.load.take(self.device)

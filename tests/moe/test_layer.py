@@ -61,6 +61,91 @@ def dumb_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
     return torch.stack(out).view_as(x_BSD)
 
 
+def variant_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
+    """Latent experts, and shared ones that are weighed, token by token."""
+    out = []
+    for x in x_BSD.flatten(0, 1):
+        weights, experts = (layer.router.weight @ x).softmax(-1).topk(layer.config.top_k)
+        row = x if layer.latent is None else layer.latent.down @ x
+        y = sum(
+            w / weights.sum() * swiglu_of(row, layer.experts.gate_up[e], layer.experts.down[e])
+            for w, e in zip(weights, experts.tolist(), strict=True)
+        )
+        if layer.latent is not None:
+            y = layer.latent.up @ y
+        shared = swiglu_of(x, layer.shared.gate_up, layer.shared.down)
+        if layer.shared_gate is None:
+            y = y + shared
+        elif layer.shared_gate.kind == "sigmoid":
+            y = y + shared / (1 + (-(layer.shared_gate.weight[0] @ x)).exp())
+        else:
+            parts = (layer.shared_gate.weight @ x).exp()
+            y = (parts[0] * y + parts[1] * shared) / parts.sum()
+        out.append(y)
+    return torch.stack(out).view_as(x_BSD)
+
+
+@pytest.mark.parametrize("d_latent", [None, 8, 24])
+@pytest.mark.parametrize("shared_gate", ["none", "sigmoid", "softmax"])
+def test_variants_are_their_formulas(d_latent, shared_gate):
+    layer = make_layer(replace(CONFIG, d_latent=d_latent, shared_gate=shared_gate))
+    x = make_input()
+    y, _, _ = layer(x)
+    expected = variant_forward(layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+NULL = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "top_k": 4}
+
+
+def null_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
+    """Experts 8 to 11: nothing, the token, and two mixtures of it with a vector."""
+    out = []
+    for x in x_BSD.flatten(0, 1):
+        weights, experts = (layer.router.weight @ x).softmax(-1).topk(layer.config.top_k)
+        y = swiglu_of(x, layer.shared.gate_up, layer.shared.down)
+        for w, e in zip(weights / weights.sum(), experts.tolist(), strict=True):
+            if e < 8:
+                y = y + w * swiglu_of(x, layer.experts.gate_up[e], layer.experts.down[e])
+            elif e == 9:
+                y = y + w * x
+            elif e > 9:
+                null = layer.null_experts
+                a = (null.mix[e - 10] @ x).softmax(-1)
+                y = y + w * (a[0] * x + a[1] * null.constant[e - 10])
+        out.append(y)
+    return torch.stack(out).view_as(x_BSD)
+
+
+def test_experts_without_a_feed_forward_are_their_formulas():
+    layer = make_layer(replace(CONFIG, **NULL))
+    x = make_input()
+    y, _, _ = layer(x)
+    expected = null_forward(layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    counted = layer.load.take(x.device)
+    assert len(counted) == 12 + 1
+    assert counted.sum() == B * S * 4
+    assert counted[8:12].min() > 0
+
+
+def test_a_capacity_does_not_limit_experts_without_a_feed_forward():
+    layer = make_layer(replace(CONFIG, **NULL, capacity_factor=0.01))
+    layer(make_input())
+    *counts, dropped = layer.load.take(torch.device("cpu")).tolist()
+    assert dropped == sum(counts[:8]) - sum(min(1, n) for n in counts[:8])
+
+
 def gradients(layer: MoELayer, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
     weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
     named = dict(layer.named_parameters()) | {"x": x}

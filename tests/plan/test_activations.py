@@ -53,6 +53,10 @@ MODEL = small_model(
 )
 
 
+def of_moe(**changes) -> ModelConfig:
+    return replace(MODEL, moe=replace(MODEL.moe, **changes))
+
+
 def run_config(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
     return small_config(
         model, seq_len=SEQ_LEN, sequences=64, micro_batch_sequences=SAMPLES, parallel=parallel
@@ -115,6 +119,10 @@ def assert_formulas(measured: list[dict], model: ModelConfig, parallel: Parallel
 LAYOUTS = {
     "one rank": (1, MODEL, ParallelConfig()),
     "qk norm": (1, replace(MODEL, qk_norm=True), ParallelConfig()),
+    "latent experts": (1, of_moe(d_latent=40), ParallelConfig()),
+    "latent experts alone": (1, of_moe(d_latent=40, num_shared_experts=0), ParallelConfig()),
+    "weighed shared experts": (1, of_moe(shared_gate="sigmoid"), ParallelConfig()),
+    "residual MoE": (1, of_moe(shared_gate="softmax", num_shared_experts=2), ParallelConfig()),
     "ep": (2, MODEL, ParallelConfig(ep=2)),
     "tp and sp": (2, MODEL, ParallelConfig(tp=2)),
     "tp": (2, MODEL, ParallelConfig(tp=2, sequence_parallel=False)),
@@ -149,6 +157,7 @@ def test_nothing_outlives_backward(mode):
             parameter.grad = None
         for layer in model.moe_layers():
             layer.load.take(ids_BS.device)
+            layer.load.take_entropy(ids_BS.device)
             layer.balance.end_step()
         gc.collect()
         assert live.total == 0

@@ -41,8 +41,27 @@ VARIANTS = {
     "all MoE, no shared": replace(
         MODEL, num_dense_layers=0, moe=replace(MODEL.moe, num_shared_experts=0)
     ),
+    "latent experts": replace(MODEL, moe=replace(MODEL.moe, d_latent=8)),
+    "weighed shared expert": replace(MODEL, moe=replace(MODEL.moe, shared_gate="sigmoid")),
+    "residual MoE, latent": replace(
+        MODEL, moe=replace(MODEL.moe, shared_gate="softmax", d_latent=24, num_shared_experts=2)
+    ),
     "same head count": replace(MODEL, num_kv_heads=4),
 }
+
+
+NULL = replace(MODEL, moe=replace(MODEL.moe, constant_experts=6, copy_experts=1, zero_experts=1))
+
+
+def test_half_of_the_choices_have_no_feed_forward():
+    with torch.device("meta"):
+        model = Transformer(NULL)
+    assert total_parameters(NULL) == sum(p.numel() for p in model.parameters())
+    idle = (8 - 1) * expert_parameters(NULL)  # one of two slots goes to an expert
+    assert active_parameters(NULL) == total_parameters(NULL) - 2 * idle
+    more = 2 * 2 * (3 * 6 + 8) * 32  # of two layers: constants, rows of the router
+    less = 2 * 2 * expert_parameters(NULL)
+    assert forward_flops_per_token(NULL, 24) == forward_flops_per_token(MODEL, 24) + more - less
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -12,7 +14,13 @@ from moesys.report.goodput import PARTS, ledger_of
 from moesys.report.records import time_of
 from moesys.report.run import read_run
 from moesys.train.metrics import read_metrics
-from moesys.train.start_up import SUBMITTED_VARIABLE, StartUp, begin_start_up, submitted_unix_s
+from moesys.train.start_up import (
+    SUBMITTED_VARIABLE,
+    StartUp,
+    begin_start_up,
+    created_unix_s,
+    submitted_unix_s,
+)
 from moesys.train.timing import StepTimes
 from tests.train.launched import (
     finish,
@@ -149,7 +157,7 @@ def test_marks_are_parts_and_a_clock_set_back_takes_nothing_away():
 def test_this_process_began_when_the_system_says():
     clock = begin_start_up({SUBMITTED_VARIABLE: "5", "TORCHELASTIC_RESTART_COUNT": "1"})
     told = clock.fields()
-    assert told["created_unix_s"] == psutil.Process().create_time()
+    assert told["created_unix_s"] == pytest.approx(psutil.Process().create_time(), abs=1.1)
     assert told["submitted_unix_s"] == 5.0
     assert list(told["start_up_s"]) == ["import"]
     assert begin_start_up({SUBMITTED_VARIABLE: "5"}).fields()["start_up_s"]["queue"] > 1e9
@@ -183,3 +191,13 @@ def test_every_part_is_told():
         *("goodput_pct", "wall_s", "starts", "steps_lost", "start_up_parts_s"),
         *(f"{part}_s" for part in PARTS),
     }
+
+
+def test_the_first_moment_of_a_process_is_known_to_a_hundredth_of_a_second() -> None:
+    told = "from moesys.train.start_up import created_unix_s as c; print(c())"
+    for _ in range(3):
+        before = time.time()
+        process = subprocess.Popen([sys.executable, "-c", told], stdout=subprocess.PIPE, text=True)
+        after = time.time()
+        assert before - 0.03 <= float(process.communicate()[0]) <= after + 0.03
+    assert abs(created_unix_s() - psutil.Process().create_time()) < 1.1

@@ -38,6 +38,18 @@ ROUTERS: dict[str, tuple[str, dict, BalanceConfig, int]] = {
     "pre-gated": ("PreGatedRouter", {}, ALL, 2),
 }
 """Class, options, balance, top_k."""
+LAYERS: dict[str, dict] = {
+    "latent experts": {"d_latent": 12},
+    "experts without a feed-forward": {
+        "zero_experts": 1,
+        "copy_experts": 1,
+        "constant_experts": 2,
+        "top_k": 3,
+    },
+    "weighed shared expert": {"shared_gate": "sigmoid"},
+    "residual MoE, latent": {"shared_gate": "softmax", "d_latent": 12, "num_shared_experts": 2},
+}
+"""Keys of model.moe."""
 AXES = ["ep", "pp", "tp", "cp"]
 QUICK = [
     (router, axis) for router in ("expert choice", "soft", "recurrent") for axis in ("ep", "pp")
@@ -102,6 +114,29 @@ def test_one_axis(name: str, axis: str) -> None:
 @pytest.mark.parametrize(("name", "layout", "recompute", "num_dense_layers"), MORE)
 def test_more_layouts(name: str, layout: str, recompute: str, num_dense_layers: int) -> None:
     assert_as_one(configured(name, recompute, num_dense_layers), layout)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "recompute"),
+    [
+        ("residual MoE, latent", "ep", "none"),
+        ("residual MoE, latent", "pp", "none"),
+        ("experts without a feed-forward", "ep", "layer"),
+        ("experts without a feed-forward", "pp", "none"),
+        *(
+            pytest.param(name, layout, recompute, marks=pytest.mark.parity)
+            for name in LAYERS
+            for layout, recompute in (
+                *(("ep", "moe"), ("pp", "layer"), ("tp", "selective"), ("cp", "none")),
+                *(("etp", "none"), ("tp without sequence parallelism", "none"), ("zero", "layer")),
+            )
+        ),
+    ],
+)
+def test_layer_variants(name: str, layout: str, recompute: str) -> None:
+    config = configured("softmax", recompute)
+    moe = replace(config.model.moe, **LAYERS[name])
+    assert_as_one(replace(config, model=replace(config.model, moe=moe)), layout)
 
 
 def _biases(rank: int, world_size: int, config: RunConfig) -> dict[str, Tensor]:
