@@ -51,7 +51,7 @@ def section(
     if record is None:
         return "Not measured yet: `moesys bench reliability`.\n"
     parts = [
-        f"`{record['command']}`, about half an hour. {where(record['env'])}\n",
+        f"`{record['command']}`, about an hour. {where(record['env'])}\n",
         table([{"figure": key, "value": value} for key, value in record["headline"].items()]),
     ]
     for rows in tables(record["rows"]):
