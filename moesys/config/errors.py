@@ -51,9 +51,10 @@ class ConfigError(ValueError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The fix for a misspelt word: the closest known words, else all of them."""
+    """The fix for a misspelt word: the one that differs by case alone, the closest known words, else all of them."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    alike = [name for name in names if name.lower() == word.lower()]
+    close = alike or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose from {', '.join(names)}" if names else "there is nothing to choose from"

@@ -98,11 +98,6 @@ class Balance:
         evens out the load, the losses the scores. In training a collective with a loss that counts over ranks.
         """
         config = self.config
-        if routing.blend is not None and config.has_loss:
-            raise ValueError(
-                "model.moe.balance has a balance loss and the router blends tokens, so that its load is always even: "
-                "use balance=none"
-            )
         ids_TK = routing.topk_ids_TK
         if config.bias_update_rate and config.has_loss:
             ids_TK = routing.probs_TE.detach().topk(self.top_k, dim=-1)[1]

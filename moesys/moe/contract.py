@@ -20,7 +20,10 @@ class ContractError(ValueError):
 
 
 def check_configured(config: MoEConfig, d_model: int, num_layers: int) -> None:
-    """The router of a configuration, as its first layer has it, before anything depends on it. Raises ContractError."""
+    """The router of a configuration, as its first layer has it, before anything depends on it.
+
+    Raises ContractError, also where it does not go with the rest of the layer.
+    """
     router = build_component(
         config.router,
         offered={"layer": 0, "num_layers": num_layers},
@@ -28,7 +31,26 @@ def check_configured(config: MoEConfig, d_model: int, num_layers: int) -> None:
         num_experts=config.num_choices,
         top_k=config.top_k,
     )
-    check_router(router, d_model, config.num_choices)
+    result = check_router(router, d_model, config.num_choices)
+    if problem := blend_problem(config, result):
+        raise ContractError(problem)
+
+
+def blend_problem(config: MoEConfig, result: RoutingResult) -> str | None:
+    """What a router that blends tokens, and chooses no expert, cannot go with."""
+    if result.blend is None:
+        return None
+    if config.balance.has_loss:
+        return (
+            f"model.moe.router._target_={config.router.target} blends tokens, so that load is always even, and "
+            "model.moe.balance has a balance loss: use balance=none"
+        )
+    if config.num_choices > config.num_experts:
+        return (
+            f"model.moe.router._target_={config.router.target} blends tokens and chooses no expert: set "
+            "model.moe.zero_experts, copy_experts and constant_experts to 0"
+        )
+    return None
 
 
 def route(
@@ -59,8 +81,10 @@ def some_tokens(num_tokens: int) -> Tokens:
     return Tokens(num_tokens=num_tokens, seq_len=max(1, num_tokens), ids_T=ids_T)
 
 
-def check_router(router: nn.Module, d_model: int, num_experts: int, num_tokens: int = 16) -> None:
-    """Route random numbers, with random parameters and in training. Overwrites the parameters.
+def check_router(
+    router: nn.Module, d_model: int, num_experts: int, num_tokens: int = 16
+) -> RoutingResult:
+    """Route random numbers, with random parameters and in training. Overwrites the parameters; returns the first result.
 
     Raises ContractError naming the class and every rule that it breaks.
     """
@@ -83,6 +107,7 @@ def check_router(router: nn.Module, d_model: int, num_experts: int, num_tokens: 
         broken += _broken_gradients(router, results)
     if broken:
         raise ContractError(f"{_name(router)}: {'; '.join(broken)}")
+    return results[0]
 
 
 def broken_rules(

@@ -96,7 +96,7 @@ run.dir=<FOLDER>/locked/run | run.dir= | must be writable, and | choose another 
 run.dir=<DATA>/manifest.json/run | run.dir= | must be a folder, and | choose another run.dir
 run.dir=<FOLDER>/begun checkpoint.resume=false | checkpoint.resume=false | needs a run folder without checkpoints, and | set another run.dir
 # Routers.
-router=topk | router='topk' | must be one of topk_sigmoid, topk_softmax | topk_softmax
+router=topk | router='topk' | must be one of base_sigmoid, device_limited | topk_softmax
 model.moe.router._target_=moesys.moe.routers.TopkRouter | model.moe.router._target_='moesys.moe.routers.TopkRouter' | must name a class of moesys.moe.routers | did you mean TopKRouter?
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router

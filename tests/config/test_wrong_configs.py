@@ -176,7 +176,7 @@ WRONG = [
         "model.moe.router._target_=moesys.moe.routers.TopkRouter",
         "model.moe.router._target_",
         "must name a class of moesys.moe.routers",
-        "did you mean TopKRouter",
+        "did you mean TopKRouter?",
     ),
     Wrong(
         "model.moe.router._target_=no_such_package.Router",

@@ -2,10 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from moesys.config.schema import BalanceConfig, ComponentConfig
+from moesys.moe.contract import ContractError, check_configured
+from moesys.testing.small_run import small_model
 from tests.train.launched import overrides
 
 RULES = {
@@ -30,3 +34,18 @@ def test_it_is_named(name: str, tiny_data: Path, tmp_path: Path) -> None:
     assert RULES[name] in job.stderr
     assert "Traceback" not in job.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"copy_experts": 1, "balance": BalanceConfig()}, "chooses no expert: set model.moe.zero_"),
+        ({"balance": BalanceConfig(global_loss_coef=0.1)}, "always even, .*: use balance=none"),
+    ],
+)
+def test_what_a_router_that_blends_cannot_have_is_refused(changes: dict, rule: str) -> None:
+    router = ComponentConfig(target="moesys.moe.routers.SoftRouter")
+    moe = replace(small_model().moe, router=router, **changes)
+    with pytest.raises(ContractError, match=rule):
+        check_configured(moe, d_model=16, num_layers=2)
+    check_configured(replace(moe, balance=BalanceConfig(), copy_experts=0), 16, 2)

@@ -30,20 +30,20 @@ class HashRouter(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
-        self.layer = layer
-        self.seed = seed
+        self.key = mixed_int((seed * 1_000_003 + layer) & 0xFFFFFFFF)
+        # No buffers: those begin at zero. A token's experts lie in strides that have no divisor in common with E.
+        strides = [k for k in range(1, max(2, num_experts)) if math.gcd(k, num_experts) == 1]
+        self.strides = torch.tensor(strides, device="cpu")
 
     def forward(
         self, x_TD: Tensor, state: Tensor | None = None, tokens: Tokens | None = None
     ) -> RoutingResult:
-        """No host sync."""
+        """No host sync after the first."""
         if tokens is None or tokens.ids_T is None:
             raise ValueError(f"{type(self).__name__} routes by token id: call the layer with ids")
-        key = (self.seed * 1_000_003 + self.layer) & 0xFFFFFFFF
-        first_T = _mixed(tokens.ids_T ^ _mixed(torch.tensor(key, device=x_TD.device)))
-        # Distinct: from the first in strides that have no divisor in common with E.
-        strides = torch.tensor(_coprimes(self.num_experts), device=x_TD.device)
-        stride_T = strides[_mixed(first_T + 1) % len(strides)]
+        self.strides = self.strides.to(x_TD.device)
+        first_T = mixed(tokens.ids_T ^ self.key)
+        stride_T = self.strides[mixed(first_T + 1) % len(self.strides)]
         slots_K = torch.arange(self.top_k, device=x_TD.device)
         ids_TK = (first_T[:, None] + stride_T[:, None] * slots_K) % self.num_experts
         even_TE = x_TD.new_full((len(ids_TK), self.num_experts), 1 / self.num_experts).float()
@@ -55,7 +55,7 @@ class HashRouter(nn.Module):
         )
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """A hash of 32-bit numbers, int64 in and out (C. Wellons' lowbias32); a product's high bits do not count."""
     x = x & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
@@ -63,5 +63,8 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def _coprimes(n: int) -> list[int]:
-    return [k for k in range(1, max(2, n)) if math.gcd(k, n) == 1]
+def mixed_int(x: int) -> int:
+    """The same of one number."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

@@ -6,6 +6,7 @@ Shapes: T tokens, D model, E experts, K experts per token.
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from moesys.moe.routers import (
     TopKRouter,
     ZipfRouter,
 )
+from moesys.moe.routers.hash import mixed, mixed_int
 from moesys.moe.routers.replay import recorded_loads, sampled
 from moesys.moe.routing import StepLoad
 from moesys.moe.tokens import Tokens
@@ -103,6 +105,17 @@ def test_a_hash_is_by_token_id_layer_and_seed_alone():
     assert load_E.min() > 0.75 * load_E.float().mean()
     with pytest.raises(ValueError, match="HashRouter routes by token id"):
         made(HashRouter)(x_TD, None, Tokens(num_tokens=4096, seq_len=64))
+
+
+def test_the_hash_is_lowbias32() -> None:
+    """Its published test: 32-bit arithmetic, here with numpy's."""
+    x = torch.tensor([0, 1, 2, 0xFFFFFFFF, 123456789])
+    n = x.numpy().astype(np.uint32)
+    n = (n ^ (n >> 16)) * np.uint32(0x7FEB352D)
+    n = (n ^ (n >> 15)) * np.uint32(0x846CA68B)
+    expected = (n ^ (n >> 16)).astype(np.int64).tolist()
+    assert mixed(x).tolist() == expected
+    assert [mixed_int(int(value)) for value in x] == expected
 
 
 def test_a_token_stays_within_its_groups():
