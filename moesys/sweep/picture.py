@@ -1,10 +1,9 @@
 """The table of a sweep as a picture: each run a dot, each row's mean a line. Plain SVG, for a page of documentation."""
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
-
-from moesys.report.numbers import tick
 
 _ROW_PX, _TOP_PX, _BOTTOM_PX = 24, 40, 34
 _PANELS = (
@@ -61,7 +60,7 @@ def _panel(
     for share in (0.1, 0.5, 0.9):
         value = low + share * (high - low)
         label = f'<text class="soft" x="{at(value):.1f}" y="{height - 10}" text-anchor="middle">'
-        parts.append(f"{label}{tick(float(f'{value:.3g}'))}</text>")
+        parts.append(f"{label}{_label(value, high - low)}</text>")
     for place, found in enumerate(values):
         y = _TOP_PX + _ROW_PX * (place + 0.5)
         parts += [f'<circle class="dot" cx="{at(v):.1f}" cy="{y}" r="4"/>' for v in found]
@@ -70,3 +69,8 @@ def _panel(
             f'<line class="mean" x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 7}" y2="{y + 7}"/>'
         )
     return parts
+
+
+def _label(value: float, span: float) -> str:
+    """As many decimals as tell labels apart that lie a third of `span` from each other."""
+    return f"{value:.{max(0, 1 - math.floor(math.log10(span)))}f}"

@@ -66,6 +66,18 @@ def test_a_picture_has_a_dot_for_each_run_and_is_whole():
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 3 * (2 + 1 + 1)
 
 
+def test_labels_of_values_that_are_close_differ():
+    base = {"load_imbalance": 1.0, "step_ratio": 100.0}
+    lines = [
+        {"row": name, "val_loss": loss, "val_losses": [loss], **base}
+        for name, loss in (("a", 6.1101), ("b", 6.1109))
+    ]
+    root = ElementTree.fromstring(picture(lines, "close"))
+    texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text") if e.get("class")]
+    assert len(set(texts[:3])) == 3
+    assert all(text.startswith("6.11") for text in texts[:3] if text)
+
+
 @pytest.fixture
 def words(tiny_data: Path, tmp_path: Path) -> list[str]:
     given = [
