@@ -15,6 +15,7 @@ from moesys.train.backlog import Backlog
 from moesys.train.folder import may_fail, must_begin, write_text
 from moesys.train.metrics import MetricsLog, read_metrics
 from moesys.train.sinks import TensorboardSink
+from tests.launch.braked_router import VARIABLE as BRAKE
 from tests.train.launched import finish, overrides, records, start, wait_for_step
 
 STEPS = ("train.steps=40", "checkpoint.every_steps=10", "train.eval_every_steps=0")
@@ -201,12 +202,18 @@ def test_a_small_file_is_whole_or_as_it_was(disk, capfd):
 
 
 @pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.chaos)])
-def test_a_job_trains_on_through_a_full_disk(tiny_data, disk, tmp_path, asynchronous):
+def test_a_job_trains_on_through_a_full_disk(tiny_data, disk, tmp_path, monkeypatch, asynchronous):
     folder = disk / "run"
     more = [*STEPS, f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep_last=1"]
+    # Slow until the disk is full: a save that is then half done would give room back.
+    brake = tmp_path / "brake"
+    brake.write_text("0.1")
+    monkeypatch.setenv(BRAKE, str(brake))
+    more.append("model.moe.router._target_=tests.launch.braked_router.BrakedRouter")
     process = start(2, overrides(folder, tiny_data, *more))
     wait_for_step(process, folder, 3)
     filler = fill(disk)
+    brake.unlink()
     output: list[str] = []
 
     def read() -> None:
