@@ -14,6 +14,7 @@ from moesys.models.linear import Embedding, Linear
 from moesys.models.norm import RMSNorm
 from moesys.models.rope import rope_tables
 from moesys.moe.balance import RoutingLosses
+from moesys.moe.component import build_router
 from moesys.moe.experts import SwiGLU
 from moesys.moe.layer import MoELayer
 from moesys.ops.cross_entropy import cross_entropy_sum
@@ -91,7 +92,8 @@ class Transformer(nn.Module):
         """What all layers' routers have one of. Every stage has them, and all stages the same."""
         routers = [layer.router for layer in self.moe_layers()]
         if not routers and config.num_dense_layers < config.num_layers:
-            routers = [MoEBlock(config, config.num_dense_layers).moe.router]
+            num_moe = config.num_layers - config.num_dense_layers
+            routers = [build_router(config.moe, config.d_model, 0, num_moe)]
         for name in getattr(routers[0], "over_depth", ()) if routers else ():
             self.share_over_depth(name, routers[0].get_submodule(name))
         self.norm = RMSNorm(config.d_model, config.norm_eps) if is_last else None

@@ -102,15 +102,15 @@ class Balance:
         if config.bias_update_rate and config.has_loss:
             ids_TK = routing.probs_TE.detach().topk(self.top_k, dim=-1)[1]
             counts_E = tokens_per_expert(ids_TK, routing.probs_TE.shape[1])
-        found = dict(self._balance_losses(routing.probs_TE, ids_TK, counts_E, tokens, training))
+        found = list(self._balance_losses(routing.probs_TE, ids_TK, counts_E, tokens, training))
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.z_loss_coef != 0):
             z = z_loss(routing.logits_TE)
         total = config.z_loss_coef * z
-        for coefficient, loss in found.values():
+        for coefficient, loss in found:
             total = total + coefficient * loss
         if routing.extra_loss is not None:
             total = total + routing.extra_loss
-        balance = found[max(found)][1] if found else torch.zeros_like(z)
+        balance = found[-1][1] if found else torch.zeros_like(z)
         return RoutingLosses(total, balance.detach(), z.detach())
 
     def _balance_losses(
@@ -120,22 +120,22 @@ class Balance:
         counts_E: Tensor,
         tokens: Tokens,
         training: bool,
-    ) -> Iterator[tuple[int, tuple[float, Tensor]]]:
-        """(how wide it counts, (coefficient, loss)) of those that are on, narrowest first."""
+    ) -> Iterator[tuple[float, Tensor]]:
+        """(coefficient, loss) of those that are on, from the one that counts over fewest tokens to the widest."""
         config = self.config
+        if config.sequence_loss_coef:
+            yield config.sequence_loss_coef, _sequence_loss(probs_TE, ids_TK, tokens)
         if config.micro_loss_coef:
             group = tokens.share.group
             shared_E = counts_E if group is None else _summed(counts_E, group)
-            yield 1, (config.micro_loss_coef, balance_loss(probs_TE, shared_E))
-        if config.sequence_loss_coef:
-            yield 0, (config.sequence_loss_coef, _sequence_loss(probs_TE, ids_TK, tokens))
+            yield config.micro_loss_coef, balance_loss(probs_TE, shared_E)
         if config.global_loss_coef or config.device_loss_coef:
             step_E = self._count_step(counts_E) if training else counts_E
             if config.device_loss_coef:
                 loss = device_balance_loss(probs_TE, step_E, config.device_groups)
-                yield 2, (config.device_loss_coef, loss)
+                yield config.device_loss_coef, loss
             if config.global_loss_coef:
-                yield 3, (config.global_loss_coef, balance_loss(probs_TE, step_E))
+                yield config.global_loss_coef, balance_loss(probs_TE, step_E)
 
     def _count_step(self, counts_E: Tensor) -> Tensor:
         """Of all ranks, and of the step so far."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from moesys.config.constructor import Constructor
-from moesys.config.schema import ComponentConfig
+from moesys.config.schema import ComponentConfig, MoEConfig
 
 
 def build_component(
@@ -34,6 +34,17 @@ def build_component(
         raise ValueError(
             f"_target_={component.target} does not take its options: {error}"
         ) from error
+
+
+def build_router(config: MoEConfig, d_model: int, layer: int, num_layers: int) -> nn.Module:
+    """The router of the `layer`-th of `num_layers` MoE layers. Raises ValueError as `build_component`."""
+    return build_component(
+        config.router,
+        offered={"layer": layer, "num_layers": num_layers},
+        d_model=d_model,
+        num_experts=config.num_choices,
+        top_k=config.top_k,
+    )
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import MoEConfig
-from moesys.moe.component import build_component, takes
+from moesys.moe.component import build_router, takes
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Tokens
 
@@ -24,13 +24,7 @@ def check_configured(config: MoEConfig, d_model: int, num_layers: int) -> None:
 
     Raises ContractError, also where it does not go with the rest of the layer.
     """
-    router = build_component(
-        config.router,
-        offered={"layer": 0, "num_layers": num_layers},
-        d_model=d_model,
-        num_experts=config.num_choices,
-        top_k=config.top_k,
-    )
+    router = build_router(config, d_model, 0, num_layers)
     result = check_router(router, d_model, config.num_choices)
     if problem := blend_problem(config, result):
         raise ContractError(problem)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from moesys.config.schema import MoEConfig
 from moesys.moe.balance import Balance, RoutingLosses
 from moesys.moe.capacity import capacity_rows, within_capacity
-from moesys.moe.component import build_component, takes
+from moesys.moe.component import build_router, takes
 from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import Experts, SwiGLU
@@ -34,13 +34,7 @@ class MoELayer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.router = build_component(
-            config.router,
-            offered={"layer": layer, "num_layers": num_layers},
-            d_model=d_model,
-            num_experts=config.num_choices,
-            top_k=config.top_k,
-        )
+        self.router = build_router(config, d_model, layer, num_layers)
         if config.balance.bias_update_rate and not hasattr(self.router, "selection_bias_E"):
             raise ValueError(
                 f"model.moe.balance.bias_update_rate={config.balance.bias_update_rate} needs a router with a "

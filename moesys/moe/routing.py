@@ -50,7 +50,7 @@ class StepLoad:
     """What an optimizer step routed, over all ranks and micro-steps."""
 
     load_ME: Tensor
-    """int64, slots of each expert of every MoE layer; a layer with fewer experts has zeros behind them."""
+    """int64, slots of each expert of every MoE layer."""
     layer: int
     """Which of the M the router is of."""
     num_tokens: int

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moesys.parallel.tensor import all_gather_single, reduce_scatter_single
+from moesys.parallel.tensor import TensorParallel
 
 
 class SequenceShare(NamedTuple):
@@ -68,7 +68,7 @@ class Tokens:
 
     def gathered(self, x: Tensor) -> Tensor:
         """[U, ...] from each rank's [T, ...], in order of rank. With ranks a collective; differentiable."""
-        return x if self.share.group is None else _Gather.apply(x, self.share.group)
+        return x if self.share.group is None else TensorParallel(self.share.group).gather(x)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's [T, ...] of what `gathered` gives."""
@@ -77,7 +77,7 @@ class Tokens:
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum over the ranks, which each goes on to use for its own tokens. With ranks a collective; differentiable."""
-        return x if self.share.group is None else _Sum.apply(x, self.share.group)
+        return x if self.share.group is None else TensorParallel(self.share.group).total(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,37 +97,3 @@ class BySequence:
         """[B, S, ...] to [U, ...], the inverse."""
         x = x.flatten(0, 1)
         return x if self.order_U is None else x[self.order_U.argsort()]
-
-
-class _Gather(torch.autograd.Function):
-    """Every rank goes on to use all of it, each for a share of its own: gradients are summed over ranks."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
-        all_gather_single(out, x.contiguous(), group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        out = grad.new_empty(grad.shape[0] // dist.get_world_size(ctx.group), *grad.shape[1:])
-        reduce_scatter_single(out, grad.contiguous(), group=ctx.group)
-        return out, None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return _summed(grad, ctx.group), None
-
-
-def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    summed = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(summed, group=group)
-    return summed

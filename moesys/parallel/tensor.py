@@ -6,6 +6,7 @@ every rank has a part of every token's sum. Tokens are the flattened first dim, 
 
     project           into a region of cut matrices, through the first of them: a gather with sequence parallelism
     leave             the region: a reduce-scatter with sequence parallelism, an all-reduce without
+    gather, total     for what each rank then uses for its own tokens alone
     split, join       without sequence parallelism: to a region that works on a share of the tokens, and back
 
 Shapes: T tokens of the group, t = T / size tokens of this rank, D model, O outputs of a matrix on this rank.
@@ -63,6 +64,14 @@ class TensorParallel:
     def join(self, x: Tensor) -> Tensor:
         """[t, D] to [T, D], the same on all ranks."""
         return _Move.apply(x, self._gather, self._own)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[t, D] to [T, D], which each rank goes on to use for a share of its own: gradients are summed over ranks."""
+        return _Move.apply(x, self._gather, self._reduce_scatter)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over ranks, which each rank goes on to use for a share of its own; differentiable."""
+        return _Move.apply(x, self._all_reduce, self._all_reduce)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks of a tensor that each rank goes on to use alike; not differentiable."""

@@ -109,7 +109,10 @@ class TrainStep:
         judge: Judge | None = None,
         step: int = 1,
     ) -> StepResult:
-        """`step` is its number, from 1. The host waits for the device once: at the end, or with a `judge` before the update, which then runs on."""
+        """`step` is its number, from 1.
+
+        The host waits for the device once: at the end, or with a `judge` before the update, which then runs on.
+        """
         self.model.train()
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, balance, z
         if self.parallel.pipeline is not None:
