@@ -142,6 +142,9 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     problems = []
     if moe.num_shared_experts:
         problems.append(f"model.moe.num_shared_experts={moe.num_shared_experts} must be 0")
+    for name in ("zero_experts", "copy_experts", "constant_experts"):
+        if number := getattr(moe, name):
+            problems.append(f"model.moe.{name}={number} must be 0")
     if moe.d_latent is not None:
         problems.append(f"model.moe.d_latent={moe.d_latent} must be null")
     if not is_topk_router(moe.router.target):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moesys.checkpoint import huggingface
-from moesys.checkpoint.hf_config import family_for
+from moesys.checkpoint.hf_config import config_to_hf, family_for
 from moesys.checkpoint.hf_names import hf_tensors
 from moesys.checkpoint.huggingface import load_hf, model_config_from_hf, save_hf
 from moesys.config.build import build
@@ -19,6 +19,7 @@ from moesys.config.schema import ComponentConfig, ModelConfig
 from moesys.models.transformer import Transformer
 from moesys.parallelize.build import build_model
 from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import small_model
 from tests.checkpoint.import_job import import_and_run
 
 transformers = pytest.importorskip("transformers")
@@ -306,3 +307,10 @@ def test_what_the_families_lack_is_not_exported(tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
     with pytest.raises(ValueError, match="exists: name a new folder"):
         save_hf(model.state_dict(), model.config, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("key", ["zero_experts", "copy_experts", "constant_experts"])
+def test_experts_without_a_feed_forward_are_refused(key):
+    config = small_model(num_shared_experts=0, num_dense_layers=0, **{key: 2})
+    with pytest.raises(ValueError, match=rf"model\.moe\.{key}=2 must be 0"):
+        config_to_hf(config, "float32")

@@ -61,6 +61,19 @@ def dumb_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
     return torch.stack(out).view_as(x_BSD)
 
 
+def assert_formula(layer: MoELayer, formula) -> None:
+    """Values and all gradients."""
+    x = make_input()
+    y, _, _ = layer(x)
+    expected = formula(layer, x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
 def variant_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
     """Latent experts, and shared ones that are weighed, token by token."""
     out = []
@@ -89,15 +102,7 @@ def variant_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shared_gate", ["none", "sigmoid", "softmax"])
 def test_variants_are_their_formulas(d_latent, shared_gate):
     layer = make_layer(replace(CONFIG, d_latent=d_latent, shared_gate=shared_gate))
-    x = make_input()
-    y, _, _ = layer(x)
-    expected = variant_forward(layer, x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    assert_formula(layer, variant_forward)
 
 
 NULL = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2, "top_k": 4}
@@ -124,16 +129,8 @@ def null_forward(layer: MoELayer, x_BSD: torch.Tensor) -> torch.Tensor:
 
 def test_experts_without_a_feed_forward_are_their_formulas():
     layer = make_layer(replace(CONFIG, **NULL))
-    x = make_input()
-    y, _, _ = layer(x)
-    expected = null_forward(layer, x)
-    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    ours, theirs = gradients(layer, x, y), gradients(layer, x, expected)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * scale)
-    counted = layer.load.take(x.device)
+    assert_formula(layer, null_forward)
+    counted = layer.load.take(torch.device("cpu"))
     assert len(counted) == 12 + 1
     assert counted.sum() == B * S * 4
     assert counted[8:12].min() > 0
