@@ -120,7 +120,7 @@ slurm: $(TEST_STAMP) $(BUILD_STAMP) ## the long suite on a real Slurm (as root, 
 
 .PHONY: chaos
 chaos: $(TEST_STAMP) $(BUILD_STAMP) data/stdlib/manifest.json ## every kind of fault in a real job, then 30 minutes with one a minute
-	$(BIN)/python -m pytest -m chaos $(ARGS)
+	$(call pytest,-m chaos)
 	$(BIN)/moesys chaos --mean-s 60 --minutes 30 --kinds kill,exception,stop,slow,partition,disk_full,corrupt_checkpoint \
 	  experiment=quickstart train.timeout_s=30 checkpoint.every_steps=20 run.dir=runs/chaos
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from moesys.config.schema import DataConfig
+
 EOD_TOKEN = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257
 """256 bytes and the end of a document."""
@@ -56,6 +58,14 @@ def _load(path: str, _mtime_ns: int, _inode: int) -> Tokenizer:
     # Otherwise a document that quotes <|endoftext|> would end there.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def tokenizer_of(data: DataConfig) -> Tokenizer:
+    """The one that all sources have. Raises ValueError where a folder of `moesys prep` is not."""
+    path = Path(next(iter(data.folders.values())), "tokenizer.json")
+    if not path.is_file():
+        raise ValueError(f"{path.parent} has no {path.name}: work where the run's data is")
+    return load_tokenizer(path)
 
 
 def eod_id(tokenizer: Tokenizer, eod_token: str, path: str | Path) -> int:

@@ -9,15 +9,12 @@ from torch import Tensor
 from moesys.config.schema import RunConfig
 from moesys.data.indexed import IndexedTokens
 from moesys.data.loader import IGNORED_TARGET, EvalBatches
-from moesys.data.tokenizer import load_tokenizer
+from moesys.data.tokenizer import tokenizer_of
 
 
 def of_texts(config: RunConfig, texts: Sequence[Path], max_tokens: int) -> Iterator[Tensor]:
     """int64 [1, S], S at most data.seq_len: the first `max_tokens` tokens of each. Raises ValueError for what cannot be read."""
-    folder = next(iter(config.data.folders.values()))  # all sources have one tokenizer
-    if not Path(folder, "tokenizer.json").is_file():
-        raise ValueError(f"data.path={folder} has no tokenizer.json: work where the run's data is")
-    tokenizer = load_tokenizer(Path(folder, "tokenizer.json"))
+    tokenizer = tokenizer_of(config.data)
     for path in texts:
         try:
             text = path.read_text(encoding="utf-8")

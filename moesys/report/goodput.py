@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesys.report.numbers import duration, is_number
-from moesys.report.records import time_of
+from moesys.report.records import time_of, unix_s_of
 
 PARTS = {
     "productive": "steps whose result the run still has, without their wait for data",
@@ -217,8 +217,8 @@ def goodput_lines(goodput: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _moment_ms(record: Mapping[str, Any], name: str) -> int | None:
-    value = record.get(name)
-    return round(float(value) * 1e3) if is_number(value) else None
+    unix_s = unix_s_of(record.get(name))
+    return None if unix_s is None else round(unix_s * 1e3)
 
 
 def _ms(record: Mapping[str, Any], name: str) -> float:

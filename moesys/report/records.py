@@ -14,6 +14,8 @@ from moesys.report.numbers import is_number
 # The writer puts this key last, so that a reader who wants the numbers need not parse
 # layers * experts integers of every step.
 LOAD_KEY = "expert_load"
+_FAR_UNIX_S = 1e11
+"""The year 5138."""
 _LOAD_MARK = f', "{LOAD_KEY}": '.encode()
 
 
@@ -56,8 +58,12 @@ def parse_line(line: bytes, *, path: Path, number: int) -> dict[str, Any] | None
 def time_of(record: Mapping[str, Any]) -> float | None:
     """When a record was written, seconds since 1970; None where it does not say."""
     # `time_unix_s` was its name in older files.
-    found = record.get("unix_s", record.get("time_unix_s"))
-    return float(found) if is_number(found) else None
+    return unix_s_of(record.get("unix_s", record.get("time_unix_s")))
+
+
+def unix_s_of(value: Any) -> float | None:
+    """A moment, seconds since 1970; None for what is no number, or no moment that a clock shows."""
+    return float(value) if is_number(value) and abs(value) < _FAR_UNIX_S else None
 
 
 def without_load(line: bytes) -> bytes:

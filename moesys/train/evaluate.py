@@ -135,14 +135,16 @@ def measure_loads(
 
 
 class _Loads:
-    """Slots of each source, layer and expert."""
+    """Slots of each source, of each MoE layer of the decoder (no others run here), and expert."""
 
     def __init__(self, parallel: ParallelModel, num_sources: int, device: torch.device) -> None:
         config = parallel.whole.config
-        self.choices_M = [config.moe_of(layer).num_choices for layer in config.moe_layers]
+        layers = [layer for layer in config.moe_layers if layer < config.num_layers]
+        self.choices_M = [config.moe_of(layer).num_choices for layer in layers]
         shape = (num_sources, len(self.choices_M), config.moe.num_choices)
         self.counts_NME = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.counter = VisitCounter(parallel.whole.moe_places())
+        places = parallel.whole.moe_places()
+        self.counter = VisitCounter({at: places[at] for at in places if at < len(layers)})
 
     def of_all_ranks(self) -> list[list[list[int]]]:
         """Collective: each rank has counted its own tokens in its own stages."""
