@@ -1,5 +1,5 @@
-"""Write docs/benchmarks.md, and a section of docs/reliability.md, from benchmarks/results/*.json; with --check, fail if
-they are not up to date."""
+"""Write docs/benchmarks.md, and a section of docs/reliability.md and docs/routers.md, from benchmarks/results/*.json; with
+--check, fail if they are not up to date."""
 
 import argparse
 import json
@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import section, with_section
+from benchmarks.measured import RELIABILITY, ROUTERS, Sections, section, with_section
 from benchmarks.results import RESULTS, ROOT, cell_text, tables
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-RELIABILITY_PAGE = ROOT / "docs" / "reliability.md"
+MEASURED_PAGES: Mapping[str, Sections] = {"reliability": RELIABILITY, "routers": ROUTERS}
+"""Benchmarks with a section in the page of docs/ of their name."""
 
 INTRODUCTION = """\
 # Benchmarks
@@ -40,10 +41,11 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def reliability_page(text: str, records: Sequence[Mapping[str, Any]]) -> str:
-    """docs/reliability.md as it is, with what its benchmark has measured. Pure."""
-    record = next((record for record in records if record["name"] == "reliability"), None)
-    return with_section(text, section(record, _table, _where, tables))
+def measured_page(name: str, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """The page as it is, with what its benchmark has measured. Pure."""
+    record = next((record for record in records if record["name"] == name), None)
+    sections = MEASURED_PAGES[name]
+    return with_section(text, section(name, sections, record, _table, _where, tables))
 
 
 def _section(record: Mapping[str, Any]) -> str:
@@ -95,8 +97,10 @@ def main() -> int:
     check = parser.parse_args().check
     records = read_results()
     pages = {PAGE: page(records)}
-    if RELIABILITY_PAGE.exists():
-        pages[RELIABILITY_PAGE] = reliability_page(RELIABILITY_PAGE.read_text(), records)
+    for name in MEASURED_PAGES:
+        path = ROOT / "docs" / f"{name}.md"
+        if path.exists():
+            pages[path] = measured_page(name, path.read_text(), records)
     stale = {path: text for path, text in pages.items() if not _says(path, text)}
     for path, text in stale.items():
         name = path.relative_to(ROOT)

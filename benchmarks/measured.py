@@ -1,4 +1,4 @@
-"""The section "Measured" of docs/reliability.md, from the result of `moesys bench reliability`. Pure."""
+"""The sections "Measured" of pages of docs/, each from the result of one benchmark. Pure."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,10 @@ BEGIN, END = "<!-- measured: written by `make docs` -->", "<!-- measured: end --
 
 Row = Mapping[str, Any]
 
-_SECTIONS: Mapping[str, tuple[str, str]] = {
+Sections = Mapping[str, tuple[str, str]]
+"""By the first column of a table: its title, and what it says."""
+
+RELIABILITY: Sections = {
     "fault": (
         "Faults",
         "Two ranks under torchrun with restarts in place, a checkpoint every 5 steps; rank, step and phase by chance. `found`: from "
@@ -38,10 +41,23 @@ _SECTIONS: Mapping[str, tuple[str, str]] = {
     ),
     "left_out": ("Left out", "What this machine could not be asked."),
 }
-"""By the first column of a table: its title, and what it says."""
+ROUTERS: Sections = {
+    "router": (
+        "Routers",
+        "Means over seeds after 400 steps of 4096 tokens, two ranks, equal active FLOPs; `max_mean_load` over the last half of the steps, "
+        "mean over layers; `step_ratio` to the first row's run with the same seed.\n\n![](routers_compared.svg)",
+    ),
+    "balance counted over": (
+        "Balance counted over more and more",
+        "One loss, its f_i counted over 1 to 32 sequences, in the same model and data.\n\n![](balance_compared.svg)",
+    ),
+    "oracle tests": ("Oracles", "Comparisons with transformers' and megatron-core's routers."),
+}
 
 
 def section(
+    name: str,
+    sections: Sections,
     record: Mapping[str, Any] | None,
     table: Callable[[Sequence[Row]], str],
     where: Callable[[Mapping[str, Any]], str],
@@ -49,13 +65,13 @@ def section(
 ) -> str:
     """What stands between the marks: a table for each kind of row, and where all was measured."""
     if record is None:
-        return "Not measured yet: `moesys bench reliability`.\n"
+        return f"Not measured yet: `moesys bench {name}`.\n"
     parts = [
-        f"`{record['command']}`, about an hour. {where(record['env'])}\n",
+        f"`{record['command']}`. {where(record['env'])}\n",
         table([{"figure": key, "value": value} for key, value in record["headline"].items()]),
     ]
     for rows in tables(record["rows"]):
-        title, text = _SECTIONS[next(iter(rows[0]))]
+        title, text = sections[next(iter(rows[0]))]
         parts += [f"### {title}\n", f"{text}\n", table(rows)]
     return "\n".join(parts)
 

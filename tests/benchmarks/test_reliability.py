@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import kept, reliability
 from benchmarks.kept import KeptParts, identity
-from benchmarks.measured import section
+from benchmarks.measured import RELIABILITY, section
 from benchmarks.reliability import PARTS, SEEDS, Bench, Row, headline, one_in_each, stall_row
 from benchmarks.requeues import exact_requeues
 from benchmarks.results import tables
@@ -117,11 +117,12 @@ def test_the_page_has_a_section_for_each_kind_of_row() -> None:
     first = [{column: 1} for column in ("fault", "ranks", "faults", "requeues", "mutations")]
     rows = [{"saves": 1}, *first, {"fault": 2}, {"left_out": "x", "why": "y"}]
     record = {"command": "moesys bench", "headline": {"goodput_pct": 93.5}, "rows": rows, "env": {}}
-    text = section(record, str, lambda env: "here", tables)
+    text = section("reliability", RELIABILITY, record, str, lambda env: "here", tables)
     assert text.count("### ") == 7
     assert "[{'fault': 1}, {'fault': 2}]" in text
     assert "[{'figure': 'goodput_pct', 'value': 93.5}]" in text
-    assert section(None, str, str, tables) == "Not measured yet: `moesys bench reliability`.\n"
+    unmeasured = section("reliability", RELIABILITY, None, str, str, tables)
+    assert unmeasured == "Not measured yet: `moesys bench reliability`.\n"
 
 
 def test_a_fault_in_each_stretch() -> None:

@@ -88,7 +88,6 @@ def test_stale_page_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(docs, "ROOT", tmp_path)
     monkeypatch.setattr(docs, "PAGE", tmp_path / "docs" / "benchmarks.md")
     reliability = tmp_path / "docs" / "reliability.md"
-    monkeypatch.setattr(docs, "RELIABILITY_PAGE", reliability)
     monkeypatch.setattr(sys, "argv", ["docs", "--check"])
     assert docs.main() == 1
     assert not docs.PAGE.exists()

@@ -1,0 +1,125 @@
+"""Every router, and one balance loss counted over more and more, trained on the same data with equal active FLOPs; and
+how many comparisons with other people's routers pass.
+
+The runs are `moesys sweep`'s, kept in runs/routers.sweep and runs/balance.sweep: what is done is not done again. Tables and
+pictures go to docs/routers.md.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.results import ROOT, Result
+
+DESCRIPTION = (
+    "validation loss, load and step time of every router and balance level; oracles passed"
+)
+RESULT = "routers"
+SEEDS = 3
+SWEEPS = {"routers": "router", "balance": "balance counted over"}
+"""Files of benchmarks/sweeps, and what a row of each is."""
+MICRO, GLOBAL = "1 sequence", "32 sequences (global)"
+"""Rows of the balance sweep."""
+PICTURES = ROOT / "docs"
+QUICK = ["train.steps=4", "train.eval_tokens=4096", "schedule.warmup_steps=2"]
+
+
+def run(quick: bool, progress: Callable[[str], None], seeds: int = SEEDS) -> Result:
+    """About an hour and a half on two cores; quick: two rows of each sweep for a few steps."""
+    lines = {name: _sweep(name, 1 if quick else seeds, quick, progress) for name in SWEEPS}
+    progress("oracles")
+    passed, failed = _oracles()
+    if not quick:
+        for name in SWEEPS:
+            shutil.copyfile(_folder(name) / "table.svg", PICTURES / f"{name}_compared.svg")
+    rows = [_row(SWEEPS[name], line) for name in SWEEPS for line in lines[name]]
+    rows.append({"oracle tests": passed + failed, "passed": passed})
+    return Result(
+        headline={
+            "routers": len(list((ROOT / "configs" / "router").glob("*.yaml"))),
+            "router_oracles_passed": passed,
+            "global_minus_micro_val_loss": difference(lines["balance"]),
+        },
+        rows=rows,
+        is_whole=seeds >= SEEDS and not quick,
+    )
+
+
+def difference(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Mean validation loss of the loss counted over a step less that of one counted over a sequence, nats; below 0 = global
+    is better, as 2501.11873 has it. Pure."""
+    losses = {line["row"]: line["val_loss"] for line in lines}
+    return losses[GLOBAL] - losses[MICRO]
+
+
+def _row(what: str, line: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        what: line["row"],
+        "runs": line["runs"],
+        "val_loss": round(line["val_loss"], 4),
+        "val_loss_sd": None if line["val_loss_sd"] is None else round(line["val_loss_sd"], 4),
+        "max_mean_load": round(line["load_imbalance"], 3),
+        "step_ms": round(line["step_ms"], 1),
+        "step_ratio": round(line["step_ratio"], 3),
+    }
+
+
+def _folder(name: str) -> Path:
+    return ROOT / "runs" / f"{name}.sweep"
+
+
+def _sweep(
+    name: str, seeds: int, quick: bool, progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The lines of its table. Raises ValueError where a run failed; what it said stands in its folder."""
+    variants = ROOT / "benchmarks" / "sweeps" / f"{name}.yaml"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, more = _folder(name), list[str]()
+        if quick:
+            named = yaml.safe_load(variants.read_text())
+            few = dict(list(named.items())[:2]) | {
+                k: named[k] for k in (MICRO, GLOBAL) if k in named
+            }
+            variants, folder = Path(scratch, f"{name}.yaml"), Path(scratch, "runs")
+            variants.write_text(yaml.safe_dump(few))
+            more = QUICK
+        words = [*("sweep", "--nproc", "2", "--variants", str(variants), "--folder", str(folder))]
+        words += ["--json", "experiment=compare", *more, "--sweep"]
+        words.append("run.seed=" + ",".join(map(str, range(seeds))))
+        with subprocess.Popen(
+            [sys.executable, "-m", "moesys", *words],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stderr:
+                progress(f"{name}: {line.rstrip()}")
+            table = process.stdout.read()
+        if process.returncode:
+            raise ValueError(f"the sweep of {variants.name} failed, in {folder}: run it again")
+        return json.loads(table)
+
+
+def _oracles() -> tuple[int, int]:
+    """Comparisons with other people's routers that passed, and that did not (those left out included)."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        words = ["-q", f"--junitxml={report}", "tests/oracles/test_routers.py"]
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *words], cwd=ROOT, check=False, capture_output=True
+        )
+        suite = next(ElementTree.parse(report).getroot().iter("testsuite"))
+    count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+    failed = count["failures"] + count["errors"] + count["skipped"]
+    return count["tests"] - failed, failed
