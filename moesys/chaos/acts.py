@@ -15,6 +15,7 @@ from moesys.chaos import cut, disk
 from moesys.chaos.faults import Fault
 from moesys.checkpoint import folder as folders
 from moesys.ops.shard import local_tensor
+from moesys.parallel.gradients import lies_with_experts
 from moesys.train.agent import find_agent
 from moesys.train.trainer import Trainer
 
@@ -138,11 +139,11 @@ def _nan(fault: Fault, trainer: Trainer) -> Act:
 
 @torch.no_grad()
 def _bit_flip(fault: Fault, trainer: Trainer) -> Act:
-    # Of what every data rank has: nobody else holds an expert's weights to compare.
+    # Of what every data rank has: nobody else holds what ep ranks share out, to compare.
     parameters = {
         name: local_tensor(parameter).detach()
         for name, parameter in trainer.run.model.named_parameters()
-        if ".experts." not in name
+        if not lies_with_experts(name)
     }
     name, parameter, index = _element(fault, parameters)
     num_bits = 8 * parameter.element_size()

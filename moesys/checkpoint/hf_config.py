@@ -142,6 +142,8 @@ def config_to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
     problems = []
     if config.attention_experts > 1:
         problems.append(f"model.attention_experts={config.attention_experts} must be 1")
+    if memory := list(config.memory_layers.layers):
+        problems.append(f"model.memory_layers.layers={memory} must be []")
     if moe.num_shared_experts:
         problems.append(f"model.moe.num_shared_experts={moe.num_shared_experts} must be 0")
     for name in ("zero_experts", "copy_experts", "constant_experts"):

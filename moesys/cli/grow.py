@@ -237,7 +237,7 @@ def _prune(args: argparse.Namespace) -> "Growth":
 
 def _scores(args: argparse.Namespace, part: "Part") -> tuple[list[list[float]], str]:
     if args.recorded is not None:
-        from moesys.moe.routers.replay import recorded_loads
+        from moesys.moe.routers.load_replay import recorded_loads
 
         if args.recorded < 1:
             raise ValueError(f"--recorded {args.recorded} must be at least 1")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from moesys.config.bounds import divisors, in_range, multiples_near, nearest
 from moesys.config.errors import Problem
-from moesys.config.schema import MoEConfig, ParallelConfig, RunConfig
+from moesys.config.schema import MemoryLayersConfig, MoEConfig, ParallelConfig, RunConfig
 from moesys.parallel.dims import ParallelDims, parallel_dims
 
 _DENSE = ("pp", "cp", "tp")
@@ -199,8 +199,10 @@ def _lengths(config: RunConfig) -> list[_Length]:
         ),
         *_expert_widths(config),
     ]
-    if model.num_dense_layers:
+    if model.num_dense_layers or model.memory_layers.layers:
         found.append(_Length(key="model.d_ffn", value=model.d_ffn, axis="tp"))
+    if model.memory_layers.layers:
+        found += _memory_columns(model.memory_layers)
     if cp > 1:
         found.append(
             _Length(
@@ -239,6 +241,20 @@ def _lengths(config: RunConfig) -> list[_Length]:
             )
         )
     return found
+
+
+def _memory_columns(memory: MemoryLayersConfig) -> list[_Length]:
+    """Of what a token reads in a memory."""
+    path, several = "model.memory_layers", memory.heads > 1
+    of_value = _Length(
+        key=f"{path}.d_value",
+        value=memory.d_value,
+        axis="ep",
+        unit=max(1, memory.heads),
+        unit_words=f"{path}.heads={memory.heads} * " if several else "",
+        why="ranks share out each head's slice" if several else "",
+    )
+    return [of_value, _Length(key=f"{path}.d_pre", value=memory.d_pre, axis="ep")]
 
 
 def _numbers_of_experts(moe: MoEConfig) -> list[tuple[str, int]]:

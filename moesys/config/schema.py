@@ -116,6 +116,29 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryLayersConfig:
+    """Layers with a dense feed-forward and a memory, of which each token reads top_k of num_keys^2 learned values
+    (UltraMem, 2411.12364; UltraMemV2, 2508.18756)."""
+
+    layers: tuple[int, ...] = ()
+    """Which of the decoder's layers are such in the place of MoE."""
+    num_keys: int = 64
+    """Keys of each of two axes; a value has one of both."""
+    top_k: int = 16
+    """Values per token, 1..num_keys."""
+    d_key: int = 64
+    """Width of a key."""
+    d_value: int = 128
+    """Width of a value, before it is projected to the model's; a multiple of heads * parallel.ep."""
+    d_pre: int = 64
+    """Width of the pre-value that gates each value (PEER, 2407.04153), a multiple of parallel.ep; 0 = none."""
+    rank: int = 2
+    """Scores per key, which the Tucker core joins to the score of a value."""
+    heads: int = 1
+    """Cores, each with the score of its own slice of a value."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Pre-norm decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; dense first layers, then MoE layers."""
 
@@ -156,6 +179,7 @@ class ModelConfig:
     """Multi-token prediction: so many further layers, each predicting one token further ahead (DeepSeek-V3, 2.2)."""
     mtp_loss_coef: float = 0.3
     """With mtp_depth: weight of the mean of their losses."""
+    memory_layers: MemoryLayersConfig = field(default_factory=MemoryLayersConfig)
     moe: MoEConfig
 
     @property
@@ -189,19 +213,18 @@ class ModelConfig:
         return self.d_model if self.moe.d_latent is None else self.moe.d_latent
 
     @property
-    def moe_layers(self) -> range:
+    def moe_layers(self) -> tuple[int, ...]:
         """The layers that are MoE; those of multi-token prediction are if any other is."""
-        is_dense = self.num_dense_layers == self.num_layers
-        return range(
-            self.num_dense_layers, self.num_dense_layers if is_dense else self.total_layers
-        )
+        layers = range(self.num_dense_layers, self.num_layers)
+        decoder = tuple(layer for layer in layers if layer not in self.memory_layers.layers)
+        return decoder and (*decoder, *range(self.num_layers, self.total_layers))
 
     def moe_of(self, layer: int) -> MoEConfig:
         """Of one MoE layer, with its own number of experts."""
         numbers = self.moe.experts_by_layer
         if numbers is None:
             return self.moe
-        number = numbers[layer - self.num_dense_layers]
+        number = numbers[self.moe_layers.index(layer)]
         return replace(self.moe, num_experts=number, experts_by_layer=None)
 
     def all_as(self, layer: int) -> "ModelConfig":
@@ -382,6 +405,8 @@ class MetricsConfig:
     """The project that runs appear in."""
     peak_tflops: float | None = None
     """Per-rank peak that MFU is a share of. null = the rate of a large matrix product, measured at start-up."""
+    record_choices_steps: int = 0
+    """Of the first so many steps the experts of each token are written to RUN/choices, for router=replay; 0 = none."""
     straggler_every_steps: int = 10
     """Optimizer steps between comparisons of the ranks' compute times; 0 = none."""
     straggler_ratio: float = 1.5

@@ -12,6 +12,7 @@ from moesys.config.errors import ConfigError, Problem
 from moesys.config.experts import find_expert_problems
 from moesys.config.files import find_file_problems
 from moesys.config.layout import find_layout_problems, layout_warnings
+from moesys.config.memory_layers import memory_layer_warnings
 from moesys.config.nodes import node_warnings
 from moesys.config.pipeline import find_pipeline_problems, pipeline_warnings
 from moesys.config.schema import (
@@ -82,11 +83,14 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
     """One sentence for each option that was set and that nothing will read, and for slow groups."""
     found: list[str] = []
     moe, schedule = config.model.moe, config.schedule
-    if config.model.num_dense_layers == config.model.num_layers:
-        found.append(
-            f"model.num_dense_layers={config.model.num_dense_layers} leaves no MoE layer: "
-            "model.moe, parallel.ep and parallel.etp have no effect"
-        )
+    if not config.model.moe_layers:
+        left = f"model.num_dense_layers={config.model.num_dense_layers}"
+        unread = "model.moe, parallel.ep and parallel.etp have"
+        if memory := list(config.model.memory_layers.layers):
+            left += f" with model.memory_layers.layers={memory}"
+            unread = "model.moe has"
+        found.append(f"{left} leaves no MoE layer: {unread} no effect")
+    found += memory_layer_warnings(config.model)
     if config.model.share_depth != "none" and len(config.model.moe_layers) < 2:
         found.append(
             f"model.share_depth={config.model.share_depth} has no effect with fewer than two MoE layers"
@@ -196,6 +200,7 @@ def _run(config: RunConfig) -> Iterator[Problem]:
     yield from in_range("run.seed", config.run.seed, 0, below=2**63)
     yield from in_range("checkpoint.every_steps", config.checkpoint.every_steps, 0)
     yield from in_range("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    yield from in_range("metrics.record_choices_steps", config.metrics.record_choices_steps, 0)
     yield from in_range("metrics.straggler_every_steps", config.metrics.straggler_every_steps, 0)
     yield from in_range("metrics.straggler_ratio", config.metrics.straggler_ratio, above=1.0)
     if config.metrics.peak_tflops is not None:

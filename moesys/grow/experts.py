@@ -92,7 +92,7 @@ def _kept(
             yield mean_of(name, of, [0])
             continue
         moe = part.model.moe_of(layer_of(name))
-        ids = [*kept[layer_of(name) - part.model.num_dense_layers]]
+        ids = [*kept[part.model.moe_layers.index(layer_of(name))]]
         if ".moe.experts." not in name:
             ids += range(moe.num_experts, moe.num_choices)
         yield rows_of(name, of.dtype, of.shape[1:], [(0, name, row) for row in ids])

@@ -88,7 +88,7 @@ def merge(
             if name not in rows:
                 yield mean_of(name, of, averaged)
                 continue
-            place = layer_of(name) - model.num_dense_layers
+            place = model.moe_layers.index(layer_of(name))
             ids = [
                 (part, name, first_own[part][place] + i)
                 for part, of_part in enumerate(numbers)

@@ -73,6 +73,11 @@ def open_part(path: Path, name: str | None = None) -> Part:
             f"{folder} has no {CONFIG} above it: name a run folder, or a checkpoint inside one"
         )
     config = load_resolved(places[0] / CONFIG)
+    if memory := list(config.model.memory_layers.layers):
+        raise ValueError(
+            f"{places[0] / CONFIG}: model.memory_layers.layers={memory} must be []: models with memory layers are "
+            "neither upcycled, merged nor pruned"
+        )
     if config.model.moe_layers and config.model.share_depth != "none":
         raise ValueError(
             f"{places[0] / CONFIG}: model.share_depth={config.model.share_depth} must be none: layers that share "

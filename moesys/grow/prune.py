@@ -3,11 +3,11 @@
 Shapes: T tokens, M MoE layers, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesys.config.errors import ConfigError, Problem
 from moesys.grow.experts import experts_by_layer, keep_experts
@@ -15,7 +15,10 @@ from moesys.grow.part import Part
 from moesys.grow.write import Growth
 from moesys.models.mtp import targets_ahead
 from moesys.models.transformer import Transformer
+from moesys.moe.layer import MoELayer
+from moesys.moe.listening import Listening
 from moesys.moe.routing import RoutingResult
+from moesys.moe.tokens import Known
 from moesys.moe.visits import slots
 
 By = Literal["utilisation", "premoe"]
@@ -82,27 +85,14 @@ def measured_scores(
     totals = [torch.zeros(layer.config.num_choices, dtype=torch.float64) for layer in layers]
     num_tokens = 0
 
-    def counting(total_E: Tensor) -> Callable[[nn.Module, Any, Any], None]:
-        def count(_router: nn.Module, _args: Any, routed: RoutingResult) -> None:
-            if by == "premoe":
-                total_E.add_(utility(routed, threshold))
-            else:
-                total_E.add_(slots(routed))
+    def hear(at: int, layer: MoELayer, known: Known, routed: RoutingResult) -> None:
+        totals[at] += utility(routed, threshold) if by == "premoe" else slots(routed)
 
-        return count
-
-    hooks = [
-        layer.router.register_forward_hook(counting(total_E))
-        for layer, total_E in zip(layers, totals, strict=True)
-    ]
-    try:
+    with Listening(dict(enumerate(layers)), hear):
         for ids_BS in sequences:
             # With the tokens that follow, layers of multi-token prediction are judged too.
             model(ids_BS, targets_BSN=targets_ahead(ids_BS, 1 + len(model.mtp))[..., 1:])
             num_tokens += ids_BS.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [(t / max(1, num_tokens) if by == "premoe" else t).tolist() for t in totals]
 
 

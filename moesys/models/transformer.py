@@ -1,4 +1,4 @@
-"""The decoder: pre-norm blocks of attention and a feed-forward, dense in the first layers, MoE in the rest.
+"""The decoder: pre-norm blocks of attention and a feed-forward, dense in the first layers, MoE in the rest, or memory.
 
 Single-device code: no process groups. Shapes: B sequences, S positions, T = B * S tokens, D model, V vocabulary,
 N targets ahead of a token (1, and one for each depth of multi-token prediction).
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moesys.config.schema import ModelConfig
 from moesys.models.attention import Attention
 from moesys.models.linear import Embedding, Linear
+from moesys.models.memory_layer import MemoryLayer
 from moesys.models.mtp import MTPJoin, Together
 from moesys.models.norm import RMSNorm
 from moesys.models.rope import rope_tables
@@ -20,6 +21,7 @@ from moesys.moe.balance import RoutingLosses
 from moesys.moe.component import build_router
 from moesys.moe.experts import SwiGLU
 from moesys.moe.layer import MoELayer
+from moesys.moe.tokens import Known
 from moesys.ops.cross_entropy import cross_entropy_sum
 from moesys.parallel.context import DocumentEnds, document_ends
 
@@ -46,16 +48,31 @@ class DenseBlock(nn.Module):
         return x_TD + self.ffn(self.ffn_norm(x_TD))
 
 
+class MemoryBlock(DenseBlock):
+    """x + attention(norm x), then x + SwiGLU(norm x) + memory(norm x) (UltraMemV2, 2508.18756)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.memory = MemoryLayer(config)
+
+    def forward(
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+    ) -> Tensor:
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
+        normed_TD = self.ffn_norm(x_TD)
+        read_TD = self.memory(normed_TD)  # first: a recomputation then ends before the feed-forward's sum
+        return x_TD + self.ffn(normed_TD) + read_TD
+
+
 class MoEBlock(nn.Module):
     """x + attention(norm x), then x + MoE(norm x)."""
 
-    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        place = layer - config.num_dense_layers
-        moe = config.moe_of(layer)
+        place, moe = config.moe_layers.index(layer), config.moe_of(layer)
         self.moe = MoELayer(moe, config.d_model, place, len(config.moe_layers))
 
     def forward(
@@ -64,10 +81,10 @@ class MoEBlock(nn.Module):
         rope_SH: tuple[Tensor, Tensor],
         ends: DocumentEnds | None = None,
         state: Tensor | None = None,
-        ids_U: Tensor | None = None,
+        known: Known | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
-        y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0], ids_U)
+        y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0], known)
         return x_TD + y_TD, losses, state
 
 
@@ -86,12 +103,7 @@ class Transformer(nn.Module):
         # A last stage may have a copy of the table, for a tied head or for what it embeds itself.
         has_table = self.is_first or (is_last and config.has_two_tables)
         self.embed = Embedding(config.vocab_size, config.d_model) if has_table else None
-        self.layers = nn.ModuleDict(
-            {
-                str(i): MoEBlock(config, i) if i in config.moe_layers else DenseBlock(config)
-                for i in indices
-            }
-        )
+        self.layers = nn.ModuleDict({str(i): _block(config, i) for i in indices})
         ahead = [i for i in indices if i >= config.num_layers]
         self.mtp = nn.ModuleDict({str(i): MTPJoin(config.d_model, config.norm_eps) for i in ahead})
         """What multi-token prediction has beside its layers, by layer."""
@@ -121,13 +133,13 @@ class Transformer(nn.Module):
         if not config.moe_layers:
             return {}
         if config.share_depth != "none":
-            block = MoEBlock(config, config.num_dense_layers)
+            block = MoEBlock(config, config.moe_layers[0])
             attn = {"attn": block.attn} if config.share_depth == "all" else {}
             return {"moe": block.moe, **attn}
         if routers := [layer.router for layer in self.moe_layers()]:
             router = routers[0]
         else:
-            moe = config.moe_of(config.num_dense_layers)
+            moe = config.moe_of(config.moe_layers[0])
             router = build_router(moe, config.d_model, 0, len(config.moe_layers))
         return {name: router.get_submodule(name) for name in getattr(router, "over_depth", ())}
 
@@ -151,12 +163,13 @@ class Transformer(nn.Module):
         *,
         documents: Tensor | None = None,
         ids_BS: Tensor | None = None,
+        places_BS: Tensor | None = None,
         targets_BSN: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """From token ids [B, S], or what the stage before returned, to what the next stage takes.
 
         `documents` (integers on the CPU) says which document each token of the whole sequences belongs to: attention
-        then stays inside it. A stage but the first is told the token ids as `ids_BS`, for routers that ask.
+        then stays inside it. A stage but the first is told the token ids as `ids_BS`, and in training all stages the tokens' places in the step as `places_BS`, for routers that ask.
         `targets_BSN` (`models.mtp.targets_ahead`) asks the last stage for multi-token prediction.
 
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
@@ -186,10 +199,11 @@ class Transformer(nn.Module):
                 losses_3, state = losses_3 + 0.0 * received.sum(), None
         losses = RoutingLosses(*losses_3.unbind())
         ends = None if documents is None else document_ends(documents.tolist())
-        ids_U = None if ids_BS is None else ids_BS.flatten()
+        ids_U, places_U = (None if x is None else x.flatten() for x in (ids_BS, places_BS))
+        known = Known(ids_U, places_U)
         for layer, block in self.layers.items():
             if layer not in self.mtp:
-                x, losses, state = _pass(block, x, losses, rope_SH, ends, state, ids_U)
+                x, losses, state = _pass(block, x, losses, rope_SH, ends, state, known)
         if self.norm is not None and self.head is not None:
             x = self.norm(x)
             logits = [self.head(x).float()]
@@ -200,10 +214,10 @@ class Transformer(nn.Module):
                 embedded_NTD, x = Together.apply(torch.stack(embedded), x)
                 for depth, (layer, join) in enumerate(self.mtp.items()):
                     assert isinstance(join, MTPJoin)
-                    ids_U = ids_NU[depth]
+                    known = Known(ids_NU[depth], places_U)
                     x = join(embedded_NTD[depth], x)
                     block = self.layers[layer]
-                    x, losses, state = _pass(block, x, losses, rope_SH, ends, state, ids_U)
+                    x, losses, state = _pass(block, x, losses, rope_SH, ends, state, known)
                     x = join.norm(x)
                     logits.append(self.head(x).float())
             return logits[0], torch.stack(losses), *logits[1:]
@@ -218,7 +232,7 @@ class Transformer(nn.Module):
     @property
     def _follows_router(self) -> bool:
         """Whether a layer before this stage has a router."""
-        return min(map(int, self.layers)) > self.config.num_dense_layers
+        return any(layer < min(map(int, self.layers)) for layer in self.config.moe_layers)
 
     def _check_state(self, state: Tensor | None) -> None:
         """What crosses a stage's end travels in the shape that both sides were told."""
@@ -254,9 +268,8 @@ class Transformer(nn.Module):
 
     def moe_places(self) -> dict[int, MoELayer]:
         """The MoE layers by their place among those of all stages."""
-        first = self.config.num_dense_layers
         return {
-            int(index) - first: block.moe
+            self.config.moe_layers.index(int(index)): block.moe
             for index, block in self.layers.items()
             if isinstance(block, MoEBlock)
         }
@@ -273,6 +286,12 @@ class Transformer(nn.Module):
             sum(p.numel() for module in (layer.router, *common) for p in module.parameters())
             for layer in self.moe_layers()
         ]
+
+
+def _block(config: ModelConfig, layer: int) -> DenseBlock | MoEBlock:
+    if layer in config.moe_layers:
+        return MoEBlock(config, layer)
+    return MemoryBlock(config) if layer in config.memory_layers.layers else DenseBlock(config)
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -296,12 +315,12 @@ def _pass(
     rope_SH: tuple[Tensor, Tensor],
     ends: DocumentEnds | None,
     state: Tensor | None,
-    ids_U: Tensor | None,
+    known: Known,
 ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
     """Through one block: x, the losses with its own, the state that it hands on."""
     if not isinstance(block, MoEBlock):
         return block(x_TD, rope_SH, ends), losses, state
-    x_TD, of_block, state = block(x_TD, rope_SH, ends, state, ids_U)
+    x_TD, of_block, state = block(x_TD, rope_SH, ends, state, known)
     return x_TD, losses + of_block, state
 
 

@@ -18,7 +18,7 @@ from moesys.moe.load import ExpertLoad
 from moesys.moe.null_experts import NullExperts
 from moesys.moe.routing import RoutingResult
 from moesys.moe.shared import SharedGate
-from moesys.moe.tokens import WHOLE_SEQUENCES, Tokens
+from moesys.moe.tokens import WHOLE_SEQUENCES, Known, Tokens
 from moesys.ops import tokens_per_expert
 from moesys.ops.autocast import compute_type
 
@@ -70,15 +70,15 @@ class MoELayer(nn.Module):
         x: Tensor,
         state: Tensor | None = None,
         seq_len: int | None = None,
-        ids_U: Tensor | None = None,
+        known: Known | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
         """Return y like x, the routing losses (means over this rank's tokens), and the router's state.
 
-        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other. `ids_U` are their
-        ids, for routers that ask.
+        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other. `known` of them is for
+        routers that ask.
         """
         x_TD = x.flatten(0, -2)
-        tokens = self._tokens(x_TD.shape[0], seq_len or x.shape[-2], ids_U)
+        tokens = self._tokens(x_TD.shape[0], seq_len or x.shape[-2], known)
         decision = self.memory.recall(lambda x_TD: self._decide(x_TD, state, tokens), x_TD)
         routed_TD, x_TD = x_TD, compute_type(x_TD)
         sent_TD = x_TD if self.latent is None else self.latent.enter(x_TD)
@@ -103,10 +103,15 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD if gate is None else gate(routed_TD, y_TD, shared_TD)
         return y_TD.view_as(x), decision.losses, decision.state
 
-    def _tokens(self, num_tokens: int, seq_len: int, ids_U: Tensor | None) -> Tokens:
-        if ids_U is not None and ids_U.numel() != num_tokens:  # this rank's run of them
-            ids_U = ids_U[self.share.tp_rank * num_tokens :][:num_tokens]
-        return Tokens(num_tokens=num_tokens, seq_len=seq_len, ids_T=ids_U, share=self.share)
+    def _tokens(self, num_tokens: int, seq_len: int, known: Known | None) -> Tokens:
+        ids_T, places_T = (known or Known()).own_run(self.share, num_tokens)
+        return Tokens(
+            num_tokens=num_tokens,
+            seq_len=seq_len,
+            ids_T=ids_T,
+            places_T=places_T,
+            share=self.share,
+        )
 
     def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:
         """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""

@@ -32,8 +32,27 @@ class SequenceShare(NamedTuple):
         """P."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
+    def own_run(self, of_tokens: Tensor, num_tokens: int) -> Tensor:
+        """This rank's run of what there is of all tokens of its tp ranks; all of it where it has no other's."""
+        if len(of_tokens) == num_tokens:
+            return of_tokens
+        return of_tokens[self.tp_rank * num_tokens :][:num_tokens]
+
 
 WHOLE_SEQUENCES = SequenceShare()
+
+
+class Known(NamedTuple):
+    """Of U tokens next to each other, what no activation says."""
+
+    ids_U: Tensor | None = None
+    """int64, the vocabulary's; None where a layer is called outside of a model."""
+    places_U: Tensor | None = None
+    """int64, the place of each among all tokens of an optimizer step; None outside of training."""
+
+    def own_run(self, share: SequenceShare, num_tokens: int) -> "Known":
+        """Of this rank's tokens."""
+        return Known(*(x if x is None else share.own_run(x, num_tokens) for x in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +65,8 @@ class Tokens:
     """So many tokens in a row, of the ranks that share the same stretches of sequences, are one sequence's."""
     ids_T: Tensor | None = None
     """int64, the vocabulary's; None where the layer is called outside of a model."""
+    places_T: Tensor | None = None
+    """int64, the place of each among all tokens of an optimizer step; None outside of training."""
     share: SequenceShare = WHOLE_SEQUENCES
 
     @property

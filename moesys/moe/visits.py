@@ -4,59 +4,34 @@ Shapes: T tokens on this rank, E experts, K experts per token, M MoE layers.
 """
 
 from collections.abc import Mapping
-from functools import partial
-from types import TracebackType
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesys.moe.layer import MoELayer
+from moesys.moe.listening import Listening
 from moesys.moe.routing import RoutingResult
+from moesys.moe.tokens import Known
 from moesys.ops import tokens_per_expert
 
 
-class VisitCounter:
+class VisitCounter(Listening):
     """While open, adds the slots that routers give, before anything is dropped, to the counts that it was told."""
 
     def __init__(self, layers: Mapping[int, MoELayer]) -> None:
         """`layers` of this rank by their place among all MoE layers."""
-        self._layers = layers
+        super().__init__(layers, self._add)
         self._counts_ME: Tensor | None = None
         self._is_real_T: Tensor | None = None
-        self._hooks: list[Any] = []
-        self._running: tuple[int, MoELayer] | None = None
 
     def count_into(self, counts_ME: Tensor, is_real_BS: Tensor) -> None:
         """Where the next forward's slots go, int64, and which of its tokens are no padding, bool, on the device."""
         self._counts_ME, self._is_real_T = counts_ME, is_real_BS.flatten()
 
-    def __enter__(self) -> "VisitCounter":
-        routers = {layer.router for layer in self._layers.values()}  # layers may share one
-        self._hooks = [router.register_forward_hook(self._add) for router in routers]
-        for at, layer in self._layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter_layer, at)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _enter_layer(self, at: int, layer: MoELayer, _args: Any) -> None:
-        self._running = at, layer
-
-    def _add(self, _router: nn.Module, _args: Any, routed: RoutingResult) -> None:
-        assert self._running is not None
+    def _add(self, at: int, layer: MoELayer, known: Known, routed: RoutingResult) -> None:
         assert self._counts_ME is not None
         assert self._is_real_T is not None
-        at, layer = self._running
-        ids_TK, is_real_T = visited(routed, layer.config.top_k), self._is_real_T
-        if len(is_real_T) != len(ids_TK):  # this tensor rank's run of them
-            is_real_T = is_real_T[layer.share.tp_rank * len(ids_TK) :][: len(ids_TK)]
+        ids_TK = visited(routed, layer.config.top_k)
+        is_real_T = layer.share.own_run(self._is_real_T, len(ids_TK))
         real_TK = ids_TK.masked_fill(~is_real_T[:, None], -1)
         number = layer.config.num_choices
         self._counts_ME[at, :number] += tokens_per_expert(real_TK, number)

@@ -44,3 +44,8 @@ def _buckets(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(gradient)
         size_bytes += nbytes
     return buckets
+
+
+def lies_with_experts(name: str) -> bool:
+    """Whether a parameter is of what ep ranks share out: experts, or the table of a memory layer."""
+    return ".experts." in name or ".memory.table." in name

@@ -10,6 +10,7 @@ from torch import nn
 
 from moesys.config.schema import ModelConfig, RunConfig
 from moesys.models.init import initialize
+from moesys.models.memory_layer import MemoryTable
 from moesys.models.transformer import Transformer, modules_of
 from moesys.moe.layer import MoELayer
 from moesys.parallel.mesh import Meshes
@@ -17,7 +18,7 @@ from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.compile import compile_blocks
 from moesys.parallelize.context import shard_context
 from moesys.parallelize.data import shard_data
-from moesys.parallelize.experts import shard_experts
+from moesys.parallelize.experts import shard_experts, shard_memory
 from moesys.parallelize.gradients import gradient_sums
 from moesys.parallelize.pipeline import Pipeline
 from moesys.parallelize.recompute import apply_recompute
@@ -45,8 +46,7 @@ def build_model(
     with torch.device("meta"):
         model = Transformer(config)
     if meshes is not None:
-        for layer in modules_of(model, MoELayer):
-            shard_experts(layer, meshes)
+        _shard_with_experts(model, meshes)
     _materialize([model], device)
     initialize(model, config, seed)
     return model
@@ -60,8 +60,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
         _tie(parts)
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
-    for layer in modules_of(whole, MoELayer):
-        shard_experts(layer, meshes)
+    _shard_with_experts(whole, meshes)
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -96,6 +95,13 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     return ParallelModel(
         whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, copies=copies
     )
+
+
+def _shard_with_experts(model: Transformer, meshes: Meshes) -> None:
+    for layer in modules_of(model, MoELayer):
+        shard_experts(layer, meshes)
+    for table in modules_of(model, MemoryTable):
+        shard_memory(table, meshes)
 
 
 def _has_a_table_of_two(parts: list[Transformer]) -> bool:

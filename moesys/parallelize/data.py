@@ -1,5 +1,5 @@
 """Parameters, gradients and optimizer state sharded over data and context ranks, by torch's FSDP2 (2304.11277; the
-stages are ZeRO's, 1910.02054). Dense parameters lie on the dense mesh, experts on the expert mesh.
+stages are ZeRO's, 1910.02054). Dense parameters lie on the dense mesh, experts and memory tables on the expert mesh.
 
     stage 1    optimizer state: parameters are gathered, and gradients reduced, once per optimizer step
     stage 2    and gradients: reduced and kept as shards after every micro-step
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moesys.models.memory_layer import MemoryTable
 from moesys.models.transformer import Transformer, modules_of
 from moesys.moe.experts import ExpertClasses, Experts
 from moesys.parallel.mesh import Meshes
@@ -23,8 +24,9 @@ def shard_data(part: Transformer, meshes: Meshes, zero: int) -> None:
     """Wrap the blocks of one pipeline stage, then the stage. Before its parameters have storage."""
     dense = _axes(meshes.dense, "dp_replicate", "shard")
     expert = _axes(meshes.expert, "edp_replicate", "edp_shard")
-    for experts in modules_of(part, ExpertClasses) or modules_of(part, Experts):
-        _shard(experts, expert, zero)
+    experts = modules_of(part, ExpertClasses) or modules_of(part, Experts)
+    for module in (*experts, *modules_of(part, MemoryTable)):
+        _shard(module, expert, zero)
     for block in part.blocks():
         _shard(block, dense, zero)
     # A table that serves two ends, and a head that is used again, stay with the stage, which is gathered once.

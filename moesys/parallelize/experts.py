@@ -1,12 +1,15 @@
-"""Experts spread over ranks: each keeps its experts (ep) and its slice of their hidden width (etp)."""
+"""Experts spread over ranks: each keeps its experts (ep) and its slice of their hidden width (etp). A memory layer's
+table lies with them: each rank of ep has some of its columns."""
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from moesys.models.memory_layer import MemoryTable
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.moe.layer import MoELayer
 from moesys.moe.tokens import SequenceShare
+from moesys.parallel.columns import ColumnParallel
 from moesys.parallel.exchange import FlatExchange
 from moesys.parallel.mesh import Meshes
 
@@ -35,6 +38,19 @@ def shard_experts(layer: MoELayer, meshes: Meshes) -> None:
             if isinstance(parameter, DTensor):
                 return  # shared with another layer
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
+
+
+def shard_memory(table: MemoryTable, meshes: Meshes) -> None:
+    """Keep this rank's columns of a memory layer's table."""
+    ep, mesh = meshes.dims.ep, meshes.expert["ep"]
+    if ep == 1:
+        return
+    table.columns = ColumnParallel(meshes.ep_group)
+    for name, whole in list(table.named_parameters()):
+        last = whole.ndim - 1
+        local = whole.chunk(ep, last)[mesh.get_local_rank()].contiguous()
+        sharded = DTensor.from_local(local, mesh, [Shard(last)], run_check=False)
+        table.register_parameter(name, torch.nn.Parameter(sharded))
 
 
 def _shard(parameter: nn.Parameter, hidden_dim: int, meshes: Meshes) -> nn.Parameter:

@@ -6,11 +6,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from moesys.parallel.gradients import lies_with_experts
 from moesys.parallel.mesh import Meshes
 
 SEES_A_SHARE = (
     *(".moe.router.", ".moe.shared.", ".moe.shared_gate.", ".moe.latent."),
-    ".moe.null_experts.",
+    *(".moe.null_experts.", ".memory."),
     *(".q_norm.", ".k_norm."),
 )
 """Whole parameters that, without sequence parallelism, still see only a tp rank's tokens or heads."""
@@ -31,7 +32,7 @@ def gradient_sums(
         "tp": (meshes.tp_group, []),
     }
     for name, parameter in parameters.items():
-        is_expert = ".experts." in name
+        is_expert = lies_with_experts(name)
         is_cut = is_cut_over_tp(parameter)
         is_partial_over_tp = not is_cut and (sequence_parallel or _sees_a_share(name))
         if zero:

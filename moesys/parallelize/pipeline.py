@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from moesys.config.schema import ModelConfig, ParallelConfig
 from moesys.models.transformer import Transformer
+from moesys.ops.shard import local_tensor
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.schedules import make_schedule
 from moesys.plan.pipeline import layers_of_stages, stages_of_rank
@@ -89,15 +90,19 @@ class Pipeline:
             self.parallel.pp_schedule, stages, num_micro_batches, loss_function
         )
 
-    def step(self, input_ids: Tensor, targets: Tensor, documents: Tensor | None) -> None:
+    def step(
+        self, input_ids: Tensor, targets: Tensor, places: Tensor, documents: Tensor | None
+    ) -> None:
         """Forward and backward of all micro-batches [n * B, S], targets [n * B, S, N]; gradients are added to the
         parameters'."""
         inputs = (input_ids,) if 0 in self.stage_ids else ()
-        options = {"ids_BS": input_ids, "targets_BSN": targets}
+        options = {"ids_BS": input_ids, "places_BS": places, "targets_BSN": targets}
         if documents is not None:
             options["documents"] = documents
         target = targets if self.has_last else None
         self._schedule.step(*inputs, target=target, return_outputs=False, **options)
+        for part in self.parts:
+            _lay_out_gradients(part)
 
     @torch.no_grad()
     def forward(
@@ -150,3 +155,12 @@ class Pipeline:
     def _ids_meta(self) -> tuple[Tensor, ...]:
         shape = (self.micro_batch_samples, self.seq_len)
         return (torch.empty(shape, dtype=torch.int64, device="meta"),)
+
+
+def _lay_out_gradients(part: nn.Module) -> None:
+    """As their parameters lie: a split backward gives what autograd made, a whole one sees to it, and torch's fused AdamW on
+    a CPU reads the numbers in the parameter's order."""
+    for parameter in part.parameters():
+        grad = parameter.grad
+        if grad is not None and local_tensor(grad).stride() != local_tensor(parameter).stride():
+            parameter.grad = grad.contiguous()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moesys.config.schema import Recompute
 from moesys.models.attention import Attention
-from moesys.models.transformer import DenseBlock, Transformer, modules_of
+from moesys.models.transformer import DenseBlock, MemoryBlock, MoEBlock, Transformer, modules_of
 from moesys.moe.experts import SwiGLU
 from moesys.ops.autocast import compute_type
 from moesys.ops.projection import Projection
@@ -35,10 +35,8 @@ def shard_tensors(
         if isinstance(block, DenseBlock):
             _shard_swiglu(block.ffn, mesh)
             _region(block.ffn, in_recomputation if recompute == "layer" else tp.project, tp)
-        elif not tp.sequence_parallel:
-            # Each rank routes its own share of the tokens, which all ranks have.
-            block.moe.register_forward_pre_hook(lambda _, args: (tp.split(args[0]), *args[1:]))
-            block.moe.register_forward_hook(lambda _, args, out: (tp.join(out[0]), *out[1:]))
+        if not tp.sequence_parallel:
+            _share_tokens(block, tp)
     vocabulary = VocabularyParallel(model.config.vocab_size, tp)
     if model.embed is not None:
         if not isinstance(model.embed.weight, DTensor):  # a stage of this rank that shares it
@@ -49,6 +47,20 @@ def shard_tensors(
         model.head.project = lambda x, *weights: tp.project(compute_type(x), *weights)
         model.cross_entropy_sum = vocabulary.cross_entropy_sum
     model.tie()
+
+
+def _share_tokens(block: DenseBlock | MoEBlock, tp: TensorParallel) -> None:
+    """Each rank routes, or reads memory for, its own share of the tokens, which all ranks have."""
+    if isinstance(block, MoEBlock):
+        block.moe.register_forward_pre_hook(lambda _, args: (tp.split(args[0]), *args[1:]))
+        block.moe.register_forward_hook(lambda _, args, out: (tp.join(out[0]), *out[1:]))
+    elif isinstance(block, MemoryBlock):
+
+        def join(_module: nn.Module, _args: Any, y_TD: Tensor) -> Tensor:
+            return tp.join(y_TD)
+
+        block.memory.register_forward_pre_hook(lambda _, args: (tp.split(args[0]),))
+        block.memory.register_forward_hook(join)
 
 
 def _shard_attention(attention: Attention, mesh: DeviceMesh, tp: TensorParallel) -> None:

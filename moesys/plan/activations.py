@@ -71,6 +71,13 @@ def dense_block_bytes(case: ActivationCase) -> float:
     return float(2 * _norm(case) + _attention(case) + _ffn(case))
 
 
+def memory_block_bytes(case: ActivationCase) -> float:
+    """x + attention(norm x), then x + SwiGLU(norm x) + memory(norm x)."""
+    if case.recompute == "layer":
+        return float(_residual(case))
+    return float(2 * _norm(case) + _attention(case) + _ffn(case) + _memory(case))
+
+
 def moe_block_bytes(case: ActivationCase) -> float:
     """x + attention(norm x), then x + MoE(norm x), with the top-k softmax router and a z-loss."""
     if case.recompute == "layer":
@@ -134,6 +141,30 @@ def _ffn(case: ActivationCase) -> Fraction:
     """Input, gate and up, hidden."""
     hidden = Fraction(3 * case.model.d_ffn, case.tp)
     return case.activation_bytes * (case.norm_tokens * case.model.d_model + case.tokens * hidden)
+
+
+def _memory(case: ActivationCase) -> Fraction:
+    """What it reads, the queries before and after their norm, which keys and values; then its scores and its values."""
+    memory, width, d_model = case.model.memory_layers, case.activation_bytes, case.model.d_model
+    own = case.own_tokens
+    # In fp32 the feed-forward's input, if it has these tokens; from bf16 once more for pre-values.
+    read = 0 if width == 4 and case.norm_tokens == own else 4
+    read += 2 if width == 2 and memory.d_pre else 0
+    queries = 4 * (2 * 2 * memory.d_key + 2)
+    ids = memory.top_k * (2 * 8 + 4 * case.ep)
+    ids += 3 * 4 * memory.heads * case.ep  # where each token's begin, and what else torch keeps of a bag
+    values = width * memory.d_value
+    return own * (d_model * read + queries + ids + _memory_scores(case) + values)
+
+
+def _memory_scores(case: ActivationCase) -> int:
+    """Per token: of a value its keys' scores and what the cores make of them, its weight; with pre-values these, what they
+    are asked, and the gates."""
+    memory = case.model.memory_layers
+    of_value = 4 * memory.rank * (2 + memory.heads) + 4 * memory.heads * case.ep
+    if memory.d_pre:
+        of_value += 4 * (memory.d_pre + 2 + memory.heads)
+    return memory.top_k * of_value + 4 * memory.d_pre
 
 
 def _routing(case: ActivationCase) -> Fraction:

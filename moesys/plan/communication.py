@@ -17,6 +17,7 @@ from moesys.plan.placement import expert_places
 from moesys.plan.rank import RankOfRun
 
 FP32 = 4
+INT32 = 4
 INT64 = 8
 FP64 = 8
 
@@ -77,6 +78,7 @@ def communication(case: CommunicationCase, rows: Sequence[RowsSent] = ()) -> lis
         *(_sharded(case) if case.config.parallel.zero else ()),
         *_gradient_sums(case),
         *_experts(case, rows),
+        *_memory_layers(case),
         *_balance(case),
         *_step(case),
     )
@@ -127,10 +129,10 @@ def _tensor(case: CommunicationCase) -> Iterator[Sent]:
         if not case.is_moe(layer):
             # The recomputation ends where nothing more is missing: before the last sum.
             yield from _region(case, "feed-forward", steps, again=False)
-        elif not sequence_parallel:
+        if not sequence_parallel and (case.is_moe(layer) or case.has_memory(layer)):
             row = case.own_tokens * case.config.model.d_model
-            yield case.all_gather("tp", "MoE's share of tokens", steps * FP32 * row)
-            yield case.all_gather("tp", "MoE's share of tokens", steps * case.width * row)
+            yield case.all_gather("tp", "a layer's share of tokens", steps * FP32 * row)
+            yield case.all_gather("tp", "a layer's share of tokens", steps * case.width * row)
     if case.has_first:
         yield from _leave(case, "embedding", steps, steps, FP32)
     if case.has_last:
@@ -320,6 +322,25 @@ def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent
     slices = passes * sum(r.copied + r.partial for r in rows)
     yield Sent("ep", "all_to_all", "rows", Fraction(dispatch * row_bytes(case)))
     yield Sent("etp", "all_to_all", "rows", Fraction(slices * row_bytes(case)))
+
+
+def _memory_layers(case: CommunicationCase) -> Iterator[Sent]:
+    """All tokens' ids and scores to the columns of each rank, and what these give back: there, and backward."""
+    memory, n = case.config.model.memory_layers, case.axes["ep"]
+    if n == 1:
+        return
+    tokens = case.micro_steps * case.own_tokens * sum(map(case.has_memory, case.layers))
+    forwards = 2 if case.config.train.recompute == "layer" else 1
+    chosen = tokens * memory.top_k
+    moved = tokens * case.width * (memory.d_value + memory.d_pre)
+    yield Sent("ep", "all_to_all", "memory", Fraction((forwards + 1) * moved * (n - 1), n))
+    yield case.all_gather("ep", "memory", forwards * INT32 * chosen)
+    scores = FP32 * chosen * memory.heads
+    yield case.all_gather("ep", "memory", forwards * scores)
+    yield case.reduce_scatter("ep", "memory", scores)
+    if memory.d_pre:
+        yield case.reduce_scatter("ep", "memory", forwards * FP32 * chosen)
+        yield case.all_gather("ep", "memory", FP32 * chosen)
 
 
 # --- the small ones -------------------------------------------------------------------------------

@@ -32,8 +32,21 @@ def shared_parameters(config: ModelConfig) -> int:
     return experts + gate + 2 * d_model * (moe.d_latent or 0) + null
 
 
+def memory_parameters(config: ModelConfig) -> int:
+    """Of a memory layer what all tokens use: queries, keys, cores, projections (not its feed-forward)."""
+    memory = config.memory_layers
+    projections = config.d_model * (2 * memory.d_key + memory.d_pre + memory.d_value)
+    keys = 2 * memory.rank * memory.num_keys * memory.d_key + memory.d_key
+    return projections + keys + memory.heads * memory.rank**2
+
+
+def value_parameters(config: ModelConfig) -> int:
+    """One value of a memory, with its pre-value."""
+    return config.memory_layers.d_value + config.memory_layers.d_pre
+
+
 def norm_parameters(config: ModelConfig) -> int:
-    """All norms of the model."""
+    """All norms of the model, but those of memory queries."""
     per_layer = 2 * config.d_model + (2 * config.resolved_head_dim if config.qk_norm else 0)
     return config.total_layers * per_layer + (1 + 3 * config.mtp_depth) * config.d_model
 
@@ -54,11 +67,11 @@ def _router_parameters(
     """Of a linear router one row per expert; routers of another kind say their own counts."""
     if router_parameters is None:
         return config.moe_of(layer).num_choices * config.d_model
-    return router_parameters[layer - config.num_dense_layers]
+    return router_parameters[config.moe_layers.index(layer)]
 
 
 def _outer_parameters(config: ModelConfig, router_parameters: Sequence[int] | None) -> int:
-    """All but routed experts."""
+    """All but routed experts and memories' values."""
     embeddings = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
     dense_layers = config.total_layers - len(config.moe_layers)
     dense = dense_layers * 3 * config.d_model * config.d_ffn
@@ -68,14 +81,15 @@ def _outer_parameters(config: ModelConfig, router_parameters: Sequence[int] | No
     )
     attention = config.total_layers * attention_parameters(config)
     joins = config.mtp_depth * join_parameters(config)
-    return embeddings + attention + dense + moe + joins + norm_parameters(config)
+    memories = len(config.memory_layers.layers) * memory_parameters(config)
+    return embeddings + attention + dense + moe + memories + joins + norm_parameters(config)
 
 
 def _parameters_over_depth(config: ModelConfig, router_parameters: Sequence[int] | None) -> int:
     """Of what all MoE layers have one of."""
     if config.share_depth == "none" or not config.moe_layers:
         return 0
-    router = _router_parameters(config, config.num_dense_layers, router_parameters)
+    router = _router_parameters(config, config.moe_layers[0], router_parameters)
     moe = config.moe.num_experts * expert_parameters(config) + shared_parameters(config) + router
     return moe + (attention_parameters(config) if config.share_depth == "all" else 0)
 
@@ -83,15 +97,21 @@ def _parameters_over_depth(config: ModelConfig, router_parameters: Sequence[int]
 def total_parameters(config: ModelConfig, router_parameters: Sequence[int] | None = None) -> int:
     """All trained parameters. `router_parameters` of each MoE layer; None = linear routers'."""
     experts = sum(config.moe_of(layer).num_experts for layer in config.moe_layers)
-    of_layers = _outer_parameters(config, router_parameters) + experts * expert_parameters(config)
+    memory = config.memory_layers
+    values = len(memory.layers) * memory.num_keys**2 * value_parameters(config)
+    routed = experts * expert_parameters(config)
+    of_layers = _outer_parameters(config, router_parameters) + routed + values
     further_layers = max(0, len(config.moe_layers) - 1)
     return of_layers - further_layers * _parameters_over_depth(config, router_parameters)
 
 
 def active_parameters(config: ModelConfig, router_parameters: Sequence[int] | None = None) -> int:
-    """Parameters that take part for one token: its routed experts, everything else; what layers share counts in each."""
+    """Parameters that take part for one token: its routed experts, its values, everything else; what layers share counts
+    in each."""
     routed = sum(routed_experts(config.moe_of(layer)) for layer in config.moe_layers)
-    return _outer_parameters(config, router_parameters) + int(routed * expert_parameters(config))
+    values = len(config.memory_layers.layers) * config.memory_layers.top_k
+    chosen = int(routed * expert_parameters(config)) + values * value_parameters(config)
+    return _outer_parameters(config, router_parameters) + chosen
 
 
 def forward_flops_per_token(
@@ -112,15 +132,25 @@ def forward_flops_per_token(
 def layer_flops_per_token(
     config: ModelConfig, layer: int, seq_len: int, router_parameters: Sequence[int] | None = None
 ) -> int:
-    """The forward share of one layer."""
+    """The forward share of one layer; of a memory without the choice among its values, which has no backward."""
     if layer not in config.moe_layers:
         feed_forward = 3 * config.d_model * config.d_ffn
+        if layer in config.memory_layers.layers:
+            feed_forward += _memory_products(config)
     else:
         routed = int(routed_experts(config.moe_of(layer)) * expert_parameters(config))
         router = _router_parameters(config, layer, router_parameters)
         feed_forward = routed + shared_parameters(config) + router
     scores = 2 * config.total_heads * config.resolved_head_dim * seq_len
     return 2 * (attention_parameters(config) + feed_forward + scores)
+
+
+def _memory_products(config: ModelConfig) -> int:
+    """Multiplications of a token: projections, keys, the cores' scores of its values, the values themselves."""
+    memory = config.memory_layers
+    shared = memory_parameters(config) - memory.d_key - memory.heads * memory.rank**2
+    scores = memory.heads * memory.rank * (memory.rank + 1)
+    return shared + memory.top_k * (scores + value_parameters(config))
 
 
 def head_flops_per_token(config: ModelConfig) -> int:

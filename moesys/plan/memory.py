@@ -250,6 +250,10 @@ def _cast(case: MemoryCase, layer: int, recompute: Recompute) -> int:
         feed_forward = kept + (0 if "moe" in again else made_again)
     else:
         feed_forward = 3 * model.d_model * model.d_ffn // axes["tp"]
+        if case.has_memory(layer):
+            feed_forward += model.d_model * (
+                model.memory_layers.d_pre + model.memory_layers.d_value
+            )
     return feed_forward + (0 if "attention" in again else attention)
 
 
@@ -329,7 +333,19 @@ def _layer_work(case: MemoryCase, layer: int) -> int:
         rows = case.tokens * 3 * model.d_ffn // axes["tp"]
         matrix = 2 * model.d_model * model.d_ffn // axes["tp"]
     freed = _logit_bytes(case) if case.has_last else 0
-    return max(0, again + 2 * case.residual_bytes + case.width * (rows + matrix) - freed)
+    made = case.width * (rows + matrix)
+    if case.has_memory(layer):
+        made = max(made, _memory_work(case))
+    return max(0, again + 2 * case.residual_bytes + made - freed)
+
+
+def _memory_work(case: MemoryCase) -> int:
+    """Gradients of a table, of several heads once more side by side; of the rows of pre-values, of the keys' scores."""
+    memory = case.config.model.memory_layers
+    row = max(memory.d_pre, memory.d_value * (2 if memory.heads > 1 else 1))
+    table = memory.num_keys**2 * row // case.axes["ep"]
+    token = memory.top_k * memory.d_pre + 2 * memory.rank * memory.num_keys
+    return FP32 * (table + case.own_tokens * token)
 
 
 # --- Host -----------------------------------------------------------------------------------------

@@ -7,7 +7,12 @@ from fractions import Fraction
 from functools import cached_property
 
 from moesys.config.schema import Recompute
-from moesys.plan.activations import ActivationCase, dense_block_bytes, moe_block_bytes
+from moesys.plan.activations import (
+    ActivationCase,
+    dense_block_bytes,
+    memory_block_bytes,
+    moe_block_bytes,
+)
 from moesys.plan.in_flight import micro_batches_in_flight
 from moesys.plan.parameters import Parameter
 from moesys.plan.rank import RankOfRun
@@ -78,16 +83,19 @@ class MemoryCase(RankOfRun):
 
     def block_bytes(self, layer: int, recompute: Recompute) -> int:
         """What a layer keeps of one micro-batch."""
-        case = self.activations(layer, recompute)
-        return round(moe_block_bytes(case) if self.is_moe(layer) else dense_block_bytes(case))
+        of_kind = memory_block_bytes if self.has_memory(layer) else dense_block_bytes
+        if self.is_moe(layer):
+            of_kind = moe_block_bytes
+        return round(of_kind(self.activations(layer, recompute)))
 
     @cached_property
     def first_alike(self) -> list[int]:
-        """Of each layer the first one of its kind: dense, or MoE of as many experts."""
+        """Of each layer the first one of its kind: dense, with a memory, or MoE of as many experts."""
         model = self.config.model
         layers = range(model.total_layers)
         experts = [model.moe_of(i).num_experts if self.is_moe(i) else 0 for i in layers]
-        return [experts.index(number) for number in experts]
+        kinds = [(number, self.has_memory(i)) for i, number in zip(layers, experts, strict=True)]
+        return [kinds.index(kind) for kind in kinds]
 
     def kinds(self, stage: int) -> Counter[int]:
         """How many of a stage's layers are of which kind, the first layer of which stands for it."""

@@ -16,6 +16,7 @@ class Parameter:
     cut_dims: frozenset[int] = frozenset()
     """Dims that tp, ep or etp cut."""
     is_expert: bool = False
+    """An expert's, or of a memory's table, which lies with the experts."""
     is_cut: bool = False
     """Over tp."""
     sees_a_share: bool = False
@@ -63,6 +64,8 @@ def block_parameters(
     if is_dense:
         yield _cut((2, model.d_ffn, model.d_model), 1, axes["tp"])
         yield _cut((model.d_model, model.d_ffn), 1, axes["tp"])
+        if layer in model.memory_layers.layers:
+            yield from _memory(model, axes["ep"])
     elif model.share_depth == "none":
         yield from _moe(model, model.moe_of(layer), axes)
 
@@ -112,6 +115,29 @@ def _moe(model: ModelConfig, moe: MoEConfig, axes: Mapping[str, int]) -> Iterato
         hidden = width // axes["etp"]
         yield Parameter(shape=(experts, 2, hidden, model.d_row), cut_dims=cut, is_expert=True)
         yield Parameter(shape=(experts, model.d_row, hidden), cut_dims=cut, is_expert=True)
+
+
+def _memory(model: ModelConfig, ep: int) -> Iterator[Parameter]:
+    """Of a memory layer beside its feed-forward."""
+    memory, d_model = model.memory_layers, model.d_model
+    shapes: list[tuple[int, ...]] = [
+        (2 * memory.d_key, d_model),
+        (memory.d_key,),
+        (2, memory.rank, memory.num_keys, memory.d_key),
+        (memory.heads, memory.rank, memory.rank),
+        (d_model, memory.d_value),
+    ]
+    tables: list[tuple[int, ...]] = [
+        (memory.heads, memory.num_keys**2, memory.d_value // memory.heads // ep)
+    ]
+    if memory.d_pre:
+        shapes.append((memory.d_pre, d_model))
+        tables.append((memory.num_keys**2, memory.d_pre // ep))
+    for shape in shapes:
+        yield Parameter(shape=shape, sees_a_share=True)
+    for shape in tables:
+        cut = frozenset({len(shape) - 1} if ep > 1 else ())
+        yield Parameter(shape=shape, cut_dims=cut, is_expert=True)
 
 
 def outer_parameters(

@@ -52,6 +52,9 @@ class RankOfRun:
     def is_moe(self, layer: int) -> bool:
         return layer in self.config.model.moe_layers
 
+    def has_memory(self, layer: int) -> bool:
+        return layer in self.config.model.memory_layers.layers
+
     @property
     def moe_configs(self) -> list[MoEConfig]:
         """Of each MoE layer that is here."""

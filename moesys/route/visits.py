@@ -6,7 +6,6 @@ Shapes: T tokens of a text, E experts, K slots of a token, M MoE layers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,10 +14,13 @@ from moesys.checkpoint.store import load
 from moesys.checkpoint.weights import WEIGHTS, weight_tensors
 from moesys.config.compose import load_resolved
 from moesys.config.schema import RunConfig
-from moesys.data.tokenizer import load_tokenizer
+from moesys.data.tokenizer import tokenizer_of
 from moesys.models.transformer import Transformer
+from moesys.moe.layer import MoELayer
+from moesys.moe.listening import Listening
 from moesys.moe.routing import RoutingResult
 from moesys.moe.similarity import layer_similarity
+from moesys.moe.tokens import Known
 from moesys.moe.visits import slots
 from moesys.parallelize.build import build_model
 from moesys.parallelize.expert_backend import set_expert_backend
@@ -66,8 +68,7 @@ def visits(
     config: RunConfig, model: Transformer, texts: Mapping[str, str], max_tokens: int
 ) -> list[Visits]:
     """Of the first `max_tokens` tokens of each text, in sequences of data.seq_len."""
-    folder = next(iter(config.data.folders.values()))  # all sources have one tokenizer
-    tokenizer = load_tokenizer(Path(folder, "tokenizer.json"))
+    tokenizer = tokenizer_of(config.data)
     found = []
     for source, text in texts.items():
         encoding = tokenizer.encode(text)
@@ -90,19 +91,15 @@ def visits(
 
 def _decisions(model: Transformer, ids: Sequence[int], seq_len: int) -> list[list[RoutingResult]]:
     """Of each MoE layer, one result for each sequence."""
-    made: list[Any] = []
-    layers = model.decoder_moe_layers()
-    hooks = [
-        router.register_forward_hook(lambda _router, _args, out: made.append(out))
-        for router in {layer.router for layer in layers}  # layers may share one
-    ]
-    try:
+    made: list[list[RoutingResult]] = [[] for _ in model.decoder_moe_layers()]
+
+    def hear(at: int, layer: MoELayer, known: Known, routed: RoutingResult) -> None:
+        made[at].append(routed)
+
+    with Listening(dict(enumerate(model.decoder_moe_layers())), hear):
         for first in range(0, len(ids), seq_len):
             model.logits(torch.tensor([ids[first : first + seq_len]]))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [made[first :: len(layers)] for first in range(len(layers))]
+    return made
 
 
 def _of_tokens(parts: Sequence[RoutingResult], top_k: int) -> list[list[tuple[int, float]]]:

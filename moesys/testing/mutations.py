@@ -83,7 +83,11 @@ model.moe.experts_by_layer=[16] | model.moe.num_experts=8 | must be the largest 
 model.moe.expert_widths=[32,64] | model.moe.d_expert=64 | must be the mean of model.moe.expert_widths=[32, 64], 48 | use 48
 model.moe.balance.width_loss_coef=0.1 | model.moe.balance.width_loss_coef=0.1 | model.moe.expert_widths=null | set model.moe.expert_widths
 optim.frozen_experts=8 | optim.frozen_experts=8 | must be below model.moe.num_experts=8 | use 0 to 7, or null
+model.memory_layers.layers=[0] | model.memory_layers.layers=[0] | that are not dense, 1 to 1, in order | use some of [1]
+model.memory_layers.layers=[1] model.memory_layers.top_k=65 | model.memory_layers.top_k=65 | must be at most model.memory_layers.num_keys=64 | use 1 to 64
+parallel.etp=2 parallel.ep=1 model.memory_layers.layers=[1] | parallel.etp=2 | must be 1 with model.memory_layers.layers=[1] | use parallel.etp=1
 # Sizes that do not divide.
+parallel.ep=2 model.memory_layers.layers=[1] model.memory_layers.heads=3 | model.memory_layers.d_value=128 | must be a multiple of model.memory_layers.heads=3 * parallel.ep=2 = 6 | use 126 or 132
 parallel.ep=4 | parallel.ep=4 | must divide the world size 2 | use parallel.ep=2, or start 4 ranks
 --nproc 4 parallel.ep=4 model.moe.num_experts=6 | model.moe.num_experts=6 | must be a multiple of parallel.ep=4 | use 4 or 8
 --nproc 4 parallel.ep=4 model.num_layers=3 model.moe.experts_by_layer=[6,8] | model.moe.experts_by_layer=6 | must be a multiple of parallel.ep=4 | use 4 or 8, or parallel.ep=2

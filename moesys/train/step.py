@@ -26,6 +26,7 @@ from moesys.parallelize.build import ParallelModel
 from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import begin_micro_step
 from moesys.parallelize.pipeline import Pipeline
+from moesys.train.choices import ChoiceRecorder
 from moesys.train.timing import SectionTimer
 
 
@@ -104,6 +105,9 @@ class TrainStep:
         """This rank's in the last step."""
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
+        self._recorder = None
+        if config.metrics.record_choices_steps:
+            self._recorder = ChoiceRecorder(config, self.model, self.device)
 
     def __call__(
         self,
@@ -124,7 +128,7 @@ class TrainStep:
         else:
             for index, batch in enumerate(micro_batches):
                 self._begin_micro_step(is_last=index == len(micro_batches) - 1)
-                self._forward_backward(batch)
+                self._forward_backward(batch, index)
         with self.timer.section("optimizer"):
             for parameter in self.model.over_depth.parameters():
                 if parameter.grad is None:  # a stage without MoE layers
@@ -147,11 +151,13 @@ class TrainStep:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._end_balance(load_MX, step, is_applied=rate is not None)
+        if self._recorder and not self._recorder.end_step(step, is_applied=rate is not None):
+            self._recorder = None
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         return self._result(sums, is_applied=rate is not None)
 
-    def _forward_backward(self, batch: MicroBatch) -> None:
-        """Add one micro-batch's gradients."""
+    def _forward_backward(self, batch: MicroBatch, index: int) -> None:
+        """Add the gradients of one micro-batch, of this rank's the `index`-th."""
         input_ids_BS = local_slice(batch.input_ids_BS, self.meshes).to(
             self.device, non_blocking=True
         )
@@ -159,7 +165,10 @@ class TrainStep:
         with self.timer.section("forward"):
             with autocast(self.device, self.config.train.dtype):
                 output = self.model(
-                    input_ids_BS, documents=batch.document_ids_BS, targets_BSN=targets_BSN
+                    input_ids_BS,
+                    documents=batch.document_ids_BS,
+                    places_BS=self._places(batch, index),
+                    targets_BSN=targets_BSN,
                 )
             total = self._loss(output, targets_BSN)
         with self.timer.section("backward"):
@@ -169,6 +178,14 @@ class TrainStep:
         """[B, S, N] of this rank's positions."""
         ahead_BSN = targets_ahead(batch.target_ids_BS, self.config.model.mtp_depth)
         return local_slice(ahead_BSN, self.meshes)
+
+    def _places(self, batch: MicroBatch, index: int) -> Tensor:
+        """int64 [B, S] of this rank's positions: among all tokens of the step, as the loader deals out its samples."""
+        ids_BS = batch.input_ids_BS
+        number = ids_BS.numel()
+        first = (index * self.meshes.dims.dp + self.meshes.dp_rank) * number
+        places_BS = torch.arange(first, first + number, device=self.device).view_as(ids_BS)
+        return local_slice(places_BS, self.meshes)
 
     def _loss(self, output: tuple[Tensor, ...], targets_BSN: Tensor) -> Tensor:
         """What is minimised: sums over ranks and micro-steps, divided once by the global token count.
@@ -203,11 +220,13 @@ class TrainStep:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
         inputs = torch.cat([local_slice(b.input_ids_BS, self.meshes) for b in micro_batches])
         targets = torch.cat([self._targets(b) for b in micro_batches])
+        places = torch.cat([self._places(b, index) for index, b in enumerate(micro_batches)])
         documents = [b.document_ids_BS for b in micro_batches if b.document_ids_BS is not None]
         with self.timer.section("forward"):
             pipeline.step(
                 inputs.to(self.device),
                 targets.to(self.device),
+                places,
                 torch.cat(documents) if documents else None,
             )
 

@@ -11,7 +11,9 @@ from moesys.config.validate import check_components, validate
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
-REQUIRED = {("router", "replay"): ["model.moe.router.run=runs/recorded"]}
+REQUIRED = {
+    ("router", name): ["model.moe.router.run=runs/recorded"] for name in ("replay", "replay_loads")
+}
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")
 

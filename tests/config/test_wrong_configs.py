@@ -439,6 +439,8 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
         ),
         ("model.moe.balance.bias_end_step=4", "bias_end_step=4 has no effect with"),
         ("model.share_depth=all", "share_depth=all has no effect with fewer than two MoE layers"),
+        ("model.memory_layers.rank=3", "rank=3 has no effect with model.memory_layers.layers=[]"),
+        ("model.memory_layers.layers=[1]", "leaves no MoE layer: model.moe has no effect"),
         (
             "model.attention_experts_kv=shared",
             "attention_experts_kv=shared has no effect with model.attention_experts=1",

@@ -14,6 +14,7 @@ import torch
 
 from moesys.config.schema import (
     BalanceConfig,
+    MemoryLayersConfig,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -28,6 +29,7 @@ from moesys.parallelize.recompute import apply_recompute
 from moesys.plan.activations import (
     ActivationCase,
     dense_block_bytes,
+    memory_block_bytes,
     moe_block_bytes,
     paper_layer_bytes,
 )
@@ -41,7 +43,10 @@ SEQ_LEN, SAMPLES = 32, 4
 
 MODEL = small_model(
     vocab_size=32,
-    num_layers=2,
+    num_layers=3,
+    memory_layers=MemoryLayersConfig(
+        layers=(2,), num_keys=12, top_k=4, d_key=24, d_value=48, d_pre=16, rank=2, heads=2
+    ),
     d_model=64,
     num_heads=8,
     d_ffn=176,
@@ -53,8 +58,16 @@ MODEL = small_model(
 )
 
 
+FORMULAS = {"dense": dense_block_bytes, "moe": moe_block_bytes, "memory": memory_block_bytes}
+"""Of the model's layers."""
+
+
 def of_moe(**changes) -> ModelConfig:
     return replace(MODEL, moe=replace(MODEL.moe, **changes))
+
+
+def of_memory(**changes) -> ModelConfig:
+    return replace(MODEL, memory_layers=replace(MODEL.memory_layers, **changes))
 
 
 def run_config(model: ModelConfig, parallel: ParallelConfig) -> RunConfig:
@@ -91,7 +104,7 @@ def weigh(rank: int, size: int, model: ModelConfig, parallel: ParallelConfig, dt
         apply_recompute(built.whole, mode)
         set_expert_backend(built.whole, "loop" if dtype == torch.float32 else "grouped_mm")
         tokens = SAMPLES * SEQ_LEN // (parallel.tp if parallel.sequence_parallel else 1)
-        for name, block in zip(("dense", "moe"), built.whole.blocks(), strict=True):
+        for name, block in zip(FORMULAS, built.whole.blocks(), strict=True):
             once, twice = (left_behind(block, n * tokens, dtype) for n in (1, 2))
             found[name, mode] = twice - once
     return found
@@ -99,7 +112,7 @@ def weigh(rank: int, size: int, model: ModelConfig, parallel: ParallelConfig, dt
 
 def assert_formulas(measured: list[dict], model: ModelConfig, parallel: ParallelConfig, width):
     """Summed over ranks, so that an uneven load does not matter."""
-    for name, mode in product(("dense", "moe"), MODES):
+    for name, mode in product(FORMULAS, MODES):
         case = ActivationCase(
             model=model,
             tokens=SAMPLES * SEQ_LEN,
@@ -110,7 +123,7 @@ def assert_formulas(measured: list[dict], model: ModelConfig, parallel: Parallel
             etp=parallel.etp,
             recompute=mode,
         )
-        formula = (dense_block_bytes if name == "dense" else moe_block_bytes)(case)
+        formula = FORMULAS[name](case)
         mean = sum(found[name, mode] for found in measured) / len(measured)
         assert mean == pytest.approx(formula, rel=0.02), (name, mode, mean / formula)
         figures.worst("activation_formula_error_pct", 100 * abs(mean / formula - 1))
@@ -129,6 +142,7 @@ LAYOUTS = {
     "attention experts of shared keys, tp and sp": (2, SHARED_KEYS, ParallelConfig(tp=2)),
     "attention experts, tp": (2, GATED, ParallelConfig(tp=2, sequence_parallel=False)),
     "ep": (2, MODEL, ParallelConfig(ep=2)),
+    "values without pre-values": (2, of_memory(d_pre=0, heads=1), ParallelConfig(ep=2)),
     "tp and sp": (2, MODEL, ParallelConfig(tp=2)),
     "tp": (2, MODEL, ParallelConfig(tp=2, sequence_parallel=False)),
     "etp": (2, MODEL, ParallelConfig(etp=2)),

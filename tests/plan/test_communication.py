@@ -5,7 +5,13 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.traffic import count, formula
-from moesys.config.schema import BalanceConfig, ComponentConfig, ParallelConfig, RunConfig
+from moesys.config.schema import (
+    BalanceConfig,
+    ComponentConfig,
+    MemoryLayersConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from moesys.plan.communication import RowsSent, rows_sent
 from moesys.plan.parameters import Parameter
 from moesys.testing.layouts import BASE, LAYOUTS
@@ -57,7 +63,14 @@ def balance(level: str) -> BalanceConfig:
 
 PYRAMID = {"num_experts": 12, "experts_by_layer": (4, 12, 8)}
 WIDTHS = {"expert_widths": (8, 40)}
+MEMORY = MemoryLayersConfig(layers=(2,), num_keys=8, top_k=3, d_key=8, d_value=16, d_pre=4, heads=2)
 VARIANTS = [
+    ("ep", {"memory_layers": MEMORY}),
+    ("ep", {"memory_layers": replace(MEMORY, d_pre=0, layers=(1, 3)), "recompute": "layer"}),
+    ("tp+ep", {"memory_layers": MEMORY, "dtype": "bf16", "recompute": "layer"}),
+    ("tp without sequence parallelism", {"memory_layers": MEMORY, "dtype": "bf16"}),
+    ("zero", {"memory_layers": MEMORY}),
+    ("pp+tp+ep+zero", {"memory_layers": MEMORY, "recompute": "moe"}),
     ("tp", {"dtype": "bf16"}),
     ("tp", {"recompute": "layer"}),
     ("tp", {"recompute": "attention"}),

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig
+from moesys.config.schema import ComponentConfig, MemoryLayersConfig, ModelConfig, MoEConfig
 from moesys.models.mtp import targets_ahead
 from moesys.models.transformer import Transformer
 from moesys.parallelize.expert_backend import set_expert_backend
@@ -115,6 +115,47 @@ def test_flops_are_those_that_torch_counts(variant):
     with FlopCounterMode(display=False) as counter:
         torch.stack([logits, *of_depths]).sum().backward()
     assert counter.get_total_flops() == 2 * forward
+
+
+MEMORY = MemoryLayersConfig(
+    layers=(1,), num_keys=8, top_k=3, d_key=6, d_value=12, d_pre=4, rank=2, heads=2
+)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        MEMORY,
+        replace(MEMORY, layers=(1, 2), d_pre=0, rank=3, heads=1),
+    ],
+)
+def test_memory_layers_are_counted(memory: MemoryLayersConfig):
+    """But for the choice among values, and for sums of values, which torch's counter does not see."""
+    config = replace(MODEL, memory_layers=memory)
+    model = Transformer(config)
+    assert total_parameters(config) == sum(p.numel() for p in model.parameters())
+    number, of_value = len(memory.layers), memory.d_value + memory.d_pre
+    idle = number * (memory.num_keys**2 - memory.top_k) * of_value
+    moe = (2 - number) * 6 * expert_parameters(config)
+    assert active_parameters(config) == total_parameters(config) - idle - moe
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    set_expert_backend(model, "loop")
+    batch, seq_len = 2, 24
+    ids = torch.randint(0, config.vocab_size, (batch, seq_len))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits = model(ids)[0]
+    k, r, n = memory.top_k, memory.rank, memory.num_keys
+    unseen = batch * seq_len * number * 2 * k * memory.d_value
+    per_token = 2 * r * n + k * r * r + k * k * r
+    pair = 7 * r**3 + 2 * r * r  # powers of the core, and two products with a vector
+    choice = number * 2 * (batch * seq_len * per_token + pair)
+    forward = batch * seq_len * forward_flops_per_token(config, seq_len)
+    # Products with a vector are counted where they are products of matrices.
+    assert 0 <= forward - unseen + choice - counter.get_total_flops() <= number * 4 * r * r
+    with FlopCounterMode(display=False) as counter:
+        logits.sum().backward()
+    assert counter.get_total_flops() == 2 * (forward - unseen)
 
 
 def test_backward_is_twice_the_forward():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moesys.checkpoint.saver import Saver
 from moesys.config.memory import plan_memory
-from moesys.config.schema import ParallelConfig, RunConfig
+from moesys.config.schema import MemoryLayersConfig, ParallelConfig, RunConfig
 from moesys.ops.shard import local_tensor
 from moesys.optim.build import optimizer_tensors
 from moesys.parallel.dims import parallel_dims
@@ -149,11 +149,17 @@ def test_shards_that_do_not_come_out_even():
         assert weighed == (expected.parameters, expected.gradients, expected.optimizer), rank
 
 
+MEMORY = MemoryLayersConfig(
+    layers=(2,), num_keys=24, top_k=4, d_key=16, d_value=32, d_pre=16, heads=2
+)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
         *((n, {"attention_experts": 3, "attention_experts_kv": "shared"}) for n in ("tp", "zero")),
+        *((n, {"memory_layers": MEMORY}) for n in ("tp", "zero", "zero 1", "pp+tp+ep+zero")),
         *((n, {"share_depth": "moe"}) for n in ("ep", "zero", "zbv", "zero 2")),
         *((n, {"share_depth": "all"}) for n in ("tp", "zero", "four stages", "pp+tp+ep+zero")),
     ],
@@ -213,6 +219,10 @@ def test_the_peak_of_a_step(name, dtype, recompute):
         ("one rank", "fp32", {"share_depth": "all"}),
         ("zero", "fp32", {"share_depth": "all"}),
         ("pp", "fp32", {"share_depth": "moe"}),
+        ("one rank", "fp32", {"memory_layers": MEMORY}),
+        ("one rank", "bf16", {"memory_layers": replace(MEMORY, num_keys=96)}),
+        ("ep", "bf16", {"memory_layers": MEMORY}),
+        ("zero", "fp32", {"memory_layers": MEMORY}),
     ],
 )
 def test_the_peak_of_variants(name, dtype, changes):

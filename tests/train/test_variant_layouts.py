@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moesys.config.schema import RunConfig
+from moesys.config.schema import MemoryLayersConfig, RunConfig
 from tests.train.test_router_layouts import assert_as_one, configured
 
 ATTENTIONS: dict[str, dict] = {
@@ -40,6 +40,50 @@ def varied(changes: dict, recompute: str = "none", router: str = "softmax") -> R
 )
 def test_attention_experts(name: str, layout: str, recompute: str) -> None:
     assert_as_one(varied(ATTENTIONS[name], recompute), layout)
+
+
+MEMORY = MemoryLayersConfig(
+    layers=(2,), num_keys=8, top_k=3, d_key=8, d_value=16, d_pre=4, rank=2, heads=2
+)
+MEMORIES: dict[str, dict] = {
+    "between MoE layers": {"memory_layers": MEMORY},
+    "alone": {
+        "memory_layers": replace(MEMORY, layers=(0, 1, 2, 3), d_pre=0, heads=1),
+        "num_dense_layers": 0,
+    },
+    "beside what layers share": {
+        "memory_layers": replace(MEMORY, layers=(1, 3)),
+        "num_dense_layers": 0,
+        "share_depth": "all",
+    },
+}
+"""Keys of model."""
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "recompute"),
+    [
+        ("between MoE layers", "ep", "none"),
+        ("between MoE layers", "pp", "none"),
+        *(
+            pytest.param("between MoE layers", layout, recompute, marks=pytest.mark.parity)
+            for layout, recompute in (
+                *(("ep", "layer"), ("zero", "layer"), ("zero 1", "none"), ("zero 2", "selective")),
+                *(("tp", "none"), ("tp", "layer"), ("tp without sequence parallelism", "none")),
+                *(("tp without sequence parallelism", "layer"), ("cp", "none"), ("tp+ep", "none")),
+                *(("pp+tp+ep", "moe"), ("pp+tp+ep+zero", "none"), ("zbv", "none")),
+                *(("interleaved_zero_bubble", "none"), ("experts over two copies", "none")),
+            )
+        ),
+        *(
+            pytest.param(name, layout, "none", marks=pytest.mark.parity)
+            for name in ("alone", "beside what layers share")
+            for layout in ("ep", "zero", "four stages", "tp+ep", "pp+tp+ep")
+        ),
+    ],
+)
+def test_memory_layers(name: str, layout: str, recompute: str) -> None:
+    assert_as_one(varied(MEMORIES[name], recompute), layout)
 
 
 SHARED: dict[str, dict] = {

@@ -5,6 +5,7 @@ from moesys.moe.routers.expert_choice import ExpertChoiceRouter
 from moesys.moe.routers.forced import RoundRobinRouter, ZipfRouter
 from moesys.moe.routers.grouped import GroupLimitedRouter
 from moesys.moe.routers.hash import HashRouter
+from moesys.moe.routers.load_replay import LoadReplayRouter
 from moesys.moe.routers.noisy import NoisyTopKRouter, SwitchRouter
 from moesys.moe.routers.pregated import PreGatedRouter
 from moesys.moe.routers.recurrent import RecurrentRouter
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertChoiceRouter",
     "GroupLimitedRouter",
     "HashRouter",
+    "LoadReplayRouter",
     "NoisyTopKRouter",
     "PreGatedRouter",
     "ReLURouter",

@@ -1,29 +1,28 @@
-"""The loads of a recorded run, for measurements under routing as it really is. Not for training.
+"""The experts that a recorded run gave each token, for the same routing under other weights, layouts or codecs.
 
-Shapes: T tokens, E experts, K experts per token, M MoE layers, S recorded steps.
+Shapes: T tokens, E experts, K experts per token, M MoE layers, N tokens of an optimizer step.
 """
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moesys.moe.choices import open_choices, recorded_steps
 from moesys.moe.routers.topk import TopKRouter
-from moesys.moe.routing import StepLoad
-
-_GOLDEN = 0.6180339887498949
+from moesys.moe.routing import RoutingResult, StepLoad
+from moesys.moe.tokens import Tokens
 
 
 class ReplayRouter(TopKRouter):
-    """In step s each expert gets the share of slots that it had in the run's s-th recorded step, in the same layer.
+    """In its s-th step each token gets the experts that it had in the run's s-th recorded step, in the same layer.
 
-    Tokens are given to experts by systematic sampling: with shares that sum to K, token t takes the experts at whose part
-    of [0, K) lie u_t, u_t + 1, ..; u_t is spread evenly, so loads are those recorded but for rounding, and a token's
-    experts are distinct. `run` is a run folder; past its end it begins anew. Weights are the learned scores', as a
-    step of TopKRouter would have them.
+    `run` is a run folder with recorded choices (`metrics.record_choices_steps`); past the last it begins anew. Weights and
+    gradients are those of the present scores, as in TopKRouter, which also routes where no step is: in evaluation.
+    Megatron-core and RL training (R3, 2510.11370) call this routing replay. One host sync per forward.
     """
 
     def __init__(
@@ -37,52 +36,60 @@ class ReplayRouter(TopKRouter):
         **options: Any,
     ) -> None:
         super().__init__(num_experts=num_experts, top_k=top_k, **options)
-        loads_M = recorded_loads(run)
-        recorded = loads_M[layer].shape[1] if layer < len(loads_M) else 0
-        if (len(loads_M), recorded) != (num_layers, num_experts):
-            raise ValueError(
-                f"router option run={run} has {len(loads_M)} MoE layers, layer {layer} of {recorded} experts, this "
-                f"model {num_layers}, layer {layer} of {num_experts}: replay a run of the same shape"
-            )
-        self._loads_SE = loads_M[layer]
+        self._files = _checked(run, num_layers, num_experts, top_k)
+        self._layer = layer
+        self._replayed_TK: Tensor | None = None
         self.register_buffer("steps_done", torch.zeros(()))
         self.steps_done: Tensor
 
+    def forward(
+        self, x_TD: Tensor, state: Tensor | None = None, tokens: Tokens | None = None
+    ) -> RoutingResult:
+        if tokens is not None and tokens.places_T is not None:
+            self._replayed_TK = self._recorded(tokens.places_T)
+        try:
+            return super().forward(x_TD, state)
+        finally:
+            self._replayed_TK = None
+
     def select(self, scores_TE: Tensor) -> Tensor:
-        """No host sync after the first."""
-        self._loads_SE = self._loads_SE.to(scores_TE.device)
-        step = self.steps_done.long() % self._loads_SE.shape[0]
-        return sampled(self._loads_SE.index_select(0, step.view(1))[0], len(scores_TE), self.top_k)
+        return super().select(scores_TE) if self._replayed_TK is None else self._replayed_TK
 
     @torch.no_grad()
     def end_step(self, load: StepLoad) -> None:
         self.steps_done += 1
 
-
-def sampled(load_E: Tensor, num_tokens: int, top_k: int) -> Tensor:
-    """int64 [T, K]: distinct experts for each token, in proportion to `load_E` (at most a share of 1 / K each)."""
-    shares_E = load_E.double() * (top_k / load_E.sum())
-    ends_E = shares_E.clamp(max=1.0).cumsum(0)
-    ends_E = ends_E * (top_k / ends_E[-1])
-    places_T = torch.arange(num_tokens, dtype=torch.float64, device=load_E.device) * _GOLDEN
-    slots_K = torch.arange(top_k, device=load_E.device)
-    places_TK = places_T.frac()[:, None] + slots_K
-    return torch.searchsorted(ends_E, places_TK, right=True).clamp(max=len(load_E) - 1)
+    def _recorded(self, places_T: Tensor) -> Tensor:
+        path = self._files[int(self.steps_done) % len(self._files)]
+        chosen_NK = open_choices(path)[self._layer]
+        if len(places_T) and int(places_T.max()) >= len(chosen_NK):
+            raise ValueError(
+                f"{path} has choices of {len(chosen_NK)} tokens, and this step has more: "
+                "replay with the train.global_batch_tokens of the recorded run"
+            )
+        chosen_TK = chosen_NK[places_T.cpu().numpy()].astype(np.int64)
+        return torch.from_numpy(chosen_TK).to(places_T.device)
 
 
 @cache
-def recorded_loads(run: str) -> list[Tensor]:
-    """Of each MoE layer int64 [S, E], from a run's metrics.jsonl. Raises ValueError where there is none."""
-    path = Path(run) / "metrics.jsonl"
-    try:
-        with path.open(encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("\n")]
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"run={run} must be a run folder: {error}") from error
-    loads = [record["expert_load"] for record in records if record.get("kind") == "train"]
-    if not loads or not loads[0]:
-        raise ValueError(f"run={run} has no step with MoE layers in {path}")
-    return [
-        torch.tensor(load_SE, dtype=torch.int64, device="cpu")
-        for load_SE in zip(*loads, strict=True)
-    ]
+def _checked(run: str, num_layers: int, num_experts: int, top_k: int) -> list[Path]:
+    """One file for each recorded step. Raises ValueError where they are another model's."""
+    files = recorded_steps(Path(run))
+    if not files:
+        raise ValueError(
+            f"run={run} has no recorded choices: train it with metrics.record_choices_steps above 0"
+        )
+    choices_MNK = open_choices(files[0])
+    layers, _, slots = choices_MNK.shape
+    if (layers, slots) != (num_layers, top_k):
+        raise ValueError(
+            f"run={run} has {layers} MoE layers with {slots} experts per token, this model {num_layers} with {top_k}: "
+            "replay a run of the same shape"
+        )
+    least, most = int(choices_MNK.min()), int(choices_MNK.max())
+    if not 0 <= least <= most < num_experts:
+        raise ValueError(
+            f"run={run} has choices of experts {least} to {most}, and this model's are 0 to {num_experts - 1}"
+            + (": where slots have no expert (-1) nothing can be replayed" if least < 0 else "")
+        )
+    return files

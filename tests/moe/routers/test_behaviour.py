@@ -16,9 +16,9 @@ from moesys.moe.routers import (
     ExpertChoiceRouter,
     GroupLimitedRouter,
     HashRouter,
+    LoadReplayRouter,
     NoisyTopKRouter,
     PreGatedRouter,
-    ReplayRouter,
     RoundRobinRouter,
     SoftRouter,
     SwitchRouter,
@@ -26,7 +26,7 @@ from moesys.moe.routers import (
     ZipfRouter,
 )
 from moesys.moe.routers.hash import mixed, mixed_int
-from moesys.moe.routers.replay import recorded_loads, sampled
+from moesys.moe.routers.load_replay import recorded_loads, sampled
 from moesys.moe.routing import StepLoad
 from moesys.moe.tokens import Tokens
 from moesys.ops import tokens_per_expert
@@ -192,7 +192,7 @@ def recorded(folder: Path, loads_SME: list) -> str:
 def test_replay_has_the_recorded_loads_step_by_step(tmp_path):
     loads_SME = [[[600, 100, 200, 300], [300] * 4], [[0, 600, 0, 600], [1, 2, 3, 1194 // 2]]]
     run = recorded(tmp_path, loads_SME)
-    router = made(ReplayRouter, num_experts=4, run=run, layer=0, num_layers=2)
+    router = made(LoadReplayRouter, num_experts=4, run=run, layer=0, num_layers=2)
     x_TD = torch.randn(6000, D, generator=torch.Generator().manual_seed(0))
     step = StepLoad(load_ME=torch.zeros(2, 4), layer=0, num_tokens=6000)
     for loads_E in (loads_SME[0][0], loads_SME[1][0], loads_SME[0][0]):
@@ -202,19 +202,19 @@ def test_replay_has_the_recorded_loads_step_by_step(tmp_path):
         wanted = torch.tensor(loads_E) / sum(loads_E)
         torch.testing.assert_close(found, wanted.float(), rtol=0, atol=5e-4)
         router.end_step(step)
-    other = made(ReplayRouter, num_experts=4, run=run, layer=1, num_layers=2)
+    other = made(LoadReplayRouter, num_experts=4, run=run, layer=1, num_layers=2)
     found = tokens_per_expert(route(other, x_TD).topk_ids_TK, 4)
     assert found.max() - found.min() <= 4
 
 
 def test_replay_of_a_pyramid_has_each_layers_own_experts(tmp_path):
     run = recorded(tmp_path, [[[100] * 4, [300, 100] * 4]])
-    router = made(ReplayRouter, num_experts=8, run=run, layer=1, num_layers=2)
+    router = made(LoadReplayRouter, num_experts=8, run=run, layer=1, num_layers=2)
     x_TD = torch.randn(6000, D, generator=torch.Generator().manual_seed(0))
     found = tokens_per_expert(route(router, x_TD).topk_ids_TK, 8) / (6000 * K)
     assert found.tolist() == pytest.approx([3 / 16, 1 / 16] * 4, abs=5e-4)
     with pytest.raises(ValueError, match="layer 1 of 8 experts, this model 2, layer 1 of 4"):
-        made(ReplayRouter, num_experts=4, run=run, layer=1, num_layers=2)
+        made(LoadReplayRouter, num_experts=4, run=run, layer=1, num_layers=2)
 
 
 def test_replay_names_what_does_not_fit(tmp_path):
@@ -222,11 +222,11 @@ def test_replay_names_what_does_not_fit(tmp_path):
     with pytest.raises(
         ValueError, match="has 1 MoE layers, layer 0 of 4 experts, this model 2, layer 0 of 8"
     ):
-        made(ReplayRouter, run=run, num_layers=2)
+        made(LoadReplayRouter, run=run, num_layers=2)
     with pytest.raises(ValueError, match="must be a run folder"):
-        made(ReplayRouter, run=str(tmp_path / "none"))
+        made(LoadReplayRouter, run=str(tmp_path / "none"))
     with pytest.raises(ValueError, match="no step with MoE layers"):
-        made(ReplayRouter, run=recorded(tmp_path, []))
+        made(LoadReplayRouter, run=recorded(tmp_path, []))
 
 
 def test_sampling_gives_no_token_an_expert_twice_however_uneven():
