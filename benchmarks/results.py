@@ -171,6 +171,8 @@ def environment() -> dict[str, Any]:
         ":!benchmarks/results",
         ":!docs/benchmarks.md",
         ":!docs/reliability.md",
+        ":!docs/routers.md",
+        ":!docs/*_compared.svg",
     )
     commit = _lines("git", "rev-parse", "HEAD")
     return {

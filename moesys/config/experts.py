@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from moesys.config.bounds import in_range, multiples_near
 from moesys.config.errors import Problem
 from moesys.config.layout import values_per_row
+from moesys.config.memory_layers import layers_without_moe
 from moesys.config.schema import ModelConfig, MoEConfig, RunConfig
 
 
@@ -90,7 +91,7 @@ def _frozen(config: RunConfig, fewest: MoEConfig) -> Iterator[Problem]:
         yield Problem(
             key="optim.frozen_experts",
             given=frozen,
-            rule=f"leaves nothing to train with model.num_dense_layers={config.model.num_dense_layers}",
+            rule=f"leaves nothing to train with {layers_without_moe(config.model)}",
             fix="use null, or a model with experts",
         )
     elif not 0 <= frozen < fewest.num_experts:

@@ -26,6 +26,7 @@ def find_layout_problems(config: RunConfig, world_size: int) -> Iterator[Problem
     yield from small
     if not small:
         yield from _equations(config, world_size)
+        yield from _memory_tables(config)
         yield from _shared_lengths(config, world_size)
         yield from _ulysses(config)
     dense = replace(parallel, ep=1, etp=1, zero=0)
@@ -195,9 +196,9 @@ def _lengths(config: RunConfig) -> list[_Length]:
                 else "",
                 fits=lambda experts: experts >= moe.top_k,
             )
-            for key, value in _numbers_of_experts(moe)
+            for key, value in (_numbers_of_experts(moe) if model.moe_layers else ())
         ),
-        *_expert_widths(config),
+        *(_expert_widths(config) if model.moe_layers else ()),
     ]
     if model.num_dense_layers or model.memory_layers.layers:
         found.append(_Length(key="model.d_ffn", value=model.d_ffn, axis="tp"))
@@ -241,6 +242,17 @@ def _lengths(config: RunConfig) -> list[_Length]:
             )
         )
     return found
+
+
+def _memory_tables(config: RunConfig) -> Iterator[Problem]:
+    layers = list(config.model.memory_layers.layers)
+    if layers and config.parallel.etp > 1:
+        yield Problem(
+            key="parallel.etp",
+            given=config.parallel.etp,
+            rule=f"must be 1 with model.memory_layers.layers={layers}: ranks of ep share out a memory's columns",
+            fix="use parallel.etp=1 and a larger parallel.ep",
+        )
 
 
 def _memory_columns(memory: MemoryLayersConfig) -> list[_Length]:

@@ -33,13 +33,6 @@ def find_memory_layer_problems(config: RunConfig) -> Iterator[Problem]:
             rule=f"must be at most {_PATH}.num_keys={memory.num_keys}, of which so many rows and columns are candidates",
             fix=f"use 1 to {memory.num_keys}",
         )
-    if config.parallel.etp > 1:
-        yield Problem(
-            key="parallel.etp",
-            given=config.parallel.etp,
-            rule=f"must be 1 with {_PATH}.layers={list(memory.layers)}: ranks of ep share out a memory's columns",
-            fix="use parallel.etp=1 and a larger parallel.ep",
-        )
 
 
 def _places(model: ModelConfig) -> Iterator[Problem]:
@@ -52,6 +45,14 @@ def _places(model: ModelConfig) -> Iterator[Problem]:
             rule=f"must be numbers of the decoder's layers that are not dense, {first} to {last - 1}, in order",
             fix=f"use some of {list(range(first, last))}",
         )
+
+
+def layers_without_moe(model: ModelConfig) -> str:
+    """The keys that leave no MoE layer, where there is none."""
+    keys = f"model.num_dense_layers={model.num_dense_layers}"
+    if memory := list(model.memory_layers.layers):
+        keys += f" with {_PATH}.layers={memory}"
+    return keys
 
 
 def memory_layer_warnings(model: ModelConfig) -> Iterator[str]:

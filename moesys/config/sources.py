@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from moesys.config.bounds import in_range
 from moesys.config.errors import Problem
+from moesys.config.memory_layers import layers_without_moe
 from moesys.config.schema import RunConfig
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -82,6 +83,6 @@ def _mixing(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             key=f"{key}.policy",
             given=mixing.policy,
-            rule=f"needs an MoE layer, and model.num_dense_layers={config.model.num_dense_layers} leaves none",
+            rule=f"needs an MoE layer, and {layers_without_moe(config.model)} leaves none",
             fix="use fewer dense layers, or fixed",
         )

@@ -12,7 +12,11 @@ from moesys.config.errors import ConfigError, Problem
 from moesys.config.experts import find_expert_problems
 from moesys.config.files import find_file_problems
 from moesys.config.layout import find_layout_problems, layout_warnings
-from moesys.config.memory_layers import memory_layer_warnings
+from moesys.config.memory_layers import (
+    find_memory_layer_problems,
+    layers_without_moe,
+    memory_layer_warnings,
+)
 from moesys.config.nodes import node_warnings
 from moesys.config.pipeline import find_pipeline_problems, pipeline_warnings
 from moesys.config.schema import (
@@ -84,12 +88,13 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
     found: list[str] = []
     moe, schedule = config.model.moe, config.schedule
     if not config.model.moe_layers:
-        left = f"model.num_dense_layers={config.model.num_dense_layers}"
-        unread = "model.moe, parallel.ep and parallel.etp have"
-        if memory := list(config.model.memory_layers.layers):
-            left += f" with model.memory_layers.layers={memory}"
-            unread = "model.moe has"
-        found.append(f"{left} leaves no MoE layer: {unread} no effect")
+        has_memory = bool(config.model.memory_layers.layers)
+        unread = "model.moe has" if has_memory else "model.moe, parallel.ep and parallel.etp have"
+        found.append(f"{layers_without_moe(config.model)} leaves no MoE layer: {unread} no effect")
+        if recorded := config.metrics.record_choices_steps:
+            found.append(
+                f"metrics.record_choices_steps={recorded} has no effect without MoE layers"
+            )
     found += memory_layer_warnings(config.model)
     if config.model.share_depth != "none" and len(config.model.moe_layers) < 2:
         found.append(
@@ -180,6 +185,7 @@ def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     yield from find_source_problems(config)
     yield from _model(config.model)
     yield from find_expert_problems(config)
+    yield from find_memory_layer_problems(config)
     yield from _optim(config)
     yield from _schedule(config)
     yield from _anomaly(config)

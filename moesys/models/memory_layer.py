@@ -150,7 +150,10 @@ def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_SQUARINGS):
         gram_RR = F.normalize(gram_RR.flatten(), dim=0).view_as(gram_RR)
         gram_RR = gram_RR @ gram_RR
-    right_R = F.normalize(gram_RR.sum(1), dim=0)
+    # Of a matrix of rank one any column will do that is not 0.
+    largest = gram_RR.diagonal().argmax().view(1)
+    right_R = F.normalize(gram_RR.index_select(1, largest)[:, 0], dim=0)
+    right_R = torch.where(right_R.sum() < 0, -right_R, right_R)
     return F.normalize(core_RR @ right_R, dim=0), right_R
 
 

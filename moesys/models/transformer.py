@@ -60,7 +60,9 @@ class MemoryBlock(DenseBlock):
     ) -> Tensor:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
         normed_TD = self.ffn_norm(x_TD)
-        read_TD = self.memory(normed_TD)  # first: a recomputation then ends before the feed-forward's sum
+        read_TD = self.memory(
+            normed_TD
+        )  # first: a recomputation then ends before the feed-forward's sum
         return x_TD + self.ffn(normed_TD) + read_TD
 
 

@@ -17,9 +17,12 @@ def write_choices(run_dir: Path, step: int, choices_MNK: NDArray[np.int16]) -> N
     path = run_dir / FOLDER / f"{step:08d}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("wb") as file:
-        np.save(file, choices_MNK, allow_pickle=False)
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            np.save(file, choices_MNK, allow_pickle=False)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def recorded_steps(run_dir: Path) -> list[Path]:

@@ -152,7 +152,9 @@ def _memory(case: ActivationCase) -> Fraction:
     read += 2 if width == 2 and memory.d_pre else 0
     queries = 4 * (2 * 2 * memory.d_key + 2)
     ids = memory.top_k * (2 * 8 + 4 * case.ep)
-    ids += 3 * 4 * memory.heads * case.ep  # where each token's begin, and what else torch keeps of a bag
+    ids += (
+        3 * 4 * memory.heads * case.ep
+    )  # where each token's begin, and what else torch keeps of a bag
     values = width * memory.d_value
     return own * (d_model * read + queries + ids + _memory_scores(case) + values)
 

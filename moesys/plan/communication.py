@@ -131,8 +131,10 @@ def _tensor(case: CommunicationCase) -> Iterator[Sent]:
             yield from _region(case, "feed-forward", steps, again=False)
         if not sequence_parallel and (case.is_moe(layer) or case.has_memory(layer)):
             row = case.own_tokens * case.config.model.d_model
+            # What an MoE layer gives is the last thing of a block, and not made again; what a memory gives is not.
+            joins = steps * (1 + (recompute == "layer" and case.has_memory(layer)))
             yield case.all_gather("tp", "a layer's share of tokens", steps * FP32 * row)
-            yield case.all_gather("tp", "a layer's share of tokens", steps * case.width * row)
+            yield case.all_gather("tp", "a layer's share of tokens", joins * case.width * row)
     if case.has_first:
         yield from _leave(case, "embedding", steps, steps, FP32)
     if case.has_last:

@@ -105,9 +105,7 @@ class TrainStep:
         """This rank's in the last step."""
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
-        self._recorder = None
-        if config.metrics.record_choices_steps:
-            self._recorder = ChoiceRecorder(config, self.model, self.device)
+        self._recorder = ChoiceRecorder(config, self.model, self.device)
 
     def __call__(
         self,
@@ -123,12 +121,8 @@ class TrainStep:
         """
         self.model.train()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, balance, z, mtp
-        if self.parallel.pipeline is not None:
-            self._run_pipeline(self.parallel.pipeline, micro_batches)
-        else:
-            for index, batch in enumerate(micro_batches):
-                self._begin_micro_step(is_last=index == len(micro_batches) - 1)
-                self._forward_backward(batch, index)
+        with self._recorder.recording(step):
+            self._run_micro_steps(micro_batches)
         with self.timer.section("optimizer"):
             for parameter in self.model.over_depth.parameters():
                 if parameter.grad is None:  # a stage without MoE layers
@@ -151,10 +145,19 @@ class TrainStep:
                 self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self._end_balance(load_MX, step, is_applied=rate is not None)
-        if self._recorder and not self._recorder.end_step(step, is_applied=rate is not None):
-            self._recorder = None
+        if rate is not None:
+            self._recorder.write(step)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         return self._result(sums, is_applied=rate is not None)
+
+    def _run_micro_steps(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Forwards and backwards."""
+        if self.parallel.pipeline is not None:
+            self._run_pipeline(self.parallel.pipeline, micro_batches)
+            return
+        for index, batch in enumerate(micro_batches):
+            self._begin_micro_step(is_last=index == len(micro_batches) - 1)
+            self._forward_backward(batch, index)
 
     def _forward_backward(self, batch: MicroBatch, index: int) -> None:
         """Add the gradients of one micro-batch, of this rank's the `index`-th."""

@@ -7,7 +7,6 @@ import gc
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -104,7 +103,7 @@ def weigh(rank: int, size: int, model: ModelConfig, parallel: ParallelConfig, dt
         apply_recompute(built.whole, mode)
         set_expert_backend(built.whole, "loop" if dtype == torch.float32 else "grouped_mm")
         tokens = SAMPLES * SEQ_LEN // (parallel.tp if parallel.sequence_parallel else 1)
-        for name, block in zip(FORMULAS, built.whole.blocks(), strict=True):
+        for name, block in zip(FORMULAS, built.whole.blocks(), strict=False):
             once, twice = (left_behind(block, n * tokens, dtype) for n in (1, 2))
             found[name, mode] = twice - once
     return found
@@ -112,7 +111,7 @@ def weigh(rank: int, size: int, model: ModelConfig, parallel: ParallelConfig, dt
 
 def assert_formulas(measured: list[dict], model: ModelConfig, parallel: ParallelConfig, width):
     """Summed over ranks, so that an uneven load does not matter."""
-    for name, mode in product(FORMULAS, MODES):
+    for name, mode in measured[0]:
         case = ActivationCase(
             model=model,
             tokens=SAMPLES * SEQ_LEN,
@@ -145,7 +144,11 @@ LAYOUTS = {
     "values without pre-values": (2, of_memory(d_pre=0, heads=1), ParallelConfig(ep=2)),
     "tp and sp": (2, MODEL, ParallelConfig(tp=2)),
     "tp": (2, MODEL, ParallelConfig(tp=2, sequence_parallel=False)),
-    "etp": (2, MODEL, ParallelConfig(etp=2)),
+    "etp": (
+        2,
+        replace(MODEL, num_layers=2, memory_layers=MemoryLayersConfig()),
+        ParallelConfig(etp=2),
+    ),
 }
 
 

@@ -69,6 +69,7 @@ VARIANTS = [
     ("ep", {"memory_layers": replace(MEMORY, d_pre=0, layers=(1, 3)), "recompute": "layer"}),
     ("tp+ep", {"memory_layers": MEMORY, "dtype": "bf16", "recompute": "layer"}),
     ("tp without sequence parallelism", {"memory_layers": MEMORY, "dtype": "bf16"}),
+    ("tp without sequence parallelism", {"memory_layers": MEMORY, "recompute": "layer"}),
     ("zero", {"memory_layers": MEMORY}),
     ("pp+tp+ep+zero", {"memory_layers": MEMORY, "recompute": "moe"}),
     ("tp", {"dtype": "bf16"}),

@@ -66,6 +66,10 @@ def loads(results: list[StepResult]) -> list[list[list[int]]]:
     return [result.expert_load_ME for result in results]
 
 
+def counted(choices_MNK: np.ndarray) -> list[list[int]]:
+    return [np.bincount(of_layer.ravel(), minlength=8).tolist() for of_layer in choices_MNK]
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory) -> tuple[Path, list[StepResult]]:
     folder = tmp_path_factory.mktemp("recorded")
@@ -78,8 +82,7 @@ def test_each_steps_choices_are_its_loads(recorded) -> None:
     assert [path.name for path in recorded_steps(folder)] == [f"{n:08d}.npy" for n in (1, 2, 3)]
     for choices_MNK, load_ME in zip(found, loads(results), strict=True):
         assert choices_MNK.shape == (3, TOKENS, BASE.model.moe.top_k)
-        counted = [np.bincount(of_layer.ravel(), minlength=8).tolist() for of_layer in choices_MNK]
-        assert counted == load_ME
+        assert counted(choices_MNK) == load_ME
 
 
 @pytest.mark.parametrize(
@@ -95,9 +98,9 @@ def test_each_steps_choices_are_its_loads(recorded) -> None:
 def test_other_layouts_record_and_replay_the_same(layout: str, recorded, tmp_path) -> None:
     folder, results = recorded
     theirs = ran(recording(tmp_path), layout)
-    if loads(theirs) == loads(results):  # no near tie went the other way
-        for ours, again in zip(choices(folder), choices(tmp_path), strict=True):
-            assert np.array_equal(np.sort(ours), np.sort(again))
+    for ours, again, load_ME in zip(choices(folder), choices(tmp_path), loads(theirs), strict=True):
+        assert (np.sort(ours) == np.sort(again)).mean() > 0.99  # but for near ties
+        assert counted(again) == load_ME
     replayed = ran(replaying(folder), layout)
     assert loads(replayed) == loads(results)
     for ours, again in zip(results, replayed, strict=True):
@@ -105,9 +108,12 @@ def test_other_layouts_record_and_replay_the_same(layout: str, recorded, tmp_pat
         assert again.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("model", [{"mtp_depth": 1}], ids=str)
+PYRAMID = replace(BASE.model.moe, num_experts=12, experts_by_layer=(4, 12, 8))
+
+
+@pytest.mark.parametrize("model", [{"mtp_depth": 1}, {"moe": PYRAMID}], ids=["mtp", "pyramid"])
 def test_other_weights_get_the_same_experts(model, tmp_path) -> None:
-    """Layers of multi-token prediction too; from the fourth step on the record begins anew."""
+    """Layers of multi-token prediction too; past the last recorded step the record begins anew."""
     results = ran(recording(tmp_path, steps=2, **model))
     assert len(recorded_steps(tmp_path)) == 2
     other = ran(replaying(tmp_path, seed=5, **model))
@@ -163,9 +169,10 @@ def test_what_does_not_fit_is_named(tmp_path) -> None:
             np.zeros((2, TOKENS, 2)),
             "has 2 MoE layers with 2 experts per token, this model 3",
         ),
-        "experts": (np.full((3, TOKENS, 2), 8), "has choices of experts 8 to 8, and this model's"),
+        "experts": (np.full((3, TOKENS, 2), 8), "has choices of experts 0 to 8 in layer 0"),
         "nowhere": (np.full((3, TOKENS, 2), -1), "slots have no expert"),
         "short": (np.zeros((3, TOKENS - 1, 2)), "and this step has more"),
+        "long": (np.zeros((3, TOKENS + 1, 2)), f"tokens, and this step has {TOKENS}: replay with"),
     }
     for name, (found, said) in cases.items():
         if found is not None:
