@@ -63,6 +63,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 

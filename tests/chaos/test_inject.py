@@ -87,6 +87,7 @@ def test_faults_that_end_nothing_and_then_a_kill(tiny_data: Path, tmp_path: Path
     assert times == sorted(times)
 
 
+@pytest.mark.chaos
 def test_a_fault_happens_once_per_run_folder(tiny_data: Path, tmp_path: Path) -> None:
     faults = "exception rank=1 step=8 phase=optimizer; slow rank=0 step=1 seconds=0"
     run_dir = tmp_path / "run"

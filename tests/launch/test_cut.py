@@ -56,6 +56,7 @@ def cut_for(network: Network, seconds: float) -> None:
     network.mend()
 
 
+@pytest.mark.chaos
 def test_a_cut_of_five_seconds_is_waited_for(network, undisturbed, tiny_data, tmp_path):
     folder = tmp_path / "run"
     ranks = [network.start_rank(rank, *overrides(folder, tiny_data, *STEPS)) for rank in (0, 1)]

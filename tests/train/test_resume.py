@@ -89,7 +89,8 @@ def test_sigterm_saves_and_the_next_start_goes_on(uninterrupted, tiny_data, tmp_
     assert exact(folder) == exact(uninterrupted[0])
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(13, marks=pytest.mark.parity)])
+@pytest.mark.parity
+@pytest.mark.parametrize("step", [2, 13])
 def test_kill_9_of_all_ranks_loses_nothing_but_time(uninterrupted, tiny_data, tmp_path, step):
     folder = tmp_path / "killed"
     process = start(2, overrides(folder, tiny_data))
@@ -119,6 +120,7 @@ def test_a_fresh_start_beside_old_checkpoints_is_refused(uninterrupted, tiny_dat
     assert exact(folder) == before
 
 
+@pytest.mark.parity
 def test_a_measured_backend_is_kept_and_a_set_one_obeyed(tiny_data, tmp_path):
     folder = tmp_path / "run"
     few = ["parallel.ep=1", "schedule.warmup_steps=2", "train.steps=6"]
