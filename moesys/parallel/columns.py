@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.parallel.exchange import swap
 from moesys.parallel.tensor import TensorParallel
 
 
@@ -28,44 +29,9 @@ class ColumnParallel:
         return self._tokens.leave(partial)
 
     def to_columns(self, x_TW: Tensor) -> Tensor:
-        """[T, ..., W] of this rank's tokens to [U, ..., w] of all tokens. An all-to-all."""
-        return _ToColumns.apply(x_TW, self)
+        """[T, ..., W] of this rank's tokens to [U, ..., w] of all tokens."""
+        return swap(torch.stack(x_TW.chunk(self.size, dim=-1)), self.group).flatten(0, 1)
 
     def from_columns(self, x_Uw: Tensor) -> Tensor:
         """[U, ..., w] of all tokens to [T, ..., W] of this rank's: the inverse."""
-        return _FromColumns.apply(x_Uw, self)
-
-    def _spread(self, x_TW: Tensor) -> Tensor:
-        return self._exchange(torch.stack(x_TW.chunk(self.size, dim=-1))).flatten(0, 1)
-
-    def _collect(self, x_Uw: Tensor) -> Tensor:
-        return torch.cat([*self._exchange(x_Uw.unflatten(0, (self.size, -1)))], dim=-1)
-
-    def _exchange(self, x: Tensor) -> Tensor:
-        """The p-th part of dim 0 to rank p."""
-        x = x.contiguous()
-        received = torch.empty_like(x)
-        dist.all_to_all_single(received, x, group=self.group)
-        return received
-
-
-class _ToColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TW: Tensor, columns: ColumnParallel) -> Tensor:
-        ctx.columns = columns
-        return columns._spread(x_TW)
-
-    @staticmethod
-    def backward(ctx, grad_Uw: Tensor):  # type: ignore[override]
-        return ctx.columns._collect(grad_Uw), None
-
-
-class _FromColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_Uw: Tensor, columns: ColumnParallel) -> Tensor:
-        ctx.columns = columns
-        return columns._collect(x_Uw)
-
-    @staticmethod
-    def backward(ctx, grad_TW: Tensor):  # type: ignore[override]
-        return ctx.columns._spread(grad_TW), None
+        return torch.cat([*swap(x_Uw.unflatten(0, (self.size, -1)), self.group)], dim=-1)

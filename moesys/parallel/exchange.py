@@ -1,4 +1,4 @@
-"""The exchange of rows between the ranks of an expert group: an all-to-all with uneven splits.
+"""The exchange of rows between the ranks of an expert group: an all-to-all with uneven splits; and one with even ones.
 
 Shapes: N rows sent, R rows received, D model, P ranks of the group.
 """
@@ -111,3 +111,26 @@ class _ExchangeRows(torch.autograd.Function):
     def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
         send_splits_list, recv_splits_list = ctx.splits
         return ctx.exchange.send(grad_RD, recv_splits_list, send_splits_list), None, None, None
+
+
+def swap(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Send x[p] to the group's p-th rank; return by source rank what came. Its own inverse and its own backward."""
+    return _Swap.apply(x, group)
+
+
+class _Swap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _swapped(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[override]
+        return _swapped(grad, ctx.group), None
+
+
+def _swapped(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    x = x.contiguous()
+    received = torch.empty_like(x)
+    dist.all_to_all_single(received, x, group=group)
+    return received

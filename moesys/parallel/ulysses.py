@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesys.parallel.context import DocumentEnds, check_documents, local_chunks
+from moesys.parallel.exchange import swap
 
 
 class UlyssesAttention:
@@ -49,30 +50,12 @@ class UlyssesAttention:
         sent_PBASH = torch.cat(
             [x.unflatten(1, (self.size, -1)).movedim(1, 0) for x in (q_BNSH, k_BMSH, v_BMSH)], dim=2
         )
-        qkv_BAWH = in_order(_AllToAll.apply(sent_PBASH, self))
+        qkv_BAWH = in_order(swap(sent_PBASH, self.group))
         heads = [x.shape[1] // self.size for x in (q_BNSH, k_BMSH, v_BMSH)]
         q_BAWH, k_BAWH, v_BAWH = qkv_BAWH.split(heads, dim=1)
         out_BAWH = _attention(q_BAWH, k_BAWH, v_BAWH, ends)
-        received_PBASH = _AllToAll.apply(in_shares(out_BAWH, self.size), self)
+        received_PBASH = swap(in_shares(out_BAWH, self.size), self.group)
         return received_PBASH.movedim(0, 1).flatten(1, 2)
-
-    def all_to_all(self, x_PBASH: Tensor) -> Tensor:
-        """Send x_PBASH[p] to rank p; return by source rank what came. Its own inverse and its own backward."""
-        x_PBASH = x_PBASH.contiguous()
-        out_PBASH = torch.empty_like(x_PBASH)
-        dist.all_to_all_single(out_PBASH, x_PBASH, group=self.group)
-        return out_PBASH
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_PBASH: Tensor, ulysses: UlyssesAttention) -> Tensor:
-        ctx.ulysses = ulysses
-        return ulysses.all_to_all(x_PBASH)
-
-    @staticmethod
-    def backward(ctx, grad_PBASH: Tensor):  # type: ignore[override]
-        return ctx.ulysses.all_to_all(grad_PBASH), None
 
 
 def check_heads(num_heads: int, num_kv_heads: int, size: int) -> None:
