@@ -79,7 +79,9 @@ def test_many_restarts_and_steps_cost_no_memory(tiny_data: Path, tmp_path: Path)
     watched, witness = train(tiny_data, tmp_path / "run", "; ".join(faults), steps=1200)
     assert_nothing_is_left(watched, witness)
     assert [outcome.survived for outcome in watched.outcomes] == [True] * len(faults)
-    assert len(witness.ranks) == len(faults) + 1
+    restarts = [outcome.restarts for outcome in watched.outcomes]
+    assert restarts == [1, 1, 1, 1, 0, 1]  # a save that fails is told, and steps go on
+    assert len(witness.ranks) == sum(restarts) + 1
     first, last = witness.agents[0], witness.agents[-1]
     assert descriptors(last) <= descriptors(first)
     settled = [
