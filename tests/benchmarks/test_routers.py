@@ -1,5 +1,6 @@
 """What the routers' benchmark makes of its sweeps, and a smoke run of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,45 @@ from benchmarks import routers
 from benchmarks.measured import ROUTERS, section
 from benchmarks.results import ROOT, tables
 
-BALANCE = [{"row": routers.MICRO, "val_loss": 3.5}, {"row": routers.GLOBAL, "val_loss": 3.25}]
+BALANCE = [
+    {"balance counted over": routers.MICRO, "val_loss": 3.5},
+    {"balance counted over": routers.GLOBAL, "val_loss": 3.25},
+]
+ROUTER = {"router": "a", "val_loss": 1.0}
+ORACLES = {"oracle tests": 2, "passed": 2}
 
 
 def test_global_is_better_below_zero() -> None:
-    assert routers.difference(BALANCE) == -0.25
+    assert routers.difference([ROUTER, *BALANCE]) == -0.25
+
+
+def test_one_sweep_keeps_the_rows_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is whole with them."""
+    line = {"runs": 3, "val_loss_sd": None, "load_imbalance": 1.0, "step_ms": 1, "step_ratio": 1}
+    for name in routers.SWEEPS:
+        folder = tmp_path / f"{name}.sweep"
+        folder.mkdir()
+        (folder / "table.svg").touch()
+    monkeypatch.setattr(routers, "_folder", lambda name: tmp_path / f"{name}.sweep")
+    monkeypatch.setattr(routers, "_oracles", lambda: ORACLES)
+    monkeypatch.setattr(routers, "RESULTS", tmp_path)
+    monkeypatch.setattr(routers, "PICTURES", tmp_path)
+    monkeypatch.setattr(
+        routers, "_sweep", lambda *_: [line | {"row": r, "val_loss": 2.0} for r in ("a", "b")]
+    )
+    first = routers.run(False, lambda line: None, only=["routers"])
+    assert first.is_whole
+    assert "global_minus_micro_val_loss" not in first.headline
+    assert [row.get("router") for row in first.rows] == ["a", "b", None]
+    before = json.dumps({"rows": [*BALANCE, ROUTER, ORACLES]})
+    (tmp_path / "routers.json").write_text(before)
+    second = routers.run(False, lambda line: None, only=["routers"])
+    assert second.headline["global_minus_micro_val_loss"] == -0.25
+    assert [row.get("router") for row in second.rows] == [None, None, "a", "b", None]
+    with pytest.raises(ValueError, match="no part balanse; there are routers, balance"):
+        routers.run(False, lambda line: None, only=["balanse"])
 
 
 def test_the_rows_that_are_compared_are_in_the_sweeps() -> None:
