@@ -67,13 +67,19 @@ class Training(NamedTuple):
 
 
 def training(command: str) -> Training | None:
-    """Of `moesys train`, launch/run.sh, torchrun or mpirun, each under srun or not; None of another command."""
+    """Of `moesys train`, launch/run.sh, torchrun, mpirun or a fabric, each under srun or not; None of another command."""
     found = TRAINING.search(command)
     if found is None:
         return None
     launcher = argparse.ArgumentParser(allow_abbrev=False)
     launcher.add_argument("--nnodes", "--nodes", "-N", type=int, default=1)
-    launcher.add_argument("--nproc-per-node", "--nproc_per_node", "-n", type=int)
+    names = (
+        "--nproc-per-node",
+        "--nproc_per_node",
+        "-n",
+        "--ranks-per-node",
+    )  # the last: a fabric's
+    launcher.add_argument(*names, dest="nproc_per_node", type=int)
     launcher.add_argument("--ntasks-per-node", type=int, default=1)  # above 1 every task is a rank
     outer, _ = launcher.parse_known_args(shlex.split(command[: found.start()]))
     job = argparse.ArgumentParser(allow_abbrev=False)
@@ -164,6 +170,7 @@ def test_every_way_to_start_is_shown() -> None:
         "launch.md",
         "custom_router.md",
         "data.md",
+        "fabric.md",
     }
 
 
@@ -210,6 +217,7 @@ def test_what_a_wrong_line_trains_is_refused(line: str, message: str, tmp_path: 
         ("srun --nodes=2 --ntasks-per-node=8 launch/run.sh a=b", 16),
         ("launch/run.sh --nodes 2:4 --meeting host:1 --nproc 8 --relaunch 0 a=b", 32),
         ("torchrun --nnodes 2 --nproc-per-node=4 -m moesys.train a=b", 8),
+        ("moesys-fabric run --nodes 4 --ranks-per-node 2 -- python -m moesys.train a=b", 8),
     ],
 )
 def test_ranks_and_overrides_are_read_off_a_line(line: str, ranks: int) -> None:

@@ -1,0 +1,67 @@
+"""What ranks of a fabric do in its tests: one word names it."""
+
+import os
+import socket
+import statistics
+import sys
+import time
+
+PORT = 5000
+
+
+def send(num_bytes: int) -> None:
+    """The last rank sends so many bytes to rank 0."""
+    rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+    if rank == 0:
+        connection, _ = socket.create_server(("", PORT)).accept()
+        got = 0
+        while data := connection.recv(1 << 20):
+            got += len(data)
+        print(f"got {got}")
+    elif rank == last:
+        with _connected() as connection:
+            began = time.perf_counter()
+            connection.sendall(bytes(num_bytes))
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)  # the end
+        print(f"seconds {time.perf_counter() - began:.4f}")
+
+
+def round_trip() -> None:
+    """Between rank 0 and the last, the median of 20."""
+    rank, last = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+    if rank == 0:
+        connection, _ = socket.create_server(("", PORT)).accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while byte := connection.recv(1):
+            connection.sendall(byte)
+    elif rank == last:
+        times = []
+        with _connected() as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for _ in range(20):
+                began = time.perf_counter()
+                connection.sendall(b"x")
+                connection.recv(1)
+                times.append(time.perf_counter() - began)
+        print(f"seconds {statistics.median(times):.6f}")
+
+
+def fail_on_1() -> None:
+    if os.environ["RANK"] == "1":
+        sys.exit(7)
+    time.sleep(600)
+
+
+def _connected() -> socket.socket:
+    for _ in range(200):
+        try:
+            return socket.create_connection((os.environ["MASTER_ADDR"], PORT))
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise TimeoutError("rank 0 does not listen")
+
+
+if __name__ == "__main__":
+    act, *numbers = sys.argv[1:]
+    globals()[act](*map(int, numbers))
