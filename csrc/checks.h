@@ -50,6 +50,78 @@ inline void check_like(const char* op, const Tensor& grad, int64_t rows, int64_t
                   op, ": the incoming gradient has the wrong shape or type");
 }
 
+struct Clusters {
+  int64_t T, K, M, C;
+};
+
+inline Clusters check_clusters(const char* op, const Tensor& x, const Tensor& row_of_slot,
+                               const Tensor& member_slots, const Tensor& first_member) {
+  const Slots slots = check_row_of_slot(op, row_of_slot);
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == slots.T, op, ": x must be [T, D], T of row_of_slot");
+  STD_TORCH_CHECK(member_slots.dim() == 1 && member_slots.scalar_type() == ScalarType::Long &&
+                      first_member.dim() == 1 && first_member.size(0) > 0 &&
+                      first_member.scalar_type() == ScalarType::Long,
+                  op, ": member_slots must be int64 [M] and first_member int64 [C + 1]");
+  return {slots.T, slots.K, member_slots.size(0), first_member.size(0) - 1};
+}
+
+inline void check_first_member(const char* op, const Tensor& rows, const Tensor& first_member) {
+  STD_TORCH_CHECK(rows.dim() == 2 && first_member.dim() == 1 &&
+                      first_member.scalar_type() == ScalarType::Long &&
+                      first_member.size(0) == rows.size(0) + 1,
+                  op, ": rows must be [C, D] and first_member int64 [C + 1]");
+}
+
+inline Clusters check_restore(const char* op, const Tensor& rows, const Tensor& means,
+                              const Tensor& x, const Tensor& weights, const Tensor& slopes,
+                              const Tensor& row_of_slot) {
+  const Slots slots = check_unpermute(op, rows, weights, row_of_slot);
+  const auto is_like_rows = [&](const Tensor& other, int64_t count) {
+    return other.dim() == 2 && other.size(0) == count && other.size(1) == rows.size(1) &&
+           other.scalar_type() == rows.scalar_type();
+  };
+  STD_TORCH_CHECK(is_like_rows(means, rows.size(0)) && is_like_rows(x, slots.T), op,
+                  ": means must be [C, D] and x [T, D] of rows' type");
+  STD_TORCH_CHECK(slopes.dim() == 1 && slopes.size(0) == rows.size(0) &&
+                      slopes.scalar_type() == weights.scalar_type(),
+                  op, ": slopes must be [C] of the weights' type");
+  return {slots.T, slots.K, 0, rows.size(0)};
+}
+
+inline void check_turned(const Tensor& turned) {
+  STD_TORCH_CHECK(turned.dim() == 3 && turned.size(2) > 0,
+                  "cross_polytope: the turned rows must be [T, H, V]");
+}
+
+// A row on the wire: D codes, then a scale of 4 bytes for each block of columns.
+struct Wire {
+  int64_t D, block, num_blocks;
+
+  constexpr int64_t row_bytes() const { return D + 4 * num_blocks; }
+};
+
+// `block` 0 = the whole row.
+inline Wire wire_of(const char* op, int64_t D, int64_t block) {
+  STD_TORCH_CHECK(D > 0 && block >= 0, op, ": rows must have columns, blocks at least 0 of them");
+  if (block == 0 || block > D) block = D;
+  return {D, block, (D + block - 1) / block};
+}
+
+inline Wire check_pack(const Tensor& x, const Tensor& slot_of_row, int64_t K, int64_t block) {
+  STD_TORCH_CHECK(x.dim() == 2 && K > 0, "pack: x must be [T, D] and K positive");
+  STD_TORCH_CHECK(slot_of_row.dim() == 1 && slot_of_row.scalar_type() == ScalarType::Long,
+                  "pack: slot_of_row must be int64 [N]");
+  return wire_of("pack", x.size(1), block);
+}
+
+inline Wire check_unpack(const Tensor& bytes, int64_t D, int64_t block) {
+  const Wire wire = wire_of("unpack", D, block);
+  STD_TORCH_CHECK(bytes.dim() == 2 && bytes.scalar_type() == ScalarType::Byte &&
+                      bytes.size(1) == wire.row_bytes(),
+                  "unpack: rows must be uint8 [N, ", wire.row_bytes(), "]");
+  return wire;
+}
+
 inline int64_t check_gate_up(const char* op, const Tensor& gate_up) {
   STD_TORCH_CHECK(gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, op, ": gate_up must be [N, 2F]");
   return gate_up.size(1) / 2;

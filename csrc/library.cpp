@@ -13,6 +13,25 @@ STABLE_TORCH_LIBRARY(moesys, m) {
   m.def(
       "unpermute_backward(Tensor grad_x, Tensor rows, Tensor weights, Tensor row_of_slot)"
       " -> (Tensor, Tensor)");
+  // clusters
+  m.def("cross_polytope(Tensor turned) -> Tensor");
+  m.def(
+      "member_means(Tensor x, Tensor row_of_slot, Tensor member_slots, Tensor first_member) -> "
+      "Tensor");
+  m.def("member_means_backward(Tensor grad, Tensor row_of_slot, Tensor first_member) -> Tensor");
+  m.def(
+      "restore(Tensor rows, Tensor means, Tensor x, Tensor weights, Tensor slopes, Tensor "
+      "row_of_slot,"
+      " Tensor member_slots, Tensor first_member) -> Tensor");
+  m.def(
+      "restore_backward(Tensor grad, Tensor rows, Tensor means, Tensor x, Tensor weights, Tensor "
+      "slopes,"
+      " Tensor row_of_slot, Tensor member_slots, Tensor first_member) -> (Tensor, Tensor, Tensor)");
+  // wire
+  m.def(
+      "pack(Tensor x, Tensor slot_of_row, int top_k, int format, int block, bool is_stochastic,"
+      " int carried_rows) -> Tensor");
+  m.def("unpack(Tensor bytes, Tensor like, int d, int format, int block) -> Tensor");
   // grouped_linear
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_linear_grad_rows(Tensor grad, Tensor weight, Tensor tokens_per_expert) -> Tensor");

@@ -45,6 +45,144 @@ def unpermute(rows_ND: Tensor, weights_TK: Tensor, row_of_slot_TK: Tensor) -> Te
     return (rows[index_TK] * weights_TK[..., None]).sum(dim=1).to(rows_ND.dtype)
 
 
+def cross_polytope(turned_THV: Tensor) -> Tensor:
+    bad_T = ~turned_THV.isfinite().all(dim=2).all(dim=1)
+    if bad_T.any():
+        raise RuntimeError(f"cross_polytope: row {int(bad_T.nonzero()[0])} is not finite")
+    place_TH = turned_THV.abs().argmax(dim=2)
+    is_negative_TH = turned_THV.gather(2, place_TH[..., None])[..., 0] < 0
+    return 2 * place_TH + is_negative_TH
+
+
+def member_means(
+    x_TD: Tensor, row_of_slot_TK: Tensor, member_slots_M: Tensor, first_member_X: Tensor
+) -> Tensor:
+    compute = torch.promote_types(x_TD.dtype, torch.float32)
+    top_k = max(row_of_slot_TK.shape[1], 1)
+    sizes_C = first_member_X.diff()
+    row_M = torch.arange(sizes_C.numel(), device=x_TD.device).repeat_interleave(sizes_C)
+    sums_CD = x_TD.new_zeros(sizes_C.numel(), x_TD.shape[1], dtype=compute)
+    sums_CD = sums_CD.index_add(0, row_M, x_TD.to(compute)[member_slots_M // top_k])
+    return (sums_CD / sizes_C.clamp(min=1)[:, None]).to(x_TD.dtype)
+
+
+def restore(
+    rows_CD: Tensor,
+    means_CD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    slopes_C: Tensor,
+    row_of_slot_TK: Tensor,
+) -> Tensor:
+    compute = weights_TK.dtype
+    # A row of zeros with no slope stands for "no row".
+    rows = F_.pad(rows_CD.to(compute), (0, 0, 0, 1))
+    means = F_.pad(means_CD.to(compute), (0, 0, 0, 1))
+    slopes = F_.pad(slopes_C, (0, 1))
+    index_TK = torch.where(row_of_slot_TK < 0, rows_CD.shape[0], row_of_slot_TK)
+    residuals_TKD = x_TD.to(compute)[:, None] - means[index_TK]
+    restored_TKD = rows[index_TK] + slopes[index_TK][..., None] * residuals_TKD
+    return (restored_TKD * weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+
+
+def pack(
+    x_TD: Tensor,
+    slot_of_row_N: Tensor,
+    top_k: int,
+    format: int,
+    block: int,
+    is_stochastic: bool,
+    carried_rows: int,
+) -> Tensor:
+    bad_N = (slot_of_row_N < -1) | (slot_of_row_N >= x_TD.shape[0] * top_k)
+    if bad_N.any():
+        raise RuntimeError("pack: slot_of_row has an entry that is neither -1 nor a valid index")
+    rows_ND = F_.pad(x_TD.float(), (0, 0, 1, 0))[slot_of_row_N // top_k + 1]
+    num_rows, width = rows_ND.shape
+    most = EIGHT_BITS[format].max
+    codes, scales = [], []
+    for start in range(0, width, block or width):
+        values_NB = rows_ND[:, start : start + (block or width)]
+        codes_NB = torch.empty(values_NB.shape, dtype=torch.uint8, device=x_TD.device)
+        scales_N1 = values_NB.new_empty(num_rows, 1)
+        # Rows that hand on what rounding took are done one after the other, all such groups side by side.
+        stride = carried_rows or 1
+        carry = torch.zeros_like(values_NB[::stride])
+        for place in range(stride):
+            some = slice(place, None, stride)
+            # A row that serves no slot is zeros; what it is given it hands on.
+            has_slot = (slot_of_row_N[some] >= 0)[:, None]
+            carry = carry[: has_slot.shape[0]]
+            values = torch.where(has_slot, values_NB[some] + carry, 0.0)
+            if not values.isfinite().all():
+                bad = int((~values.isfinite().all(dim=1)).nonzero()[0]) * stride + place
+                raise RuntimeError(f"pack: row {bad} is not finite")
+            scale = values.abs().amax(dim=1, keepdim=True) / most
+            scale = torch.where(scale < 2.0**-120, 0.0, scale)
+            scaled = values * torch.where(scale > 0, 1 / scale, 0.0)
+            noise: Tensor | float = 0.0
+            if is_stochastic:
+                rows = torch.arange(num_rows, device=x_TD.device)[some]
+                noise = _noise(scale[:, 0], rows, len(scales), values.shape[1])
+            codes_NB[some] = _encoded(scaled, noise, format)
+            if carried_rows:
+                taken = values - _decoded(codes_NB[some], format) * scale
+                carry = torch.where(has_slot, taken, carry)
+            scales_N1[some] = scale
+        codes.append(codes_NB)
+        scales.append(scales_N1.contiguous().view(torch.uint8))
+    return torch.cat([*codes, *scales], dim=1)
+
+
+def unpack(bytes_NW: Tensor, like: Tensor, d: int, format: int, block: int) -> Tensor:
+    scales = bytes_NW[:, d:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    scales_ND = scales.repeat_interleave(block or d, dim=1)[:, :d]
+    return (_decoded(bytes_NW[:, :d], format) * scales_ND).to(like.dtype)
+
+
+EIGHT_BITS = (
+    torch.iinfo(torch.int8),
+    torch.finfo(torch.float8_e4m3fn),
+    torch.finfo(torch.float8_e5m2),
+)
+_FP8 = (None, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _encoded(scaled: Tensor, noise: Tensor | float, format: int) -> Tensor:
+    most, dtype = EIGHT_BITS[format].max, _FP8[format]
+    if dtype is None:
+        return (scaled + noise).round().clamp(-most, most).to(torch.int8).view(torch.uint8)
+    # Neighbours of a number are a power of two apart, of subnormal ones always the same.
+    info = torch.finfo(dtype)
+    exponent = scaled.abs().clamp(min=info.smallest_normal).frexp().exponent - 1
+    quantum = torch.ldexp(torch.full_like(scaled, info.eps), exponent)
+    rounded = (scaled / quantum + noise).round() * quantum
+    rounded = rounded.clamp(-most, most) + 0.0  # zero has no sign
+    return rounded.to(dtype).view(torch.uint8)
+
+
+def _decoded(codes: Tensor, format: int) -> Tensor:
+    return codes.view(_FP8[format] or torch.int8).float()
+
+
+def _noise(scale_N: Tensor, rows_N: Tensor, block: int, width: int) -> Tensor:
+    key_N = _mixed(
+        scale_N.contiguous().view(torch.int32).long() + _mixed(rows_N * 0x9E3779B9 + block + 1)
+    )
+    columns_D = torch.arange(width, device=scale_N.device)
+    bits_ND = _mixed(key_N[:, None] + columns_D * 0x85157AF5)
+    return (bits_ND >> 8).float() * 2.0**-24 - 0.5
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = x & 0xFFFFFFFF
+    x = x ^ x >> 16
+    x = x * 0x85EBCA6B & 0xFFFFFFFF
+    x = x ^ x >> 13
+    x = x * 0xC2B2AE35 & 0xFFFFFFFF
+    return x ^ x >> 16
+
+
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     compute = torch.promote_types(gate_up_N2F.dtype, torch.float32)
     gate_NF, up_NF = gate_up_N2F.to(compute).chunk(2, dim=-1)

@@ -1,0 +1,200 @@
+// moesys::pack and moesys::unpack: rows of numbers to rows of bytes and back. N rows, D numbers
+// each, W bytes on the wire: D codes, then the fp32 scale of each block of columns.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "../checks.h"
+#include "../low_precision.h"
+#include "simd.h"
+
+namespace moesys {
+namespace {
+
+constexpr int64_t GRAIN_BYTES = 65536;
+
+int64_t grain(int64_t bytes_per_item) { return GRAIN_BYTES / (bytes_per_item + 1) + 1; }
+
+// values = row + carry; returns the largest magnitude, or infinity where one is not finite.
+template <typename T>
+inline __attribute__((always_inline)) float load_row(float* __restrict values,
+                                                     const T* __restrict row,
+                                                     const float* __restrict carry, int64_t D) {
+  float largest = 0;
+  int bad = 0;
+  if (carry) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) values[d] = static_cast<float>(widen(row[d])) + carry[d];
+  } else {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) values[d] = static_cast<float>(widen(row[d]));
+  }
+#pragma omp simd reduction(max : largest) reduction(| : bad)
+  for (int64_t d = 0; d < D; ++d) {
+    const float size = std::abs(values[d]);
+    bad |= !(size <= std::numeric_limits<float>::max());
+    largest = size > largest ? size : largest;
+  }
+  return bad ? std::numeric_limits<float>::infinity() : largest;
+}
+
+// Codes of one block, whose `values` are lost; with `carry`, what rounding took from it. A loop for
+// each product: were it fused with the sum that follows, results would hang on the instruction set.
+template <typename Format>
+inline __attribute__((always_inline)) void encode_block(float* __restrict values, float scale,
+                                                        bool is_stochastic, uint32_t key,
+                                                        uint8_t* __restrict codes,
+                                                        float* __restrict carry, int64_t D) {
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  if (carry) std::memcpy(carry, values, D * sizeof(float));
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) values[d] *= inverse;
+  if (is_stochastic) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d)
+      codes[d] = Format::encode(values[d], noise(key, static_cast<uint32_t>(d)));
+  } else {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) codes[d] = Format::encode(values[d], 0.0f);
+  }
+  if (!carry) return;
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) values[d] = Format::decode(codes[d]) * scale;
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) carry[d] -= values[d];
+}
+
+template <typename T, typename Format>
+inline __attribute__((always_inline)) void decode_block(const uint8_t* __restrict codes,
+                                                        float scale, T* __restrict row, int64_t D) {
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d)
+    row[d] = narrow<T>(static_cast<accumulator_t<T>>(Format::decode(codes[d]) * scale));
+}
+
+#define MOESYS_FORMAT(Format)                                                                     \
+  MOESYS_SIMD void encode(Format, float* values, float scale, bool is_stochastic, uint32_t key,   \
+                          uint8_t* codes, float* carry, int64_t D) {                              \
+    encode_block<Format>(values, scale, is_stochastic, key, codes, carry, D);                     \
+  }                                                                                               \
+  MOESYS_SIMD void decode(Format, const uint8_t* codes, float scale, float* row, int64_t D) {     \
+    decode_block<float, Format>(codes, scale, row, D);                                            \
+  }                                                                                               \
+  MOESYS_SIMD void decode(Format, const uint8_t* codes, float scale, double* row, int64_t D) {    \
+    decode_block<double, Format>(codes, scale, row, D);                                           \
+  }                                                                                               \
+  MOESYS_SIMD void decode(Format, const uint8_t* codes, float scale, c10::BFloat16* row,          \
+                          int64_t D) {                                                            \
+    decode_block<c10::BFloat16, Format>(codes, scale, row, D);                                    \
+  }                                                                                               \
+  MOESYS_SIMD void decode(Format, const uint8_t* codes, float scale, c10::Half* row, int64_t D) { \
+    decode_block<c10::Half, Format>(codes, scale, row, D);                                        \
+  }
+MOESYS_FORMAT(Int8)
+MOESYS_FORMAT(E4m3)
+MOESYS_FORMAT(E5m2)
+#undef MOESYS_FORMAT
+
+#define MOESYS_LOAD(T)                                                                 \
+  MOESYS_SIMD float load(float* values, const T* row, const float* carry, int64_t D) { \
+    return load_row<T>(values, row, carry, D);                                         \
+  }
+MOESYS_LOAD(float)
+MOESYS_LOAD(double)
+MOESYS_LOAD(c10::BFloat16)
+MOESYS_LOAD(c10::Half)
+#undef MOESYS_LOAD
+
+Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
+            int64_t block, bool is_stochastic, int64_t carried_rows) {
+  const Wire wire = check_pack(x_any, slot_of_row_any, K, block);
+  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor slot_of_row = torch::stable::contiguous(slot_of_row_any);
+  const int64_t N = slot_of_row.size(0), D = wire.D, W = wire.row_bytes(),
+                num_slots = x.size(0) * K;
+  Tensor bytes = torch::stable::new_empty(x, {N, W}, ScalarType::Byte);
+  const int64_t* slot_of = slot_of_row.const_data_ptr<int64_t>();
+  uint8_t* out = bytes.mutable_data_ptr<uint8_t>();
+  std::atomic<int64_t> bad_slot{-2}, bad_row{-1};
+  // Rows that hand on what rounding took are one task.
+  const int64_t stride = carried_rows > 0 ? carried_rows : 1;
+  const int64_t num_tasks = (N + stride - 1) / stride;
+  for_format("pack", format, [&]<typename Format>() {
+    for_float_type("pack", x, [&]<typename Element>() {
+      const Element* from = x.const_data_ptr<Element>();
+      const int64_t bytes_per_task = stride * D * static_cast<int64_t>(sizeof(Element));
+      torch::stable::parallel_for(
+          0, num_tasks, grain(bytes_per_task), [&](int64_t begin, int64_t end) {
+            std::vector<float> values(wire.block), carries(carried_rows > 0 ? D : 0);
+            for (int64_t task = begin; task < end; ++task) {
+              std::fill(carries.begin(), carries.end(), 0.0f);
+              for (int64_t n = task * stride; n < std::min(N, (task + 1) * stride); ++n) {
+                uint8_t* row = out + n * W;
+                const int64_t slot = slot_of[n];
+                if (slot < 0 || slot >= num_slots) {
+                  if (slot != -1) bad_slot = slot;
+                  std::memset(row, 0, W);
+                  continue;
+                }
+                for (int64_t b = 0; b < wire.num_blocks; ++b) {
+                  const int64_t start = b * wire.block, width = std::min(wire.block, D - start);
+                  float* carry = carries.empty() ? nullptr : carries.data() + start;
+                  const float largest =
+                      load(values.data(), from + slot / K * D + start, carry, width);
+                  if (largest > std::numeric_limits<float>::max()) bad_row = n;
+                  const float scale = scale_of<Format>(largest);
+                  const uint32_t key =
+                      noise_key(scale, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
+                  encode(Format{}, values.data(), scale, is_stochastic, key, row + start, carry,
+                         width);
+                  std::memcpy(row + D + b * 4, &scale, 4);
+                }
+              }
+            }
+          });
+    });
+  });
+  STD_TORCH_CHECK(bad_slot.load() == -2,
+                  "pack: slot_of_row has an entry that is neither -1 nor a valid index");
+  STD_TORCH_CHECK(bad_row.load() < 0, "pack: row ", bad_row.load(), " is not finite");
+  return bytes;
+}
+
+Tensor unpack(const Tensor& bytes_any, const Tensor& like, int64_t D, int64_t format,
+              int64_t block) {
+  const Wire wire = check_unpack(bytes_any, D, block);
+  const Tensor bytes = torch::stable::contiguous(bytes_any);
+  const int64_t N = bytes.size(0), W = wire.row_bytes();
+  Tensor rows = torch::stable::new_empty(like, {N, D});
+  const uint8_t* in = bytes.const_data_ptr<uint8_t>();
+  for_format("unpack", format, [&]<typename Format>() {
+    for_float_type("unpack", like, [&]<typename Element>() {
+      Element* to = rows.mutable_data_ptr<Element>();
+      torch::stable::parallel_for(0, N, grain(W), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          for (int64_t b = 0; b < wire.num_blocks; ++b) {
+            const int64_t start = b * wire.block, width = std::min(wire.block, D - start);
+            float scale;
+            std::memcpy(&scale, in + n * W + D + b * 4, 4);
+            decode(Format{}, in + n * W + start, scale, to + n * D + start, width);
+          }
+        }
+      });
+    });
+  });
+  return rows;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(moesys, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+}
+
+}  // namespace moesys

@@ -1,0 +1,278 @@
+"""Rows that stand for many tokens: hash, mean of the members, and back to tokens.
+
+Shapes: T tokens, K slots per token (slot t*K+k), D model, H hashes of V dimensions each, E experts, C rows (clusters of slots),
+M members: the slots that have a row, in order of row; row c's are member_slots_M[first_member_X[c]:first_member_X[c + 1]],
+X = C + 1.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moesys.ops import library, reference
+
+
+class ClusterOrder(NamedTuple):
+    """Which slots share a row. Before its sizes are known on the host the last three have spare entries."""
+
+    row_of_slot_TK: Tensor
+    """int64, -1 = no expert, no row."""
+    rows_per_expert_E: Tensor
+    """int64; expert e's rows follow those of e-1."""
+    member_slots_M: Tensor
+    """int64; spare entries are slots without a row."""
+    first_member_X: Tensor
+    """int64; spare entries are the number of members."""
+
+    @property
+    def num_members(self) -> Tensor:
+        """int64, one number on the device."""
+        return self.first_member_X[-1]
+
+    def trimmed(self, num_rows: int, num_members: int) -> "ClusterOrder":
+        """Without what is spare."""
+        return self._replace(
+            member_slots_M=self.member_slots_M[:num_members],
+            first_member_X=self.first_member_X[: num_rows + 1],
+        )
+
+
+def cluster_order(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> ClusterOrder:
+    """Give one row to all slots of an expert whose tokens have the same code.
+
+    Args:
+        topk_ids_TK: int64 or int32, 0..num_experts-1, or -1 = no expert.
+        codes_T: int64, any number.
+
+    Returns:
+        Rows in order of expert, then of their first slot (as expert_order's, where no two slots share a row); members of a
+        row in order of slot: bit-equal from run to run. No device-to-host sync, so all have full length: `trimmed` by the
+        caller who knows the sizes.
+    """
+    top_k, num_slots = topk_ids_TK.shape[1], topk_ids_TK.numel()
+    ids_N = topk_ids_TK.flatten().long()
+    codes_N = codes_T[:, None].expand(-1, top_k).flatten()
+    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
+    slots_N = _by_expert_and_code(ids_N, codes_N)
+    ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
+    has_row_N = ids_N < num_experts
+    is_first_N = has_row_N.clone()
+    is_first_N[1:] &= (ids_N[1:] != ids_N[:-1]) | (codes_N[1:] != codes_N[:-1])
+    # So far rows stand by code; now by first slot. One spare entry takes what is no first member.
+    by_code_N = is_first_N.cumsum(0) - 1
+    place_N = torch.where(
+        is_first_N, ids_N * num_slots + slots_N, num_experts * num_slots
+    ).argsort()
+    row_of_code_X = torch.arange(num_slots + 1, device=ids_N.device)
+    index_N = torch.where(is_first_N, by_code_N, num_slots)[place_N]
+    row_of_code_X = row_of_code_X.scatter(0, index_N, row_of_code_X[:-1])
+    row_N = torch.where(has_row_N, row_of_code_X[by_code_N], num_slots)
+    by_row_N = row_N.argsort(stable=True)
+    slots_N, row_N, is_first_N = slots_N[by_row_N], row_N[by_row_N], is_first_N[by_row_N]
+    first_member = has_row_N.sum().expand(num_slots + 2).clone()
+    places_N = torch.arange(num_slots, device=ids_N.device)
+    first_member.scatter_(0, torch.where(is_first_N, row_N, num_slots + 1), places_N)
+    row_N = torch.where(row_N < num_slots, row_N, -1)
+    rows_per_expert = ids_N.new_zeros(num_experts + 1)
+    rows_per_expert.scatter_add_(0, ids_N[by_row_N], is_first_N.long())
+    return ClusterOrder(
+        row_of_slot_TK=torch.empty_like(slots_N)
+        .scatter_(0, slots_N, row_N)
+        .view(topk_ids_TK.shape),
+        rows_per_expert_E=rows_per_expert[:num_experts],
+        member_slots_M=slots_N,
+        first_member_X=first_member[:-1],
+    )
+
+
+def rows_by_prefix(
+    topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int, base: int, digits: int
+) -> Tensor:
+    """How many rows `cluster_order` would make of codes cut to their first 1, 2, ..., `digits` digits: int64 [digits].
+
+    Args:
+        codes_T: of `digits` digits to that base, at least 0. The rest as of cluster_order.
+    """
+    ids_N = topk_ids_TK.flatten().long()
+    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
+    codes_N = codes_T[:, None].expand(-1, topk_ids_TK.shape[1]).flatten()
+    slots_N = _by_expert_and_code(ids_N, codes_N)
+    ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
+    is_first_N = ids_N < num_experts
+    is_other_N = ids_N[1:] != ids_N[:-1]
+    counts = []
+    for digit in reversed(range(digits)):
+        prefix_N = codes_N // base**digit
+        is_new_N = is_other_N | (prefix_N[1:] != prefix_N[:-1])
+        counts.append((is_first_N[1:] & is_new_N).sum() + is_first_N[:1].sum())
+    return torch.stack(counts)
+
+
+def _by_expert_and_code(ids_N: Tensor, codes_N: Tensor) -> Tensor:
+    """Slots in order of expert, then code, then slot."""
+    by_code_N = codes_N.argsort(stable=True)
+    return by_code_N[ids_N[by_code_N].argsort(stable=True)]
+
+
+def cross_polytope(turned_THV: Tensor) -> Tensor:
+    """The vertex of the cross-polytope that each turned row is nearest to (2411.08446, Eq. 3).
+
+    Args:
+        turned_THV: each row turned by each hash: fp32, fp64, bf16 or fp16.
+
+    Returns:
+        codes_TH, int64: 2 v + (1 if turned[v] < 0), v the place of the entry furthest from 0, the first of equals.
+
+    Raises:
+        ValueError: not three-dimensional, or V = 0.
+        RuntimeError: a row that is not finite, by its number, on the CPU. On a GPU that is a device-side assertion.
+    """
+    if turned_THV.dim() != 3 or turned_THV.shape[2] == 0 or not turned_THV.is_floating_point():
+        raise ValueError(
+            f"the turned rows must be floating point [T, H, V], got {turned_THV.dtype} {list(turned_THV.shape)}"
+        )
+    if library.runs_on(turned_THV):
+        return torch.ops.moesys.cross_polytope(turned_THV)
+    return reference.cross_polytope(turned_THV)
+
+
+def member_means(x_TD: Tensor, order: ClusterOrder) -> Tensor:
+    """The mean of each row's tokens: means_CD[c] = sum over its members of x_TD[slot // K] / their number.
+
+    Args:
+        x_TD: fp32, fp64, bf16 or fp16; sums are kept in fp32 (fp64).
+        order: trimmed. The mean of one member is that token, bit for bit.
+
+    The gradient of a token is the sum over its slots of the row's gradient over the row's members.
+
+    Raises:
+        ValueError: another shape or type.
+        RuntimeError: an index out of range, on the CPU. On a GPU that is a device-side assertion.
+    """
+    _check(x_TD, order)
+    arguments = (order.row_of_slot_TK, order.member_slots_M, order.first_member_X)
+    if library.runs_on(x_TD):
+        return torch.ops.moesys.member_means(x_TD, *arguments)
+    return reference.member_means(x_TD, *arguments)
+
+
+def restore(
+    rows_CD: Tensor,
+    means_CD: Tensor,
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    slopes_C: Tensor,
+    order: ClusterOrder,
+) -> Tensor:
+    """Sum each token's rows, each moved by how far the token is from the row's mean:
+
+        y_TD[t] = sum_k weights[t, k] * (rows[c] + slopes[c] * (x[t] - means[c])), c = order.row_of_slot_TK[t, k]
+
+    (2411.08446, 3.2: residual compensation, with a slope of 1). A token that is its row's only member gets exactly its rows.
+
+    Args:
+        rows_CD: what the experts made of the means.
+        means_CD, x_TD: of the same type.
+        weights_TK: fp32 (fp64 with fp64 rows).
+        slopes_C: of the weights' type; gets no gradient. 0 = the row as it is.
+        order: trimmed.
+
+    Returns:
+        y_TD of x's type, summed in weights' type in the order of k. Gradients reach rows, means, x and weights; those of
+        rows are summed over members.
+
+    Raises:
+        ValueError, RuntimeError: as member_means.
+    """
+    _check(x_TD, order)
+    weights_dtype = torch.promote_types(x_TD.dtype, torch.float32)
+    num_rows = order.first_member_X.shape[0] - 1
+    for name, tensor, shape, dtype in (
+        ("rows", rows_CD, [num_rows, x_TD.shape[1]], x_TD.dtype),
+        ("means", means_CD, [num_rows, x_TD.shape[1]], x_TD.dtype),
+        ("weights", weights_TK, list(order.row_of_slot_TK.shape), weights_dtype),
+        ("slopes", slopes_C, [num_rows], weights_dtype),
+    ):
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} must be {dtype} {shape}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+    arguments = (order.row_of_slot_TK, order.member_slots_M, order.first_member_X)
+    if library.runs_on(x_TD):
+        return torch.ops.moesys.restore(rows_CD, means_CD, x_TD, weights_TK, slopes_C, *arguments)
+    return reference.restore(rows_CD, means_CD, x_TD, weights_TK, slopes_C, order.row_of_slot_TK)
+
+
+def _check(x_TD: Tensor, order: ClusterOrder) -> None:
+    num_tokens = order.row_of_slot_TK.shape[0]
+    if x_TD.dim() != 2 or x_TD.shape[0] != num_tokens or not x_TD.is_floating_point():
+        raise ValueError(
+            f"x must be floating point [T, D] with T = {num_tokens} as in the order, got {x_TD.dtype} "
+            f"{list(x_TD.shape)}"
+        )
+
+
+if library.is_loaded():
+
+    @torch.library.register_fake("moesys::cross_polytope")
+    def _(turned_THV: Tensor) -> Tensor:
+        return turned_THV.new_empty(turned_THV.shape[:2], dtype=torch.int64)
+
+    @torch.library.register_fake("moesys::member_means")
+    def _(
+        x_TD: Tensor, row_of_slot_TK: Tensor, member_slots_M: Tensor, first_member_X: Tensor
+    ) -> Tensor:
+        return x_TD.new_empty(first_member_X.shape[0] - 1, x_TD.shape[1])
+
+    @torch.library.register_fake("moesys::member_means_backward")
+    def _(grad_CD: Tensor, row_of_slot_TK: Tensor, first_member_X: Tensor) -> Tensor:
+        return grad_CD.new_empty(row_of_slot_TK.shape[0], grad_CD.shape[1])
+
+    @torch.library.register_fake("moesys::restore")
+    def _(
+        rows_CD: Tensor, means_CD: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Tensor
+    ) -> Tensor:
+        return x_TD.new_empty(x_TD.shape)
+
+    @torch.library.register_fake("moesys::restore_backward")
+    def _(
+        grad_TD: Tensor,
+        rows_CD: Tensor,
+        means_CD: Tensor,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        *rest: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            rows_CD.new_empty(rows_CD.shape),
+            x_TD.new_empty(x_TD.shape),
+            weights_TK.new_empty(weights_TK.shape),
+        )
+
+    def _means_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, row_of_slot_TK, _, first_member_X = inputs
+        ctx.save_for_backward(row_of_slot_TK, first_member_X)
+
+    def _means_backward(ctx: Any, grad_CD: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TD = torch.ops.moesys.member_means_backward(grad_CD, *ctx.saved_tensors)
+        return grad_TD, None, None, None
+
+    def _restore_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def _restore_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: a checkpoint gives each back once
+        slopes_C = saved[4]
+        rows_CD, x_TD, weights_TK = torch.ops.moesys.restore_backward(grad_TD, *saved)
+        means_CD = None
+        if ctx.needs_input_grad[1]:
+            means_CD = rows_CD * -slopes_C[:, None].to(rows_CD.dtype)
+        return rows_CD, means_CD, x_TD, weights_TK, None, None, None, None
+
+    torch.library.register_autograd(
+        "moesys::member_means", _means_backward, setup_context=_means_setup
+    )
+    torch.library.register_autograd(
+        "moesys::restore", _restore_backward, setup_context=_restore_setup
+    )
