@@ -93,7 +93,7 @@ def unknown_key(key: str, schema: type = RunConfig, given: Any = None) -> Proble
     for known, hint in leaves.items():
         if key == known or known.startswith(f"{key}."):
             return None
-        if hint is ComponentConfig and key.startswith(f"{known}."):
+        if ComponentConfig in _members(hint) and key.startswith(f"{known}."):
             return None
         if (section := section_by_name(hint)) and key.startswith(f"{known}."):
             name, _, inner = key.removeprefix(f"{known}.").partition(".")

@@ -5,7 +5,8 @@ Importing a component imports what it imports (torch, mostly), so this is a file
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moesys.config.build import check_value
@@ -14,14 +15,44 @@ from moesys.config.errors import Problem, did_you_mean
 from moesys.config.pipeline import find_sharing_problems
 from moesys.config.schema import ComponentConfig, RunConfig
 
-# What the model passes to a component beside its options.
-_FIXED = ("d_model", "num_experts", "top_k")
-# What it passes to those that name it.
-_OFFERED = ("layer", "num_layers")
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """Of component."""
+
+    name: str
+    fixed: Mapping[str, str]
+    """What the model always passes beside its options, and the key that sets it."""
+    offered: tuple[str, ...]
+    """What it passes to those that name it."""
+    folder: str
+    """Of configs/, with examples."""
+
+
+_ROUTER = _Kind(
+    name="router",
+    fixed={
+        "d_model": "model.d_model",
+        "num_experts": "model.moe.num_experts",
+        "top_k": "model.moe.top_k",
+    },
+    offered=("layer", "num_layers"),
+    folder="configs/router",
+)
+_CODEC = _Kind(
+    name="codec", fixed={"d_model": "model.d_model"}, offered=("layer",), folder="configs/codec"
+)
 
 
 def find_component_problems(config: RunConfig) -> Iterator[Problem]:
-    yield from _check_router(config, "model.moe.router")
+    key = "model.moe.router"
+    router = yield from _check(config.model.moe.router, key, _ROUTER)
+    if router is not None:
+        yield from _check_sharing(config, f"{key}._target_", router)
+    if config.dispatch.codec is not None:
+        codec = yield from _check(config.dispatch.codec, "dispatch.codec", _CODEC)
+        if codec is not None:
+            yield from _check_built(codec, config.dispatch.codec, config.model.d_model)
     for package, key, wanted in (
         ("wandb", "metrics.wandb", config.metrics.wandb != "off"),
         ("tensorboard", "metrics.tensorboard", config.metrics.tensorboard),
@@ -35,8 +66,11 @@ def find_component_problems(config: RunConfig) -> Iterator[Problem]:
             )
 
 
-def _check_router(config: RunConfig, key: str) -> Iterator[Problem]:
-    component, target = config.model.moe.router, f"{key}._target_"
+def _check(
+    component: ComponentConfig, key: str, kind: _Kind
+) -> Generator[Problem, None, type | None]:
+    """Returns the class, if it is one."""
+    target = f"{key}._target_"
     module_name, _, class_name = component.target.rpartition(".")
     if not module_name:
         yield Problem(
@@ -45,7 +79,7 @@ def _check_router(config: RunConfig, key: str) -> Iterator[Problem]:
             rule="must be the import path of a class, with its module",
             fix="write package.module.ClassName",
         )
-        return
+        return None
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -59,7 +93,7 @@ def _check_router(config: RunConfig, key: str) -> Iterator[Problem]:
             rule=f"must be importable ({error})",
             fix=fix,
         )
-        return
+        return None
     except Exception as error:  # a user's module may raise anything at import
         yield Problem(
             key=target,
@@ -67,10 +101,14 @@ def _check_router(config: RunConfig, key: str) -> Iterator[Problem]:
             rule=f"must be importable (importing {module_name} raised {type(error).__name__}: {error})",
             fix=f"correct {module_name}",
         )
-        return
+        return None
     found = getattr(module, class_name, None)
     classes = [name for name, value in vars(module).items() if _is_module_class(value)]
-    fix = did_you_mean(class_name, classes) if classes else "name a router, as configs/router does"
+    fix = (
+        did_you_mean(class_name, classes)
+        if classes
+        else f"name a {kind.name}, as {kind.folder} does"
+    )
     if found is None:
         yield Problem(
             key=target,
@@ -86,18 +124,36 @@ def _check_router(config: RunConfig, key: str) -> Iterator[Problem]:
             fix=fix,
         )
     else:
-        yield from _check_options(key, found, component)
-        if config.model.share_depth == "none":
-            if getattr(found, "over_depth", ()):
-                given, off = component.target, "a router that is each layer's own"
-                yield from find_sharing_problems(config, target, given, off)
-        elif "layer" in Constructor(found).parameters:
-            yield Problem(
-                key=target,
-                given=component.target,
-                rule="is another router in each layer, and model.share_depth gives them one",
-                fix="use model.share_depth=none, or a router without the argument layer",
-            )
+        yield from _check_options(key, found, component, kind)
+        return found
+    return None
+
+
+def _check_built(codec: type, config: ComponentConfig, d_model: int) -> Iterator[Problem]:
+    """What its constructor itself refuses."""
+    try:
+        codec(d_model=d_model, **config.options)
+    except ValueError as error:
+        fix = f"correct the options of {config.target}"
+        yield Problem(key="dispatch.codec", rule=f"is refused: {error}", fix=fix)
+    except TypeError:
+        return  # an option is missing or unknown, which is told
+
+
+def _check_sharing(config: RunConfig, target: str, router: type) -> Iterator[Problem]:
+    """What layers have one of, and what each has of its own."""
+    given = config.model.moe.router.target
+    if config.model.share_depth == "none":
+        if getattr(router, "over_depth", ()):
+            off = "a router that is each layer's own"
+            yield from find_sharing_problems(config, target, given, off)
+    elif "layer" in Constructor(router).parameters:
+        yield Problem(
+            key=target,
+            given=given,
+            rule="is another router in each layer, and model.share_depth gives them one",
+            fix="use model.share_depth=none, or a router without the argument layer",
+        )
 
 
 def _is_module_class(value: Any) -> bool:
@@ -108,16 +164,18 @@ def _is_module_class(value: Any) -> bool:
     )
 
 
-def _check_options(key: str, component: type, config: ComponentConfig) -> Iterator[Problem]:
+def _check_options(
+    key: str, component: type, config: ComponentConfig, kind: _Kind
+) -> Iterator[Problem]:
     constructor = Constructor(component)
-    passed = (*_FIXED, *_OFFERED)
+    passed = (*kind.fixed, *kind.offered)
     options = [name for name in constructor.parameters if name not in passed]
-    for name in _FIXED:
+    for name in kind.fixed:
         if name not in constructor.parameters and not constructor.takes_any:
             yield Problem(
                 key=f"{key}._target_",
                 given=config.target,
-                rule=f"must take {name} in its constructor (as {', '.join(_FIXED)} are always passed)",
+                rule=f"must take {name} in its constructor (as {', '.join(kind.fixed)} are always passed)",
                 fix=f"add the keyword argument {name}: int",
             )
     for name in constructor.required:
@@ -130,8 +188,8 @@ def _check_options(key: str, component: type, config: ComponentConfig) -> Iterat
     for name, value in config.options.items():
         if name in passed:
             fix = "remove it"
-            if name in _FIXED:
-                fix += f" and set model.{'' if name == 'd_model' else 'moe.'}{name}"
+            if name in kind.fixed:
+                fix += f" and set {kind.fixed[name]}"
             yield Problem(key=f"{key}.{name}", given=value, rule="is passed by the model", fix=fix)
         elif name in constructor.parameters:
             yield from check_value(constructor.hints.get(name), value, f"{key}.{name}")

@@ -4,19 +4,12 @@ Standard library only, so that a configuration can be checked on a login node wi
 Every field says its unit and the rule it obeys; `validate.py` enforces the rules, all at once.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
+from moesys.config.component_schema import ComponentConfig
 from moesys.config.data_schema import DataConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComponentConfig:
-    """A class chosen by its import path (`_target_` in YAML) and its keyword options (all other keys)."""
-
-    target: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+from moesys.config.dispatch_schema import DispatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,3 +430,4 @@ class RunConfig:
     checkpoint: CheckpointConfig
     metrics: MetricsConfig
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)

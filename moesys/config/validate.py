@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from moesys.config.bounds import divisors, in_range, multiples_near, nearest
 from moesys.config.components import find_component_problems
+from moesys.config.dispatch import dispatch_warnings, find_dispatch_problems
 from moesys.config.errors import ConfigError, Problem
 from moesys.config.experts import find_expert_problems
 from moesys.config.files import find_file_problems
@@ -153,6 +154,7 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
             f"train.steps={config.train.steps}: the only checkpoint is at the end"
         )
     found += mixing_warnings(config)
+    found += dispatch_warnings(config)
     found += layout_warnings(config, world_size)
     found += pipeline_warnings(config.parallel)
     if ranks_per_node is not None:
@@ -186,6 +188,7 @@ def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     yield from _model(config.model)
     yield from find_expert_problems(config)
     yield from find_memory_layer_problems(config)
+    yield from find_dispatch_problems(config)
     yield from _optim(config)
     yield from _schedule(config)
     yield from _anomaly(config)

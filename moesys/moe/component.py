@@ -3,12 +3,13 @@
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from moesys.config.constructor import Constructor
 from moesys.config.schema import ComponentConfig, MoEConfig
+from moesys.moe.codec import Codec
 
 
 def build_component(
@@ -45,6 +46,14 @@ def build_router(config: MoEConfig, d_model: int, layer: int, num_layers: int) -
         num_experts=config.num_choices,
         top_k=config.top_k,
     )
+
+
+def build_codec(component: ComponentConfig, d_model: int, layer: int) -> Codec:
+    """The codec of the `layer`-th MoE layer. Raises ValueError as `build_component`, and for one with weights."""
+    codec = build_component(component, offered={"layer": layer}, d_model=d_model)
+    if any(True for _ in codec.parameters()):
+        raise ValueError(f"_target_={component.target} has parameters, and a codec must have none")
+    return cast(Codec, codec)
 
 
 def takes(function: Callable[..., Any], name: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moesys.moe.balance import RoutingLosses
+from moesys.moe.codec import Code
 from moesys.moe.routing import Blend
 
 
@@ -28,6 +29,8 @@ class Decision:
     """The router's, for the next layer."""
     blend: Blend | None = None
     """How tokens become rows, where these are no tokens."""
+    code: Code | None = None
+    """Where fewer rows travel than there are slots."""
     null_ids_TK: Tensor | None = None
     """int64, where slots may be of experts without a feed-forward: all slots' ids."""
 

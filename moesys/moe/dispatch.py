@@ -4,14 +4,17 @@ Shapes: T tokens on this rank, D model, E experts, L local experts, K experts pe
 R rows received, P ranks of the expert group. Slot t*K + k is token t's k-th expert.
 """
 
+import itertools
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from moesys.config.dispatch_schema import Wire, WireConfig
 from moesys.ops import expert_order, permute, unpermute
-from moesys.parallel.exchange import FlatExchange
+from moesys.ops.wire import WireFormat
+from moesys.parallel.exchange import UNCHANGED, FlatExchange, Route, RowFormats
 from moesys.plan.placement import expert_places
 
 
@@ -32,10 +35,13 @@ class DispatchPlan(Protocol):
 class Dispatcher(Protocol):
     """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
 
-    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> DispatchPlan:
+    def plan(
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+    ) -> DispatchPlan:
         """Decide where each slot's row goes. With ranks a collective.
 
         With `padded_rows` every expert gets exactly that many rows from each rank, zeros where it has no token.
+        `compresses`: whether rows may be written in fewer bits, if the dispatcher is to.
         """
         ...
 
@@ -103,7 +109,9 @@ class LocalDispatcher:
         self.num_experts = num_experts
         self.num_classes = num_classes
 
-    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> ExpertOrder:
+    def plan(
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+    ) -> ExpertOrder:
         order = ExpertOrder.of(topk_ids_TK, self.num_experts, padded_rows)
         if self.num_classes == 1:
             return order
@@ -123,34 +131,83 @@ class LocalDispatcher:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WireFormats:
+    """How rows are written on their ways between ranks."""
+
+    dispatch: RowFormats = UNCHANGED
+    combine: RowFormats = UNCHANGED
+
+    @classmethod
+    def of(cls, config: WireConfig) -> "WireFormats":
+        """As a configuration says."""
+
+        def format(kind: Wire, is_stochastic: bool) -> WireFormat | None:
+            if kind == "none":
+                return None
+            return WireFormat(
+                kind=kind,
+                block=config.block,
+                is_stochastic=is_stochastic,
+                hands_on=config.error_feedback,
+            )
+
+        by_chance = config.stochastic_backward
+        return cls(
+            dispatch=RowFormats(
+                forward=format(config.dispatch_forward, False),
+                backward=format(config.dispatch_backward, by_chance),
+            ),
+            combine=RowFormats(
+                forward=format(config.combine_forward, False),
+                backward=format(config.combine_backward, by_chance),
+            ),
+        )
+
+
+PLAIN = WireFormats()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExchangePlan:
     """There, by expert and by rank, and back."""
 
     order: ExpertOrder
-    send_splits_list: list[int]
-    recv_splits_list: list[int]
-    slice_rows_list: list[int]
-    """Rows that come from each rank of `slices`."""
+    route: Route
+    slice_route: Route | None
+    """Copies to every rank of `slices`, and theirs."""
     tokens_per_expert_L: Tensor
     """int64, of all ranks' rows."""
     arrival_of_row_R: Tensor | None
     """Which arrived row becomes row r in expert order; None when arrival order is expert order."""
     row_of_arrival_R: Tensor | None
     rows_per_class_list: list[int] | None
+    formats: WireFormats
 
     @property
     def slots_per_expert_E(self) -> Tensor:
         return self.order.slots_per_expert_E
 
 
+class _Sizes(NamedTuple):
+    """Rows, on the host."""
+
+    send: list[int]
+    recv: list[int]
+    through: list[int]
+    slices: list[int]
+    """Arrivals of each rank of the slices."""
+    classes: list[int]
+    """Of this rank's experts, by width."""
+
+
 class ExpertParallelDispatcher:
     """Experts spread over the ranks of a group, rank p owning experts p*L .. p*L + L-1; dropless.
 
-    plan: order by expert, tell counts, one device-to-host sync (2P ints; none with padded rows). dispatch: exchange
+    plan: order by expert, tell counts, one device-to-host sync (about 2P ints; none with padded rows). dispatch: exchange
     rows, order the arrivals (grouped by source rank) by local expert. combine is the mirror.
 
     With C > 1 classes of experts of different widths each rank owns an equal share of each class, experts are ordered by
-    their places (plan/placement.py), and C further ints come to the host in the same sync.
+    their places (plan/placement.py).
 
     With `slices` (expert tensor parallelism) each expert's matrices are cut over a second group of ranks, each of which
     has arrivals of its own: they are copied to all, and the partial results are summed where they came from.
@@ -162,6 +219,7 @@ class ExpertParallelDispatcher:
         exchange: FlatExchange,
         slices: FlatExchange | None = None,
         num_classes: int = 1,
+        formats: WireFormats = PLAIN,
     ) -> None:
         if num_experts % (num_classes * exchange.size):
             times = f"{num_classes} widths * " if num_classes > 1 else ""
@@ -176,48 +234,71 @@ class ExpertParallelDispatcher:
         self.num_local_experts = num_experts // exchange.size
         self.exchange = exchange
         self.slices = slices
+        self.formats = formats
 
     def exchanges(self) -> list[FlatExchange]:
         """All through which this layer's rows travel."""
         return [self.exchange] if self.slices is None else [self.exchange, self.slices]
 
-    def plan(self, topk_ids_TK: Tensor, padded_rows: int | None = None) -> ExchangePlan:
+    def plan(
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+    ) -> ExchangePlan:
         order = self._order(topk_ids_TK, padded_rows)
-        size = self.exchange.size
-        num_slices = 1 if self.slices is None else self.slices.size
-        send_counts_PL = order.rows_per_expert_E.view(size, self.num_local_experts)
+        send_counts_PL = order.rows_per_expert_E.view(self.exchange.size, self.num_local_experts)
         if padded_rows is None:
-            recv_counts_PL = self.exchange.counts(send_counts_PL)
-            counts_SPL = (
-                recv_counts_PL[None] if self.slices is None else self.slices.gather(recv_counts_PL)
-            )
-            sums = [send_counts_PL.sum(1), recv_counts_PL.sum(1), counts_SPL.sum((1, 2))]
-            if self.num_classes > 1:
-                sums.append(counts_SPL.sum((0, 1)).view(self.num_classes, -1).sum(1))
-            splits = torch.cat(sums).tolist()
+            counts_SPL, sizes = self._told(send_counts_PL)
         else:
-            counts_SPL = send_counts_PL.expand(num_slices, -1, -1)
-            per_rank = padded_rows * self.num_local_experts
-            splits = [per_rank] * 2 * size + [per_rank * size] * num_slices
-            splits += [per_rank * size * num_slices // self.num_classes] * self.num_classes
-        send_splits_list, recv_splits_list, slice_rows_list, class_rows_list = (
-            splits[:size],
-            splits[size : 2 * size],
-            splits[2 * size : 2 * size + num_slices],
-            splits[2 * size + num_slices :],
-        )
+            counts_SPL, sizes = self._known(send_counts_PL, padded_rows)
         counts_PL = counts_SPL.flatten(0, 1)
-        arrival_of_row_R, row_of_arrival_R = self._expert_major(counts_PL, sum(slice_rows_list))
-        slot_of_row_N = order.slot_of_row_N[: sum(send_splits_list)]
+        arrival_of_row_R, row_of_arrival_R = self._expert_major(counts_PL, sum(sizes.slices))
+        slice_route = None
+        if self.slices is not None:
+            copies = [sum(sizes.recv)] * self.slices.size
+            slice_route = Route(send_splits_list=copies, recv_splits_list=sizes.slices)
         return ExchangePlan(
-            order=replace(order, slot_of_row_N=slot_of_row_N),
-            send_splits_list=send_splits_list,
-            recv_splits_list=recv_splits_list,
-            slice_rows_list=slice_rows_list,
+            order=replace(order, slot_of_row_N=order.slot_of_row_N[: sum(sizes.send)]),
+            route=Route(
+                send_splits_list=sizes.send,
+                recv_splits_list=sizes.recv,
+                through_list=sizes.through,
+            ),
+            slice_route=slice_route,
             tokens_per_expert_L=counts_PL.sum(0),
             arrival_of_row_R=arrival_of_row_R,
             row_of_arrival_R=row_of_arrival_R,
-            rows_per_class_list=class_rows_list if self.num_classes > 1 else None,
+            rows_per_class_list=sizes.classes if self.num_classes > 1 else None,
+            formats=self.formats if compresses else PLAIN,
+        )
+
+    def _told(self, send_counts_PL: Tensor) -> tuple[Tensor, "_Sizes"]:
+        """Rows per expert of each slice's source ranks, as these tell; one device-to-host sync."""
+        send_rows_P = send_counts_PL.sum(1)
+        recv_counts_PL = self.exchange.counts(send_counts_PL)
+        counts_SPL = recv_counts_PL[None]
+        if self.slices is not None:
+            counts_SPL = self.slices.gather(recv_counts_PL)
+        counts_L = counts_SPL.sum((0, 1))
+        sizes = [
+            send_rows_P,
+            recv_counts_PL.sum(1),
+            self.exchange.through(send_rows_P),
+            counts_SPL.sum((1, 2)),
+            counts_L.view(self.num_classes, -1).sum(1),
+        ]
+        on_host = iter(torch.cat(sizes).tolist())
+        return counts_SPL, _Sizes(*(list(itertools.islice(on_host, s.numel())) for s in sizes))
+
+    def _known(self, send_counts_PL: Tensor, padded_rows: int) -> tuple[Tensor, "_Sizes"]:
+        """The same where every expert gets so many rows from each rank: nothing is told, nothing waited for."""
+        size, num_slices = self.exchange.size, 1 if self.slices is None else self.slices.size
+        per_rank = padded_rows * self.num_local_experts
+        per_class = per_rank * size * num_slices // self.num_classes
+        return send_counts_PL.expand(num_slices, -1, -1), _Sizes(
+            send=[per_rank] * size,
+            recv=[per_rank] * size,
+            through=[per_rank] * self.exchange.num_through,
+            slices=[per_rank * size] * num_slices,
+            classes=[per_class] * self.num_classes,
         )
 
     def _order(self, topk_ids_TK: Tensor, padded_rows: int | None) -> ExpertOrder:
@@ -230,12 +311,12 @@ class ExpertParallelDispatcher:
         return replace(order, slots_per_expert_E=order.slots_per_expert_E[place_X[:-1]])
 
     def dispatch(self, x_TD: Tensor, plan: ExchangePlan) -> tuple[Tensor, Tensor]:
-        rows_ND = permute(x_TD, plan.order.slot_of_row_N, plan.order.row_of_slot_TK)
-        rows_RD = self.exchange.rows(rows_ND, plan.send_splits_list, plan.recv_splits_list)
-        if self.slices is not None:
-            copies = rows_RD.repeat(self.slices.size, 1)
-            own_rows_list = [rows_RD.shape[0]] * self.slices.size
-            rows_RD = self.slices.rows(copies, own_rows_list, plan.slice_rows_list)
+        order = plan.order
+        rows_RD = self.exchange.permuted_rows(
+            x_TD, order.slot_of_row_N, order.row_of_slot_TK, plan.route, plan.formats.dispatch
+        )
+        if self.slices is not None and plan.slice_route is not None:
+            rows_RD = self.slices.rows(rows_RD.repeat(self.slices.size, 1), plan.slice_route)
         if plan.arrival_of_row_R is not None and plan.row_of_arrival_R is not None:
             rows_RD = permute(rows_RD, plan.arrival_of_row_R, plan.row_of_arrival_R[:, None])
         return rows_RD, plan.tokens_per_expert_L
@@ -243,12 +324,10 @@ class ExpertParallelDispatcher:
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, plan: ExchangePlan) -> Tensor:
         if plan.arrival_of_row_R is not None and plan.row_of_arrival_R is not None:
             rows_RD = permute(rows_RD, plan.row_of_arrival_R, plan.arrival_of_row_R[:, None])
-        if self.slices is not None:
-            own_rows = sum(plan.recv_splits_list)
-            own_rows_list = [own_rows] * self.slices.size
-            parts = self.slices.rows(rows_RD, plan.slice_rows_list, own_rows_list)
-            rows_RD = parts.unflatten(0, (self.slices.size, own_rows)).sum(0)
-        rows_ND = self.exchange.rows(rows_RD, plan.recv_splits_list, plan.send_splits_list)
+        if self.slices is not None and plan.slice_route is not None:
+            parts = self.slices.rows(rows_RD, plan.slice_route.back())
+            rows_RD = parts.unflatten(0, (self.slices.size, plan.route.num_arrivals)).sum(0)
+        rows_ND = self.exchange.rows(rows_RD, plan.route.back(), plan.formats.combine)
         return unpermute(rows_ND, weights_TK, plan.order.row_of_slot_TK)
 
     def _expert_major(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from moesys.config.schema import MoEConfig
 from moesys.moe.balance import Balance, RoutingLosses
 from moesys.moe.capacity import capacity_rows, within_capacity
+from moesys.moe.codec import Codec
 from moesys.moe.component import build_router, takes
 from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
@@ -58,6 +59,11 @@ class MoELayer(nn.Module):
         has_null = config.num_choices > config.num_experts
         self.null_experts = NullExperts(config, d_model) if has_null else None
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts, num_classes)
+        self.d_model, self.layer = d_model, layer
+        self.codec: Codec | None = None
+        """Lets fewer rows travel; None = each slot's own."""
+        self.compresses = True
+        """Whether codec and wire are used, in training."""
         self.share = WHOLE_SEQUENCES
         """Of this rank's sequences."""
         self.balance = Balance(config.balance, config.top_k, config.width_of_choice)
@@ -84,12 +90,19 @@ class MoELayer(nn.Module):
         sent_TD = x_TD if self.latent is None else self.latent.enter(x_TD)
         if decision.blend is not None:
             sent_TD = decision.blend.slots(sent_TD)
-        rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(sent_TD, decision.plan)
+        code = decision.code
+        coded = sent_TD if code is None else code.encode(sent_TD)
+        rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(coded, decision.plan)
         class_rows_list = decision.plan.rows_per_class_list
         rows_RD = self.experts(
             rows_RD, tokens_per_expert_L, *([] if class_rows_list is None else [class_rows_list])
         )
-        y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
+        if code is None:
+            y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
+        else:
+            ones_C1 = decision.weights_TK.new_ones(coded.shape[0], 1)
+            out_CD = self.dispatcher.combine(rows_RD, ones_C1, decision.plan)
+            y_TD = code.decode(out_CD, coded, sent_TD, decision.weights_TK)
         if decision.blend is not None:
             y_TD = decision.blend.tokens(y_TD)
         if self.latent is not None:
@@ -120,8 +133,18 @@ class MoELayer(nn.Module):
         kept, padded_rows = self._limit(routed)
         has_null = self.null_experts is not None
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
-        plan = self.dispatcher.plan(sent_ids_TK, padded_rows)
-        if has_null:
+        code = None
+        compresses = self.training and self.compresses
+        if self.codec is not None and compresses:
+            if routed.blend is not None:
+                raise ValueError(
+                    f"dispatch.codec={type(self.codec).__name__} is of tokens, and {self.config.router.target} sends "
+                    "mixtures of them: use codec=none"
+                )
+            code = self.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
+        rows_ids = sent_ids_TK if code is None else code.ids_C1
+        plan = self.dispatcher.plan(rows_ids, padded_rows, compresses)
+        if has_null or code is not None:
             kept_E = tokens_per_expert(kept.topk_ids_TK, self.config.num_choices)
         else:
             kept_E = plan.slots_per_expert_E
@@ -137,6 +160,7 @@ class MoELayer(nn.Module):
             losses=losses,
             state=routed.state,
             blend=routed.blend,
+            code=code,
             null_ids_TK=kept.topk_ids_TK if has_null else None,
         )
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moesys.config.schema import ModelConfig, RunConfig
+from moesys.config.schema import DispatchConfig, ModelConfig, RunConfig
 from moesys.models.init import initialize
 from moesys.models.memory_layer import MemoryTable
 from moesys.models.transformer import Transformer, modules_of
@@ -18,7 +18,7 @@ from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.compile import compile_blocks
 from moesys.parallelize.context import shard_context
 from moesys.parallelize.data import shard_data
-from moesys.parallelize.experts import shard_experts, shard_memory
+from moesys.parallelize.experts import AS_IT_IS, shard_experts, shard_memory
 from moesys.parallelize.gradients import gradient_sums
 from moesys.parallelize.pipeline import Pipeline
 from moesys.parallelize.recompute import apply_recompute
@@ -46,7 +46,7 @@ def build_model(
     with torch.device("meta"):
         model = Transformer(config)
     if meshes is not None:
-        _shard_with_experts(model, meshes)
+        _shard_with_experts(model, meshes, AS_IT_IS)
     _materialize([model], device)
     initialize(model, config, seed)
     return model
@@ -60,7 +60,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
         _tie(parts)
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
-    _shard_with_experts(whole, meshes)
+    _shard_with_experts(whole, meshes, config.dispatch)
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -97,9 +97,9 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     )
 
 
-def _shard_with_experts(model: Transformer, meshes: Meshes) -> None:
+def _shard_with_experts(model: Transformer, meshes: Meshes, dispatch: DispatchConfig) -> None:
     for layer in modules_of(model, MoELayer):
-        shard_experts(layer, meshes)
+        shard_experts(layer, meshes, dispatch)
     for table in modules_of(model, MemoryTable):
         shard_memory(table, meshes)
 

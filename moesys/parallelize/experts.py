@@ -5,19 +5,22 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from moesys.config.schema import DispatchConfig
 from moesys.models.memory_layer import MemoryTable
-from moesys.moe.dispatch import ExpertParallelDispatcher
+from moesys.moe.component import build_codec
+from moesys.moe.dispatch import ExpertParallelDispatcher, WireFormats
 from moesys.moe.layer import MoELayer
 from moesys.moe.tokens import SequenceShare
 from moesys.parallel.columns import ColumnParallel
 from moesys.parallel.exchange import FlatExchange
 from moesys.parallel.mesh import Meshes
 
+AS_IT_IS = DispatchConfig()
 HIDDEN_DIM = {"gate_up": 2, "down": 2}
 """Of [E, 2, F, D] and [E, D, F]: where F is."""
 
 
-def shard_experts(layer: MoELayer, meshes: Meshes) -> None:
+def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS_IT_IS) -> None:
     """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens."""
     dims = meshes.dims
     layer.balance.group = meshes.stage_group
@@ -32,7 +35,10 @@ def shard_experts(layer: MoELayer, meshes: Meshes) -> None:
         FlatExchange(meshes.ep_group),
         FlatExchange(meshes.etp_group) if dims.etp > 1 else None,
         num_classes=len(layer.config.widths),
+        formats=WireFormats.of(dispatch.wire),
     )
+    if dispatch.codec is not None and dims.ep > 1:
+        layer.codec = build_codec(dispatch.codec, layer.d_model, layer.layer)
     for experts in layer.experts.classes():
         for name, parameter in list(experts.named_parameters()):
             if isinstance(parameter, DTensor):

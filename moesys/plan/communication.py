@@ -12,6 +12,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
+from moesys.config.dispatch_schema import Wire
 from moesys.plan.parameters import outer_parameters
 from moesys.plan.placement import expert_places
 from moesys.plan.rank import RankOfRun
@@ -319,11 +320,25 @@ def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent
         counts = case.micro_steps * INT64 * sum(moe.num_experts for moe in case.moe_configs)
         yield Sent("ep", "all_to_all", "counts", Fraction((ep - 1) * counts, ep))
         yield case.all_gather("etp", "counts", counts)
-    passes = 3 if train.recompute == "layer" else 2
-    dispatch = passes * sum(r.dispatched + r.returned for r in rows)
-    slices = passes * sum(r.copied + r.partial for r in rows)
-    yield Sent("ep", "all_to_all", "rows", Fraction(dispatch * row_bytes(case)))
+    forwards = 2 if train.recompute == "layer" else 1
+    slices = (forwards + 1) * sum(r.copied + r.partial for r in rows)
+    yield from _rows_between_ranks(case, rows, forwards)
     yield Sent("etp", "all_to_all", "rows", Fraction(slices * row_bytes(case)))
+
+
+def _rows_between_ranks(
+    case: CommunicationCase, rows: Sequence[RowsSent], forwards: int
+) -> Iterator[Sent]:
+    """Each of the four ways in its own format."""
+    wire, d_row = case.config.dispatch.wire, case.config.model.d_row
+    there, back = sum(r.dispatched for r in rows), sum(r.returned for r in rows)
+
+    def width(kind: Wire) -> int:
+        return wire.row_bytes(kind, d_row, case.width)
+
+    outward = forwards * width(wire.dispatch_forward) + width(wire.combine_backward)
+    homeward = forwards * width(wire.combine_forward) + width(wire.dispatch_backward)
+    yield Sent("ep", "all_to_all", "rows", Fraction(there * outward + back * homeward))
 
 
 def _memory_layers(case: CommunicationCase) -> Iterator[Sent]:

@@ -49,6 +49,7 @@ train.steps=null | train.steps=null | must be an integer | give an integer
 optim.lr=nan | optim.lr=nan | must be a finite number | give a finite number
 optim.lr=1e-3,1e-4 | optim.lr | must be one value | one run for each value
 data.shuffle=1 | data.shuffle=1 | must be true or false | write true or false
+dispatch.wire.combine_forward=int4 | dispatch.wire.combine_forward='int4' | must be one of none, int8, e4m3, e5m2 | did you mean int8?
 train.dtype=fp16 | train.dtype='fp16' | must be one of fp32, bf16 | did you mean
 train=3 | train=3 | must be a section | steps, global_batch_tokens
 train.steps | train.steps | is not a key=value override | write section.key=value
@@ -62,6 +63,8 @@ train.start_timeout_s=0 | train.start_timeout_s=0.0 | must be above 0 | above 0
 run.seed=-1 | run.seed=-1 | must be at least 0 | use a value at least 0
 checkpoint.keep_last=0 | checkpoint.keep_last=0 | must be at least 1 | at least 1
 anomaly.sigma=2 | anomaly.sigma=2.0 | must be at least 3.0 | at least 3.0
+dispatch.warmup_steps=-1 | dispatch.warmup_steps=-1 | must be at least 0 | use a value at least 0
+dispatch.wire.block=-1 | dispatch.wire.block=-1 | must be at least 0 | use a value at least 0
 parallel.tp=0 | parallel.tp=0 | must be at least 1 | at least 1
 model.head_dim=15 | model.head_dim=15 | must be even | use 14 or 16
 --nproc 0 | --nproc 0 | must be at least 1 | it is the number of ranks to start
@@ -129,6 +132,10 @@ run.dir=<FOLDER>/begun checkpoint.resume=false | checkpoint.resume=false | needs
 # Routers.
 router=topk | router='topk' | must be one of base_sigmoid, device_limited | topk_softmax
 model.moe.router._target_=moesys.moe.routers.TopkRouter | model.moe.router._target_='moesys.moe.routers.TopkRouter' | must name a class of moesys.moe.routers | did you mean TopKRouter?
+dispatch.codec._target_=moesys.moe.codecs.LshCoder | dispatch.codec._target_='moesys.moe.codecs.LshCoder' | must name a class of moesys.moe.codecs | did you mean LshCodec?
+parallel.ep=2 codec=lsh dispatch.codec.hashez=3 | dispatch.codec.hashez=3 | is not an option of moesys.moe.codecs.LshCodec | did you mean hashes?
+parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
+codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router
 model.moe.router.scaling=2.5 | model.moe.router.scaling=2.5 | is not an option of moesys.moe.routers.TopKRouter | did you mean scaling_factor

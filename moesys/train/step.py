@@ -121,6 +121,8 @@ class TrainStep:
         """
         self.model.train()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, balance, z, mtp
+        for layer in self.model.moe_layers():
+            layer.compresses = step > self.config.dispatch.warmup_steps
         with self._recorder.recording(step):
             self._run_micro_steps(micro_batches)
         with self.timer.section("optimizer"):
@@ -352,8 +354,9 @@ class TrainStep:
         for layer in self.model.moe_layers():
             if isinstance(layer.dispatcher, ExpertParallelDispatcher):
                 for exchange in layer.dispatcher.exchanges():
-                    layer_bytes, layer_s = exchange.meter.read()
-                    sent_bytes, exchange_s = sent_bytes + layer_bytes, exchange_s + layer_s
+                    traffic = exchange.meter.read()
+                    sent_bytes += traffic.sent_bytes
+                    exchange_s += traffic.seconds
         return sent_bytes, exchange_s
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -145,6 +146,8 @@ def test_every_leaf_of_a_configuration_decides_its_hash() -> None:
             node[name] = f"{old}, another"
         if key == "data.sources":
             node[name] = {"a": {"path": "x", "weight": 1.0}}
+        elif ComponentConfig in typing.get_args(hint):
+            node[name] = {"_target_": "package.Class", "option": 1}
         if isinstance(old, str):
             continue  # a text is one of a few here; doubled it would be refused
         assert changed != tree

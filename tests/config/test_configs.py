@@ -13,16 +13,15 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 REQUIRED = {
     ("router", name): ["model.moe.router.run=runs/recorded"] for name in ("replay", "replay_loads")
-}
+} | {("codec", name): ["parallel.ep=2"] for name in ("int8", "fp8", "lsh", "lsh_int8")}
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")
 
 
 def test_the_tree_is_where_it_should_be() -> None:
     assert (CONFIGS / "train.yaml").is_file()
-    assert {"model", "router", "balance", "data", "optim", "schedule", "experiment"} == set(
-        group_options()
-    )
+    groups = {"model", "router", "balance", "codec", "data", "optim", "schedule", "experiment"}
+    assert groups == set(group_options())
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.traffic import count, formula
+from moesys.config.dispatch_schema import DispatchConfig, WireConfig
 from moesys.config.schema import (
     BalanceConfig,
     ComponentConfig,
@@ -53,7 +54,8 @@ def changed(config: RunConfig, **changes) -> RunConfig:
     moe = replace(model.moe, **{k: v for k, v in changes.items() if hasattr(model.moe, k)})
     model = replace(model, moe=moe, **{k: v for k, v in changes.items() if hasattr(model, k)})
     train = replace(train, **{k: v for k, v in changes.items() if hasattr(train, k)})
-    return replace(config, model=model, train=train)
+    dispatch = changes.get("dispatch", config.dispatch)
+    return replace(config, model=model, train=train, dispatch=dispatch)
 
 
 def balance(level: str) -> BalanceConfig:
@@ -63,6 +65,16 @@ def balance(level: str) -> BalanceConfig:
 
 PYRAMID = {"num_experts": 12, "experts_by_layer": (4, 12, 8)}
 WIDTHS = {"expert_widths": (8, 40)}
+EIGHT_BITS = DispatchConfig(
+    wire=WireConfig(
+        dispatch_forward="int8",
+        dispatch_backward="e5m2",
+        combine_forward="e4m3",
+        combine_backward="int8",
+        block=5,
+    )
+)
+ONE_WAY = DispatchConfig(wire=WireConfig(combine_backward="int8"))
 MEMORY = MemoryLayersConfig(layers=(2,), num_keys=8, top_k=3, d_key=8, d_value=16, d_pre=4, heads=2)
 VARIANTS = [
     ("ep", {"memory_layers": MEMORY}),
@@ -114,6 +126,10 @@ VARIANTS = [
     ("cp", {"balance": replace(balance("sequence"), global_loss_coef=0.1, micro_loss_coef=0.1)}),
     ("cp+ep", {"recompute": "layer"}),
     ("etp", {"dtype": "bf16", "recompute": "layer"}),
+    ("ep", {"dispatch": EIGHT_BITS}),
+    ("ep", {"dispatch": EIGHT_BITS, "recompute": "layer", "dtype": "bf16"}),
+    ("etp", {"dispatch": EIGHT_BITS, "d_latent": 12}),
+    ("ep", {"dispatch": ONE_WAY, "capacity_factor": 2.0}),
     ("pp", {"dtype": "bf16"}),
     ("pp+tp+ep", PYRAMID | {"balance": balance("micro")}),
     ("ep", PYRAMID | {"recompute": "layer"}),

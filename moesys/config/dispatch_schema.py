@@ -1,0 +1,55 @@
+"""The section `dispatch` of schema.py: how rows travel between the ranks of ep. Standard library only."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moesys.config.component_schema import ComponentConfig
+
+EightBit = Literal["int8", "e4m3", "e5m2"]
+Wire = Literal["none", "int8", "e4m3", "e5m2"]
+"""none = in the compute type; the others write each number in eight bits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireConfig:
+    """How rows and their gradients are written while they travel, in training; an evaluation's are left as they are."""
+
+    dispatch_forward: Wire = "none"
+    """Tokens' rows to the experts."""
+    dispatch_backward: Wire = "none"
+    """The gradients of these, back."""
+    combine_forward: Wire = "none"
+    """Experts' results back to the tokens."""
+    combine_backward: Wire = "none"
+    """The gradients of these, to the experts."""
+    block: int = 0
+    """Columns that share an fp32 scale; 0 = the whole row."""
+    stochastic_backward: bool = True
+    """Gradients are rounded up or down by chance, with the number as the mean; false = to the nearest."""
+    error_feedback: bool = False
+    """What rounding takes from a row is given to the next one of the message, 64 rows at a time."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is written in eight bits."""
+        return self != WireConfig(
+            block=self.block,
+            stochastic_backward=self.stochastic_backward,
+            error_feedback=self.error_feedback,
+        )
+
+    def row_bytes(self, kind: Wire, d_row: int, width: int) -> int:
+        """Of a row of `d_row` numbers of `width` bytes, as it travels."""
+        return d_row * width if kind == "none" else d_row + 4 * -(-d_row // (self.block or d_row))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchConfig:
+    """How rows travel."""
+
+    codec: ComponentConfig | None = None
+    """A class that lets fewer rows travel than tokens have experts, in training, e.g. moesys.moe.codecs.LshCodec, and its
+    options. null = a row for each of a token's experts."""
+    wire: WireConfig = field(default_factory=WireConfig)
+    warmup_steps: int = 0
+    """So many first optimizer steps have neither codec nor wire."""

@@ -1,0 +1,221 @@
+"""Tokens that travel as their mean: what is exact, what is bounded, and all gradients.
+
+Shapes: T tokens, D model, E experts, K experts per token.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moesys.config.schema import BalanceConfig, ComponentConfig, MoEConfig
+from moesys.moe.codecs import LshCodec
+from moesys.moe.layer import MoELayer
+
+T, D, E, K = 60, 16, 4, 2
+CONFIG = MoEConfig(
+    num_experts=E,
+    top_k=K,
+    d_expert=24,
+    router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
+    balance=BalanceConfig(global_loss_coef=0.01),
+)
+
+
+def make_layer(codec: LshCodec | None) -> MoELayer:
+    torch.manual_seed(1)
+    layer = MoELayer(CONFIG, D)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for experts in layer.experts.classes():
+        experts.backend = "loop"
+    layer.codec = codec
+    return layer
+
+
+def tokens(kind: str) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x_TD = torch.randn(T, D, generator=generator)
+    middles = torch.randn(5, D, generator=generator)
+    near_TD = middles[torch.randint(0, 5, (T,), generator=generator)]
+    x_TD = {
+        "random": x_TD,
+        "clustered": near_TD + 0.01 * x_TD,
+        "equal in groups": near_TD,
+        "all equal": x_TD[:1].expand(T, D),
+    }[kind]
+    return x_TD.clone().requires_grad_()
+
+
+def run(layer: MoELayer, x_TD: Tensor) -> Iterator[Tensor]:
+    """Output, gradient of x, gradients of all parameters."""
+    y_TD, losses, _ = layer(x_TD, seq_len=T)
+    grad_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3)).to(y_TD)
+    leaves = [x_TD, *layer.parameters()]
+    loss = (y_TD * grad_TD).sum() + sum(losses)
+    yield y_TD.detach()
+    yield from torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("compensation", ["residual", "none"])
+def test_rows_of_one_token_each_are_exact(compensation: str) -> None:
+    """Output bit for bit."""
+    codec = LshCodec(d_model=D, hashes=8, dimensions=16, compensation=compensation)
+    coded = list(run(make_layer(codec), tokens("random")))
+    plain = list(run(make_layer(None), tokens("random")))
+    code = codec.plan(tokens("random"), torch.zeros(T, 1, dtype=torch.int64), 1)
+    assert code.ids_C1.shape == (T, 1)
+    assert torch.equal(coded[0], plain[0])
+    for ours, theirs in zip(coded[1:], plain[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["equal in groups", "all equal"])
+def test_equal_tokens_lose_nothing(kind: str) -> None:
+    """One row for all of an expert's that are equal, the numbers of each by itself."""
+    codec = LshCodec(d_model=D, hashes=4)
+    coded = list(run(make_layer(codec), tokens(kind)))
+    plain = list(run(make_layer(None), tokens(kind)))
+    torch.testing.assert_close(coded[0], plain[0], rtol=1e-4, atol=1e-4)
+    # A token's own gradient is shared out among its equals; that of parameters is the same, but for the router's, which
+    # sees the tokens' own.
+    for ours, theirs in zip(coded[2:], plain[2:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def obvious(layer: MoELayer, x_TD: Tensor, codec: LshCodec, slope: float, detach: bool) -> Tensor:
+    """Equation by equation, a cluster at a time (papers: 3.2), differentiable by autograd."""
+    routed = layer.router(x_TD)
+    code = codec.plan(x_TD, routed.topk_ids_TK, E)
+    y_TD = torch.zeros_like(x_TD)
+    (experts,) = layer.experts.classes()
+    row_of_slot = code.order.row_of_slot_TK.flatten()
+    for row in range(code.ids_C1.shape[0]):
+        slots = (row_of_slot == row).nonzero()[:, 0]
+        members = slots // K
+        expert = int(code.ids_C1[row])
+        middle_D = x_TD[members].mean(0)
+        gate, up = experts.gate_up[expert].unbind(0)
+        hidden = torch.nn.functional.silu(gate @ middle_D) * (up @ middle_D)
+        out_D = experts.down[expert] @ hidden
+        fixed_D = middle_D.detach() if detach else middle_D
+        moved = out_D + slope * (x_TD[members] - fixed_D)
+        weights = routed.topk_weights_TK.flatten()[slots, None]
+        y_TD = y_TD.index_add(0, members, weights * moved)
+    return y_TD
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered"])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize(("compensation", "slope"), [("residual", 1.0), ("none", 0.0)])
+def test_gradients_are_those_of_the_equations(
+    kind: str, detach: bool, compensation: str, slope: float
+) -> None:
+    codec = LshCodec(
+        d_model=D, hashes=2, dimensions=2, compensation=compensation, detach_residual=detach
+    )
+    layer = make_layer(codec)
+    x_TD = tokens(kind)
+    y_TD, _, _ = layer(x_TD, seq_len=T)
+    expected_TD = obvious(layer, x_TD, codec, slope, detach)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-6)
+    grad_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
+    leaves = [x_TD, *layer.parameters()]
+    found = torch.autograd.grad(y_TD, leaves, grad_TD)
+    expected = torch.autograd.grad(expected_TD, leaves, grad_TD)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_more_hashes_make_more_rows() -> None:
+    x_TD, ids_TK = tokens("random"), torch.randint(0, E, (T, K))
+    counts = [
+        LshCodec(d_model=D, hashes=hashes, dimensions=2).plan(x_TD, ids_TK, E).ids_C1.shape[0]
+        for hashes in range(1, 7)
+    ]
+    assert counts == sorted(counts)
+    assert counts[0] <= 4 * E < counts[-1] <= T * K
+
+
+@pytest.mark.parametrize("most_rows", [0.05, 0.2, 0.5, 0.9])
+def test_most_rows_is_kept_to_with_as_many_hashes_as_it_allows(most_rows: float) -> None:
+    x_TD, ids_TK = tokens("random"), torch.randint(-1, E, (T, K))
+    slots = int((ids_TK >= 0).sum())
+    codec = LshCodec(d_model=D, hashes=6, dimensions=2, most_rows=most_rows)
+    found = codec.plan(x_TD, ids_TK, E)
+    codec.most_rows = 1.0
+    codes_T = codec._codes(x_TD, ids_TK, E)
+    by_hashes = []
+    for hashes in range(1, 7):
+        prefix_T = codes_T // 4 ** (6 - hashes)
+        pairs = {(int(e), int(prefix_T[t])) for t, ids in enumerate(ids_TK) for e in ids if e >= 0}
+        by_hashes.append(len(pairs))
+    allowed = [count for count in by_hashes if count <= most_rows * slots]
+    assert found.ids_C1.shape[0] == max(allowed, default=by_hashes[0])
+
+
+def test_a_recomputation_recalls_the_rows() -> None:
+    """And counts nothing again."""
+    codec = LshCodec(d_model=D, hashes=2)
+    layer, again = make_layer(codec), make_layer(codec)
+    x_TD, y_TD = tokens("clustered"), tokens("clustered")
+    plain = list(run(layer, x_TD))
+    calls = []
+    planned = codec.plan
+    codec.plan = lambda *arguments: calls.append(1) or planned(*arguments)  # type: ignore[method-assign]
+
+    def forward(x_TD: Tensor) -> Tensor:
+        return again(x_TD, seq_len=T)[0]
+
+    out_TD = checkpoint(forward, y_TD, use_reentrant=False, context_fn=again.memory.passes)
+    assert isinstance(out_TD, Tensor)
+    grad_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(3))
+    found = torch.autograd.grad(out_TD, [y_TD, again.experts.classes()[0].down], grad_TD)
+    assert len(calls) == 1
+    assert torch.equal(out_TD, plain[0])
+    assert found[1].abs().sum() > 0
+
+
+def test_an_evaluation_has_each_slots_own_row() -> None:
+    layer, plain = make_layer(LshCodec(d_model=D, hashes=1)), make_layer(None)
+    x_TD = tokens("clustered")
+    assert not torch.equal(layer(x_TD, seq_len=T)[0], plain(x_TD, seq_len=T)[0])
+    layer.eval()
+    plain.eval()
+    assert torch.equal(layer(x_TD, seq_len=T)[0], plain(x_TD, seq_len=T)[0])
+
+
+def test_the_load_counts_tokens() -> None:
+    layer, plain = make_layer(LshCodec(d_model=D, hashes=1)), make_layer(None)
+    for each in (layer, plain):
+        each(tokens("clustered"), seq_len=T)
+    assert torch.equal(*(each.load.take(torch.device("cpu")) for each in (layer, plain)))
+
+
+def test_the_same_rows_in_every_process_and_others_in_every_layer() -> None:
+    x_TD, ids_TK = tokens("random"), torch.zeros(T, 1, dtype=torch.int64)
+    rows = [
+        LshCodec(d_model=D, hashes=1, layer=layer, seed=seed).plan(x_TD, ids_TK, 1).order
+        for layer, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
+    ]
+    same, other_layer, other_seed = (
+        torch.equal(rows[0].row_of_slot_TK, order.row_of_slot_TK) for order in rows[1:]
+    )
+    assert same
+    assert not other_layer
+    assert not other_seed
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ValueError, match="hashes=0 and dimensions=8 must be at least 1"):
+        LshCodec(d_model=D, hashes=0)
+    with pytest.raises(ValueError, match="codes of 64 bits"):
+        LshCodec(d_model=D, hashes=16, dimensions=8)
+    with pytest.raises(ValueError, match="most_rows=0 must be above 0"):
+        LshCodec(d_model=D, most_rows=0)
+    x_TD = tokens("random").detach()
+    x_TD[7, 3] = float("nan")
+    with pytest.raises(RuntimeError, match="row 7 is not finite"):
+        LshCodec(d_model=D).plan(x_TD, torch.zeros(T, 1, dtype=torch.int64), 1)

@@ -1,0 +1,111 @@
+"""Training whose tokens travel as means of near ones: the same numbers under recomputation, exact bytes, warm-up."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from moesys.config.dispatch_schema import DispatchConfig, WireConfig
+from moesys.config.schema import ComponentConfig, OptimConfig, ParallelConfig, RunConfig
+from moesys.testing.parity import compare, parity
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, small_config, small_model, with_micro_steps
+
+LSH = ComponentConfig(target="moesys.moe.codecs.LshCodec", options={"hashes": 2, "dimensions": 2})
+INT8 = WireConfig(
+    dispatch_forward="int8",
+    dispatch_backward="int8",
+    combine_forward="int8",
+    combine_backward="int8",
+    block=10,
+)
+PLAIN = small_config(
+    small_model(num_layers=4),
+    seq_len=16,
+    sequences=8,
+    steps=2,
+    optim=OptimConfig(lr=1e-3, eps=1e-5),
+    parallel=ParallelConfig(ep=2),
+)
+
+
+def config(dispatch: DispatchConfig, recompute: str = "none", **degrees: int) -> RunConfig:
+    return replace(
+        PLAIN,
+        dispatch=dispatch,
+        train=replace(PLAIN.train, recompute=recompute),  # type: ignore[arg-type]
+        parallel=ParallelConfig(**{"ep": 2} | degrees),
+    )
+
+
+@pytest.mark.parametrize("recompute", ["moe", "layer"])
+@pytest.mark.parametrize("wire", [WireConfig(), INT8], ids=["lsh", "lsh+int8"])
+def test_a_recomputation_finds_the_same_numbers(recompute: str, wire: WireConfig) -> None:
+    """Bit for bit: which tokens share a row is decided once."""
+    dispatch = DispatchConfig(codec=LSH, wire=wire)
+    expected = parity(config(dispatch), 2, micro_steps=2)
+    found = parity(config(dispatch, recompute), 2, micro_steps=2)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [r.loss for r in ours.results] == [r.loss for r in theirs.results]
+        for step, gradients in enumerate(theirs.gradients):
+            for name, gradient in gradients.items():
+                assert torch.equal(ours.gradients[step][name], gradient), name
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("degrees", [{"pp": 2}, {"pp": 2, "zero": 1}, {"etp": 2}])
+def test_other_axes_find_the_same(degrees: dict[str, int]) -> None:
+    """Of axes that leave a rank its tokens; others make other rows."""
+    expected = parity(config(DispatchConfig(codec=LSH)), 2, micro_steps=4)[0]
+    micro_steps = 4 if "pp" in degrees else 2
+    found = compare(
+        parity(config(DispatchConfig(codec=LSH), **degrees), 4, micro_steps=micro_steps), expected
+    )
+    assert not found.missing
+    assert found.figures < 1e-4
+    assert found.gradients < 1e-3
+
+
+def test_warm_up_steps_are_plain() -> None:
+    plain = parity(PLAIN, 2, micro_steps=2)[0]
+    dispatch = DispatchConfig(codec=LSH, wire=INT8, warmup_steps=1)
+    found = parity(config(dispatch), 2, micro_steps=2)[0]
+    assert found.results[0].loss == plain.results[0].loss
+    assert all(torch.equal(found.gradients[0][n], g) for n, g in plain.gradients[0].items())
+    assert found.results[1].sent_bytes < plain.results[1].sent_bytes / 2
+    assert found.results[0].sent_bytes == plain.results[0].sent_bytes
+
+
+def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: str) -> dict[str, Any]:
+    run_config = with_micro_steps(config(dispatch, recompute), size, 2)
+    run = SmallRun(run_config, size)
+    experts_of_rows: list[list[int]] = []
+    for layer in run.model.moe_layers():
+        codec: Any = layer.codec
+        planned = codec.plan
+
+        def watched(*arguments: Any, planned: Any = planned) -> Any:
+            code = planned(*arguments)
+            experts_of_rows.append(code.ids_C1[:, 0].tolist())
+            return code
+
+        codec.plan = watched
+    sent_bytes = run.step().sent_bytes
+    return {"bytes": sent_bytes, "rows": experts_of_rows}
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize(("wire", "width"), [(WireConfig(), 32 * 4), (INT8, 32 + 4 * 4)])
+def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: str) -> None:
+    """Of all ranks: rows for another rank's experts go there and back, forward and backward."""
+    ranks = run_ranks(_bytes, 2, DispatchConfig(codec=LSH, wire=wire), recompute)
+    away = sum(
+        expert // 4 != rank
+        for rank, result in enumerate(ranks)
+        for experts in result["rows"]
+        for expert in experts
+    )
+    assert len(ranks[0]["rows"]) == 2 * 3  # micro-steps and layers; a recomputation decides nothing
+    passes = 3 if recompute == "layer" else 2
+    assert {result["bytes"] for result in ranks} == {2 * passes * away * width}
