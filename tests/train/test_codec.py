@@ -40,7 +40,9 @@ def config(dispatch: DispatchConfig, recompute: str = "none", **degrees: int) ->
 
 
 @pytest.mark.parametrize("recompute", ["moe", "layer"])
-@pytest.mark.parametrize("wire", [WireConfig(), INT8], ids=["lsh", "lsh+int8"])
+@pytest.mark.parametrize(
+    "wire", [pytest.param(WireConfig(), marks=pytest.mark.parity), INT8], ids=["lsh", "lsh+int8"]
+)
 def test_a_recomputation_finds_the_same_numbers(recompute: str, wire: WireConfig) -> None:
     """Bit for bit: which tokens share a row is decided once."""
     dispatch = DispatchConfig(codec=LSH, wire=wire)
