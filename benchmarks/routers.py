@@ -51,7 +51,7 @@ def run(
         rows += [_row(SWEEPS[name], line) for line in lines]
         if is_whole:
             shutil.copyfile(_folder(name) / "table.svg", PICTURES / f"{name}_compared.svg")
-    headline = {
+    headline: dict[str, float] = {
         "routers": len(list((ROOT / "configs" / "router").glob("*.yaml"))),
         "router_oracles_passed": oracles["passed"],
     }
