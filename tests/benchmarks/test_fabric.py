@@ -20,7 +20,14 @@ from moesys.parallel.launcher import find_place
 
 RANKS = [sys.executable, str(Path(__file__).with_name("fabric_ranks.py"))]
 NAME = "testfabric"
-needs_namespaces = pytest.mark.skipif(network.why_not() is not None, reason=str(network.why_not()))
+needs_namespaces = pytest.mark.usefixtures("namespaces")
+
+
+@pytest.fixture(scope="module")
+def namespaces() -> None:
+    reason = network.why_not()
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def spaces(name: str = NAME) -> list[str]:

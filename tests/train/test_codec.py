@@ -1,58 +1,30 @@
 """Training whose tokens travel as means of near ones: the same numbers under recomputation, exact bytes, warm-up."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from moesys.config.dispatch_schema import DispatchConfig, WireConfig
-from moesys.config.schema import ComponentConfig, OptimConfig, ParallelConfig, RunConfig
+from moesys.config.schema import ComponentConfig, Recompute
 from moesys.testing.parity import compare, parity
 from moesys.testing.ranks import run_ranks
-from moesys.testing.small_run import SmallRun, small_config, small_model, with_micro_steps
+from moesys.testing.small_run import SmallRun, with_micro_steps
+from tests.train.coded import INT8, PLAIN, assert_equal, config
 
 LSH = ComponentConfig(target="moesys.moe.codecs.LshCodec", options={"hashes": 2, "dimensions": 2})
-INT8 = WireConfig(
-    dispatch_forward="int8",
-    dispatch_backward="int8",
-    combine_forward="int8",
-    combine_backward="int8",
-    block=10,
-)
-PLAIN = small_config(
-    small_model(num_layers=4),
-    seq_len=16,
-    sequences=8,
-    steps=2,
-    optim=OptimConfig(lr=1e-3, eps=1e-5),
-    parallel=ParallelConfig(ep=2),
-)
-
-
-def config(dispatch: DispatchConfig, recompute: str = "none", **degrees: int) -> RunConfig:
-    return replace(
-        PLAIN,
-        dispatch=dispatch,
-        train=replace(PLAIN.train, recompute=recompute),  # type: ignore[arg-type]
-        parallel=ParallelConfig(**{"ep": 2} | degrees),
-    )
 
 
 @pytest.mark.parametrize("recompute", ["moe", "layer"])
 @pytest.mark.parametrize(
     "wire", [pytest.param(WireConfig(), marks=pytest.mark.parity), INT8], ids=["lsh", "lsh+int8"]
 )
-def test_a_recomputation_finds_the_same_numbers(recompute: str, wire: WireConfig) -> None:
+def test_a_recomputation_finds_the_same_numbers(recompute: Recompute, wire: WireConfig) -> None:
     """Bit for bit: which tokens share a row is decided once."""
     dispatch = DispatchConfig(codec=LSH, wire=wire)
     expected = parity(config(dispatch), 2, micro_steps=2)
     found = parity(config(dispatch, recompute), 2, micro_steps=2)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [r.loss for r in ours.results] == [r.loss for r in theirs.results]
-        for step, gradients in enumerate(theirs.gradients):
-            for name, gradient in gradients.items():
-                assert torch.equal(ours.gradients[step][name], gradient), name
+    assert_equal(found, expected)
 
 
 @pytest.mark.parity
@@ -79,7 +51,7 @@ def test_warm_up_steps_are_plain() -> None:
     assert found.results[0].sent_bytes == plain.results[0].sent_bytes
 
 
-def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: str) -> dict[str, Any]:
+def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: Recompute) -> dict[str, Any]:
     run_config = with_micro_steps(config(dispatch, recompute), size, 2)
     run = SmallRun(run_config, size)
     experts_of_rows: list[list[int]] = []
@@ -99,7 +71,7 @@ def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: str) -> di
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
 @pytest.mark.parametrize(("wire", "width"), [(WireConfig(), 32 * 4), (INT8, 32 + 4 * 4)])
-def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: str) -> None:
+def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: Recompute) -> None:
     """Of all ranks: rows for another rank's experts go there and back, forward and backward."""
     ranks = run_ranks(_bytes, 2, DispatchConfig(codec=LSH, wire=wire), recompute)
     away = sum(

@@ -6,19 +6,14 @@ import pytest
 import torch
 
 from moesys.config.dispatch_schema import DispatchConfig, WireConfig
-from moesys.config.schema import OptimConfig, ParallelConfig, RunConfig
+from moesys.config.schema import Recompute, RunConfig
 from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import build_meshes
 from moesys.testing.parity import Numbers, compare, parity
 from moesys.testing.ranks import run_ranks
-from moesys.testing.small_run import SmallRun, samples_of_step, small_config, small_model
+from moesys.testing.small_run import SmallRun, samples_of_step
+from tests.train.coded import INT8, assert_equal, config
 
-INT8 = WireConfig(
-    dispatch_forward="int8",
-    dispatch_backward="int8",
-    combine_forward="int8",
-    combine_backward="int8",
-)
 FP8 = WireConfig(
     dispatch_forward="e4m3",
     dispatch_backward="e5m2",
@@ -27,28 +22,15 @@ FP8 = WireConfig(
     block=16,
     error_feedback=True,
 )
-PLAIN = small_config(
-    small_model(num_layers=4),
-    seq_len=16,
-    sequences=8,
-    steps=2,
-    optim=OptimConfig(lr=1e-3, eps=1e-5),
-    parallel=ParallelConfig(ep=2),
-)
 
 
-def config(wire: WireConfig, recompute: str = "none", **degrees: int) -> RunConfig:
-    return replace(
-        PLAIN,
-        dispatch=DispatchConfig(wire=wire),
-        train=replace(PLAIN.train, recompute=recompute),  # type: ignore[arg-type]
-        parallel=ParallelConfig(**{"ep": 2} | degrees),
-    )
+def written(wire: WireConfig, recompute: Recompute = "none", **degrees: int) -> RunConfig:
+    return config(DispatchConfig(wire=wire), recompute, **degrees)
 
 
 def one_moe_layer(wire: WireConfig) -> RunConfig:
     """For one step: no routing comes after a row that was rounded, which may turn a near choice."""
-    first = config(wire)
+    first = written(wire)
     model = replace(first.model, num_layers=2)
     return replace(first, model=model, train=replace(first.train, steps=1))
 
@@ -71,15 +53,11 @@ def test_gradients_are_near_the_plain_ones(wire: WireConfig, most: float, plain:
 
 
 @pytest.mark.parametrize("recompute", [pytest.param("moe", marks=pytest.mark.parity), "layer"])
-def test_a_recomputation_finds_the_same_numbers(recompute: str) -> None:
+def test_a_recomputation_finds_the_same_numbers(recompute: Recompute) -> None:
     """Bit for bit, chance included: it hangs on what is rounded alone."""
-    expected = parity(config(INT8), 2, micro_steps=2)
-    found = parity(config(INT8, recompute), 2, micro_steps=2)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [r.loss for r in ours.results] == [r.loss for r in theirs.results]
-        for step, gradients in enumerate(theirs.gradients):
-            for name, gradient in gradients.items():
-                assert torch.equal(ours.gradients[step][name], gradient), name
+    expected = parity(written(INT8), 2, micro_steps=2)
+    found = parity(written(INT8, recompute), 2, micro_steps=2)
+    assert_equal(found, expected)
 
 
 @pytest.mark.parity
@@ -87,15 +65,15 @@ def test_a_recomputation_finds_the_same_numbers(recompute: str) -> None:
 def test_other_axes_find_nearly_the_same(degrees: dict[str, int]) -> None:
     """Rounded to the nearest: a difference in the last bit of a scale would turn all of chance's choices."""
     wire = replace(INT8, stochastic_backward=False)
-    expected = parity(config(wire), 2, micro_steps=2)[0]
-    found = compare(parity(config(wire, **degrees), 4, micro_steps=2), expected)
+    expected = parity(written(wire), 2, micro_steps=2)[0]
+    found = compare(parity(written(wire, **degrees), 4, micro_steps=2), expected)
     assert not found.missing
     assert found.figures < 1e-3
     assert found.gradients < 0.02
 
 
 def _evaluated(rank: int, size: int, wire: WireConfig) -> float:
-    run_config = config(wire)
+    run_config = written(wire)
     meshes = build_meshes(parallel_dims(run_config.parallel, size), "cpu")
     run = SmallRun(run_config, size, meshes)
     (batch,) = samples_of_step(run_config, 0, meshes.dp_rank, run.dims.dp, 1)

@@ -1,0 +1,44 @@
+"""A small run whose rows are written in fewer bits, or travel as fewer rows."""
+
+from dataclasses import replace
+
+import torch
+
+from moesys.config.dispatch_schema import DispatchConfig, WireConfig
+from moesys.config.schema import OptimConfig, ParallelConfig, Recompute, RunConfig
+from moesys.testing.parity import Numbers
+from moesys.testing.small_run import small_config, small_model
+
+INT8 = WireConfig(
+    dispatch_forward="int8",
+    dispatch_backward="int8",
+    combine_forward="int8",
+    combine_backward="int8",
+    block=10,
+)
+PLAIN = small_config(
+    small_model(num_layers=4),
+    seq_len=16,
+    sequences=8,
+    steps=2,
+    optim=OptimConfig(lr=1e-3, eps=1e-5),
+    parallel=ParallelConfig(ep=2),
+)
+
+
+def config(dispatch: DispatchConfig, recompute: Recompute = "none", **degrees: int) -> RunConfig:
+    return replace(
+        PLAIN,
+        dispatch=dispatch,
+        train=replace(PLAIN.train, recompute=recompute),
+        parallel=ParallelConfig(**{"ep": 2} | degrees),
+    )
+
+
+def assert_equal(found: list[Numbers], expected: list[Numbers]) -> None:
+    """Every rank's losses and gradients, bit for bit."""
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [r.loss for r in ours.results] == [r.loss for r in theirs.results]
+        for step, gradients in enumerate(theirs.gradients):
+            for name, gradient in gradients.items():
+                assert torch.equal(ours.gradients[step][name], gradient), name
