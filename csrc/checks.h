@@ -2,9 +2,18 @@
 // it in the user's words before a call gets here.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
 #include "element_types.h"
 
 namespace moesys {
+
+template <typename... Tensors>
+std::array<Tensor, sizeof...(Tensors)> contiguous(const Tensors&... any) {
+  return {torch::stable::contiguous(any)...};
+}
 
 struct Slots {
   int64_t T, K;
@@ -65,13 +74,6 @@ inline Clusters check_clusters(const char* op, const Tensor& x, const Tensor& ro
   return {slots.T, slots.K, member_slots.size(0), first_member.size(0) - 1};
 }
 
-inline void check_first_member(const char* op, const Tensor& rows, const Tensor& first_member) {
-  STD_TORCH_CHECK(rows.dim() == 2 && first_member.dim() == 1 &&
-                      first_member.scalar_type() == ScalarType::Long &&
-                      first_member.size(0) == rows.size(0) + 1,
-                  op, ": rows must be [C, D] and first_member int64 [C + 1]");
-}
-
 inline Clusters check_restore(const char* op, const Tensor& rows, const Tensor& means,
                               const Tensor& x, const Tensor& weights, const Tensor& slopes,
                               const Tensor& row_of_slot) {
@@ -86,6 +88,17 @@ inline Clusters check_restore(const char* op, const Tensor& rows, const Tensor& 
                       slopes.scalar_type() == weights.scalar_type(),
                   op, ": slopes must be [C] of the weights' type");
   return {slots.T, slots.K, 0, rows.size(0)};
+}
+
+inline Clusters check_restore_backward(const char* op, const Tensor& grad, const Tensor& rows,
+                                       const Tensor& means, const Tensor& x, const Tensor& weights,
+                                       const Tensor& slopes, const Tensor& row_of_slot,
+                                       const Tensor& member_slots, const Tensor& first_member) {
+  check_restore(op, rows, means, x, weights, slopes, row_of_slot);
+  const Clusters sizes = check_clusters(op, x, row_of_slot, member_slots, first_member);
+  check_like(op, grad, sizes.T, x.size(1), x);
+  STD_TORCH_CHECK(sizes.C == rows.size(0), op, ": first_member must be [C + 1], C of rows");
+  return sizes;
 }
 
 inline void check_turned(const Tensor& turned) {

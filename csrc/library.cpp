@@ -18,7 +18,6 @@ STABLE_TORCH_LIBRARY(moesys, m) {
   m.def(
       "member_means(Tensor x, Tensor row_of_slot, Tensor member_slots, Tensor first_member) -> "
       "Tensor");
-  m.def("member_means_backward(Tensor grad, Tensor row_of_slot, Tensor first_member) -> Tensor");
   m.def(
       "restore(Tensor rows, Tensor means, Tensor x, Tensor weights, Tensor slopes, Tensor "
       "row_of_slot,"

@@ -1,6 +1,6 @@
-// moesys::cross_polytope, member_means, restore and their backwards. T tokens, K slots each (slot
-// t*K+k), C rows (clusters), M members (slots that have a row, in order of row), D model, H hashes
-// of V dimensions.
+// moesys::cross_polytope, member_means, restore and restore's backward. T tokens, K slots each
+// (slot t*K+k), C rows (clusters), M members (slots that have a row, in order of row), D model, H
+// hashes of V dimensions.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -11,14 +11,10 @@
 
 #include "../checks.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace moesys {
 namespace {
-
-constexpr int64_t GRAIN_BYTES = 65536;
-constexpr int64_t TILE = 256;  // accumulators that stay in the first-level cache
-
-int64_t grain(int64_t bytes_per_item) { return GRAIN_BYTES / (bytes_per_item + 1) + 1; }
 
 template <typename T>
 inline __attribute__((always_inline)) void add_scaled(accumulator_t<T>* __restrict sum,
@@ -127,27 +123,6 @@ inline __attribute__((always_inline)) void restore_token_gradient(
   for (int64_t d = 0; d < D; ++d) grad_x[d] = narrow<T>(slope * widen(grad[d]));
 }
 
-// grad_x[t] = sum over the token's slots of grad[row] / members of the row.
-template <typename T>
-inline __attribute__((always_inline)) void spread_token(T* __restrict out, const T* grad,
-                                                        const int64_t* row_of_slot,
-                                                        const int64_t* first_member, int64_t K,
-                                                        int64_t D) {
-  using A = accumulator_t<T>;
-  alignas(64) A sum[TILE];
-  for (int64_t start = 0; start < D; start += TILE) {
-    const int64_t width = std::min(TILE, D - start);
-    std::fill(sum, sum + width, A(0));
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t c = row_of_slot[k];
-      if (c < 0) continue;
-      const A share = A(1) / A(first_member[c + 1] - first_member[c]);
-      add_scaled<T>(sum, grad + c * D + start, share, width);
-    }
-    put_scaled<T>(out + start, sum, A(1), width);
-  }
-}
-
 // The largest entry's place and sign, as 2 * place + (1 if it is negative); the first of equals.
 // -1: not finite.
 template <typename T>
@@ -170,10 +145,6 @@ inline __attribute__((always_inline)) int64_t vertex(const T* turned, int64_t V)
   MOESYS_SIMD void gather(T* out, const T* x, const int64_t* members, int64_t num_members,       \
                           const accumulator_t<T>* weights, int64_t K, int64_t D, bool is_mean) { \
     gather_row<T>(out, x, members, num_members, weights, K, D, is_mean);                         \
-  }                                                                                              \
-  MOESYS_SIMD void spread(T* out, const T* grad, const int64_t* row_of_slot,                     \
-                          const int64_t* first_member, int64_t K, int64_t D) {                   \
-    spread_token<T>(out, grad, row_of_slot, first_member, K, D);                                 \
   }                                                                                              \
   MOESYS_SIMD void restore_one(T* out, const T* rows, const T* means, const T* x,                \
                                const accumulator_t<T>* weights, const accumulator_t<T>* slopes,  \
@@ -235,9 +206,7 @@ Tensor member_means(const Tensor& x_any, const Tensor& row_of_slot_any, const Te
                     const Tensor& first_any) {
   const Clusters sizes =
       check_clusters("member_means", x_any, row_of_slot_any, members_any, first_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor members = torch::stable::contiguous(members_any);
-  const Tensor first = torch::stable::contiguous(first_any);
+  const auto [x, members, first] = contiguous(x_any, members_any, first_any);
   const int64_t C = sizes.C, K = sizes.K, D = x.size(1);
   const int64_t* member = members.const_data_ptr<int64_t>();
   const int64_t* first_member = first.const_data_ptr<int64_t>();
@@ -256,43 +225,14 @@ Tensor member_means(const Tensor& x_any, const Tensor& row_of_slot_any, const Te
   return means;
 }
 
-Tensor member_means_backward(const Tensor& grad_any, const Tensor& row_of_slot_any,
-                             const Tensor& first_any) {
-  const char* op = "member_means_backward";
-  const auto [T, K] = check_row_of_slot(op, row_of_slot_any);
-  check_first_member(op, grad_any, first_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const Tensor first = torch::stable::contiguous(first_any);
-  const int64_t D = grad.size(1), slots_per_token = K;
-  const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
-  check_rows(op, row_of, T * K, grad.size(0));
-  Tensor grad_x = torch::stable::new_empty(grad, {T, D});
-  for_float_type(op, grad, [&]<typename Element>() {
-    const Element* from = grad.const_data_ptr<Element>();
-    Element* to = grad_x.mutable_data_ptr<Element>();
-    torch::stable::parallel_for(0, T, grain(slots_per_token * D * sizeof(Element)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t t = begin; t < end; ++t)
-                                    spread(to + t * D, from, row_of + t * slots_per_token,
-                                           first.const_data_ptr<int64_t>(), slots_per_token, D);
-                                });
-  });
-  return grad_x;
-}
-
 // The last two are the backward's.
 Tensor restore(const Tensor& rows_any, const Tensor& means_any, const Tensor& x_any,
                const Tensor& weights_any, const Tensor& slopes_any, const Tensor& row_of_slot_any,
                const Tensor&, const Tensor&) {
   const Clusters sizes = check_restore("restore", rows_any, means_any, x_any, weights_any,
                                        slopes_any, row_of_slot_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor means = torch::stable::contiguous(means_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor slopes = torch::stable::contiguous(slopes_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [rows, means, x, weights, slopes, row_of_slot] =
+      contiguous(rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any);
   const int64_t T = sizes.T, K = sizes.K, D = x.size(1);
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
   check_rows("restore", row_of, T * K, sizes.C);
@@ -320,19 +260,12 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(
     const Tensor& weights_any, const Tensor& slopes_any, const Tensor& row_of_slot_any,
     const Tensor& members_any, const Tensor& first_any) {
   const char* op = "restore_backward";
-  check_restore(op, rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any);
-  const Clusters sizes = check_clusters(op, x_any, row_of_slot_any, members_any, first_any);
-  check_like(op, grad_any, sizes.T, x_any.size(1), x_any);
-  check_first_member(op, rows_any, first_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor means = torch::stable::contiguous(means_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor slopes = torch::stable::contiguous(slopes_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const Tensor members = torch::stable::contiguous(members_any);
-  const Tensor first = torch::stable::contiguous(first_any);
+  const Clusters sizes =
+      check_restore_backward(op, grad_any, rows_any, means_any, x_any, weights_any, slopes_any,
+                             row_of_slot_any, members_any, first_any);
+  const auto [grad, rows, means, x, weights, slopes, row_of_slot, members, first] =
+      contiguous(grad_any, rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any,
+                 members_any, first_any);
   const int64_t T = sizes.T, K = sizes.K, C = sizes.C, D = x.size(1);
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
   const int64_t* member = members.const_data_ptr<int64_t>();
@@ -374,7 +307,6 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(
 STABLE_TORCH_LIBRARY_IMPL(moesys, CPU, m) {
   m.impl("cross_polytope", TORCH_BOX(&cross_polytope));
   m.impl("member_means", TORCH_BOX(&member_means));
-  m.impl("member_means_backward", TORCH_BOX(&member_means_backward));
   m.impl("restore", TORCH_BOX(&restore));
   m.impl("restore_backward", TORCH_BOX(&restore_backward));
 }

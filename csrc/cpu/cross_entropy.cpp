@@ -48,8 +48,7 @@ void check(const Tensor& logits, const Tensor& targets) {
 
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_any, const Tensor& targets_any) {
   check(logits_any, targets_any);
-  const Tensor logits = torch::stable::contiguous(logits_any);
-  const Tensor targets = torch::stable::contiguous(targets_any);
+  const auto [logits, targets] = contiguous(logits_any, targets_any);
   const int64_t T = logits.size(0), V = logits.size(1);
   const float* x = logits.const_data_ptr<float>();
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -73,8 +72,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits_any, const Tensor&
 Tensor cross_entropy_backward(const Tensor& grad_any, const Tensor& logits_any,
                               const Tensor& targets_any, const Tensor& lse) {
   check(logits_any, targets_any);
-  const Tensor logits = torch::stable::contiguous(logits_any);
-  const Tensor targets = torch::stable::contiguous(targets_any);
+  const auto [logits, targets] = contiguous(logits_any, targets_any);
   const int64_t T = logits.size(0), V = logits.size(1);
   STD_TORCH_CHECK(grad_any.numel() == 1 && grad_any.scalar_type() == ScalarType::Float &&
                       lse.dim() == 1 && lse.size(0) == T && lse.scalar_type() == ScalarType::Float,

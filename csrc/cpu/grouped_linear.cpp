@@ -90,8 +90,7 @@ std::vector<int64_t> row_offsets(const Tensor& counts_any, int64_t L, int64_t R)
 Tensor grouped_linear(const Tensor& rows_any, const Tensor& weight_any, const Tensor& counts) {
   const auto [L, O, I] = check_weight(weight_any);
   check_matrix(rows_any, I);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weight = torch::stable::contiguous(weight_any);
+  const auto [rows, weight] = contiguous(rows_any, weight_any);
   const int64_t R = rows.size(0);
   const auto offsets = row_offsets(counts, L, R);
   Tensor out = torch::stable::new_empty(rows, {R, O});
@@ -114,8 +113,7 @@ Tensor grouped_linear_grad_rows(const Tensor& grad_any, const Tensor& weight_any
                                 const Tensor& counts) {
   const auto [L, O, I] = check_weight(weight_any);
   check_matrix(grad_any, O);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor weight = torch::stable::contiguous(weight_any);
+  const auto [grad, weight] = contiguous(grad_any, weight_any);
   const int64_t R = grad.size(0);
   const auto offsets = row_offsets(counts, L, R);
   Tensor grad_rows = torch::stable::new_empty(grad, {R, I});
@@ -142,8 +140,7 @@ Tensor grouped_linear_grad_weight(const Tensor& grad_any, const Tensor& rows_any
   const int64_t O = grad_any.size(1), I = rows_any.size(1), L = counts.size(0);
   check_matrix(grad_any, O);
   check_matrix(rows_any, I);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
+  const auto [grad, rows] = contiguous(grad_any, rows_any);
   const auto offsets = row_offsets(counts, L, rows.size(0));
   Tensor grad_weight = torch::stable::new_empty(rows, {L, O, I});
   const float* dy = grad.const_data_ptr<float>();

@@ -11,14 +11,10 @@
 
 #include "../checks.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace moesys {
 namespace {
-
-constexpr int64_t GRAIN_BYTES = 65536;
-constexpr int64_t TILE = 256;  // accumulators that stay in the first-level cache
-
-int64_t grain(int64_t bytes_per_item) { return GRAIN_BYTES / (bytes_per_item + 1) + 1; }
 
 // out[d] = sum_k weights[k] * rows[k][d], in the accumulator type.
 template <typename T>
@@ -81,8 +77,7 @@ void check_index(const char* op, const char* name, const std::atomic<bool>& is_b
 // Byte copies, so any element type travels.
 Tensor permute(const Tensor& x_any, const Tensor& slot_of_row_any, const Tensor& row_of_slot) {
   const auto [T, K] = check_permute(x_any, slot_of_row_any, row_of_slot);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor slot_of_row = torch::stable::contiguous(slot_of_row_any);
+  const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0), num_slots = T * K, slots_per_token = K;
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   Tensor rows = torch::stable::new_empty(x, {N, x.size(1)});
@@ -139,8 +134,7 @@ void combine(const char* op, const Tensor& rows, const accumulator_t<T>* weights
 Tensor permute_backward(const Tensor& grad_rows_any, const Tensor& row_of_slot_any) {
   const auto [T, K] = check_row_of_slot("permute_backward", row_of_slot_any);
   STD_TORCH_CHECK(grad_rows_any.dim() == 2, "permute_backward: grad_rows must be [N, D]");
-  const Tensor grad_rows = torch::stable::contiguous(grad_rows_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [grad_rows, row_of_slot] = contiguous(grad_rows_any, row_of_slot_any);
   Tensor grad_x = torch::stable::new_empty(grad_rows, {T, grad_rows.size(1)});
   for_float_type("permute_backward", grad_rows, [&]<typename Element>() {
     combine<Element>("permute_backward", grad_rows, nullptr, row_of_slot, grad_x);
@@ -150,9 +144,7 @@ Tensor permute_backward(const Tensor& grad_rows_any, const Tensor& row_of_slot_a
 
 Tensor unpermute(const Tensor& rows_any, const Tensor& weights_any, const Tensor& row_of_slot_any) {
   const auto [T, K] = check_unpermute("unpermute", rows_any, weights_any, row_of_slot_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [rows, weights, row_of_slot] = contiguous(rows_any, weights_any, row_of_slot_any);
   Tensor x = torch::stable::new_empty(rows, {T, rows.size(1)});
   for_float_type("unpermute", rows, [&]<typename Element>() {
     combine<Element>("unpermute", rows, weights.const_data_ptr<accumulator_t<Element>>(),
@@ -168,10 +160,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_x_any, const Te
   const auto [T, K] = check_unpermute(op, rows_any, weights_any, row_of_slot_any);
   const int64_t N = rows_any.size(0), D = rows_any.size(1), slots_per_token = K;
   check_like(op, grad_x_any, T, D, rows_any);
-  const Tensor grad_x = torch::stable::contiguous(grad_x_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [grad_x, rows, weights, row_of_slot] =
+      contiguous(grad_x_any, rows_any, weights_any, row_of_slot_any);
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
 
   // Rows that serve no slot get no gradient below: they must start from zero.

@@ -58,8 +58,7 @@ int64_t check_rows(const Tensor& x, const Tensor& weight) {
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
   const int64_t N = check_rows(x_any, weight_any), D = x_any.size(1);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weight = torch::stable::contiguous(weight_any);
+  const auto [x, weight] = contiguous(x_any, weight_any);
   Tensor out = torch::stable::new_empty(x, {N, D});
   Tensor scales = torch::stable::new_empty(x, {N});
   const float* in = x.const_data_ptr<float>();
@@ -80,9 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_any, const Tenso
   STD_TORCH_CHECK(
       scales.dim() == 1 && scales.size(0) == N && scales.scalar_type() == ScalarType::Float,
       "rms_norm_backward: scales must be fp32 [N]");
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weight = torch::stable::contiguous(weight_any);
+  const auto [grad, x, weight] = contiguous(grad_any, x_any, weight_any);
   const int64_t num_blocks = (N + BLOCK_ROWS - 1) / BLOCK_ROWS;
   Tensor grad_x = torch::stable::new_empty(x, {N, D});
   Tensor grad_weight = torch::stable::new_empty(weight, {D});

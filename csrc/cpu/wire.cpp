@@ -12,13 +12,10 @@
 #include "../checks.h"
 #include "../low_precision.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace moesys {
 namespace {
-
-constexpr int64_t GRAIN_BYTES = 65536;
-
-int64_t grain(int64_t bytes_per_item) { return GRAIN_BYTES / (bytes_per_item + 1) + 1; }
 
 // values = row + carry; returns the largest magnitude, or infinity where one is not finite.
 template <typename T>
@@ -113,8 +110,7 @@ MOESYS_LOAD(c10::Half)
 Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
             int64_t block, bool is_stochastic, int64_t carried_rows) {
   const Wire wire = check_pack(x_any, slot_of_row_any, K, block);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor slot_of_row = torch::stable::contiguous(slot_of_row_any);
+  const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0), D = wire.D, W = wire.row_bytes(),
                 num_slots = x.size(0) * K;
   Tensor bytes = torch::stable::new_empty(x, {N, W}, ScalarType::Byte);

@@ -1,7 +1,7 @@
-// moesys::cross_polytope, member_means, restore and their backwards. T tokens, K slots each (slot
-// t*K+k), C rows (clusters), M members (slots that have a row, in order of row), D model, H hashes
-// of V dimensions. Everything is gathered, and sums run in a fixed order: results are bit-equal
-// from run to run.
+// moesys::cross_polytope, member_means, restore and restore's backward. T tokens, K slots each
+// (slot t*K+k), C rows (clusters), M members (slots that have a row, in order of row), D model, H
+// hashes of V dimensions. Everything is gathered, and sums run in a fixed order: results are
+// bit-equal from run to run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -71,35 +71,6 @@ __global__ void gather_members(const T* __restrict__ x, const int64_t* __restric
 #pragma unroll
     for (int j = 0; j < W; ++j) result.value[j] = static_cast<T>(sums[j] / count);
     reinterpret_cast<Packed*>(out + c * D)[i] = result;
-  }
-}
-
-// grad_x[t] = sum over the token's slots of grad[row] / members of the row.
-template <typename T, int W>
-__global__ void spread_to_tokens(const T* __restrict__ grad,
-                                 const int64_t* __restrict__ row_of_slot,
-                                 const int64_t* __restrict__ first_member, T* __restrict__ grad_x,
-                                 int64_t K, int64_t C, int64_t D, int64_t num_tokens) {
-  using A = accumulator_t<T>;
-  using Packed = Pack<T, W>;
-  const int64_t t = warp_index();
-  if (t >= num_tokens) return;
-  for (int64_t i = lane_index(); i < D / W; i += WARP) {
-    A sums[W] = {};
-#pragma unroll 4
-    for (int64_t s = t * K; s < (t + 1) * K; ++s) {
-      const int64_t c = row_of_slot[s];
-      assert(c >= -1 && c < C);
-      if (c < 0) continue;
-      const A share = A(1) / static_cast<A>(first_member[c + 1] - first_member[c]);
-      const Packed row = reinterpret_cast<const Packed*>(grad + c * D)[i];
-#pragma unroll
-      for (int j = 0; j < W; ++j) sums[j] += share * static_cast<A>(row.value[j]);
-    }
-    Packed result;
-#pragma unroll
-    for (int j = 0; j < W; ++j) result.value[j] = static_cast<T>(sums[j]);
-    reinterpret_cast<Packed*>(grad_x + t * D)[i] = result;
   }
 }
 
@@ -225,40 +196,12 @@ Tensor member_means(const Tensor& x_any, const Tensor& row_of_slot_any, const Te
   const Clusters sizes =
       check_clusters("member_means", x_any, row_of_slot_any, members_any, first_any);
   const Launch launch(x_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor members = torch::stable::contiguous(members_any);
-  const Tensor first = torch::stable::contiguous(first_any);
+  const auto [x, members, first] = contiguous(x_any, members_any, first_any);
   Tensor means = torch::stable::new_empty(x, {sizes.C, x.size(1)});
   for_float_type("member_means", x, [&]<typename Element>() {
     gather<Element>(launch, x, members, first, nullptr, true, sizes, means);
   });
   return means;
-}
-
-Tensor member_means_backward(const Tensor& grad_any, const Tensor& row_of_slot_any,
-                             const Tensor& first_any) {
-  const char* op = "member_means_backward";
-  const Slots slots = check_row_of_slot(op, row_of_slot_any);
-  check_first_member(op, grad_any, first_any);
-  const Launch launch(grad_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const Tensor first = torch::stable::contiguous(first_any);
-  const int64_t D = grad.size(1), C = grad.size(0);
-  Tensor grad_x = torch::stable::new_empty(grad, {slots.T, D});
-  for_float_type(op, grad, [&]<typename Element>() {
-    const Element* from = grad.const_data_ptr<Element>();
-    Element* to = grad_x.mutable_data_ptr<Element>();
-    for_pack_width<Element>(
-        D,
-        [&]<int W>() {
-          launch.warp_per_item(&spread_to_tokens<Element, W>, slots.T, from,
-                               row_of_slot.const_data_ptr<int64_t>(),
-                               first.const_data_ptr<int64_t>(), to, slots.K, C, D);
-        },
-        from, to);
-  });
-  return grad_x;
 }
 
 // The last two are the backward's.
@@ -268,12 +211,8 @@ Tensor restore(const Tensor& rows_any, const Tensor& means_any, const Tensor& x_
   const Clusters sizes = check_restore("restore", rows_any, means_any, x_any, weights_any,
                                        slopes_any, row_of_slot_any);
   const Launch launch(x_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor means = torch::stable::contiguous(means_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor slopes = torch::stable::contiguous(slopes_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [rows, means, x, weights, slopes, row_of_slot] =
+      contiguous(rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any);
   const int64_t D = x.size(1);
   Tensor y = torch::stable::new_empty(x, {sizes.T, D});
   for_float_type("restore", x, [&]<typename Element>() {
@@ -299,20 +238,13 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(
     const Tensor& weights_any, const Tensor& slopes_any, const Tensor& row_of_slot_any,
     const Tensor& members_any, const Tensor& first_any) {
   const char* op = "restore_backward";
-  check_restore(op, rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any);
-  const Clusters sizes = check_clusters(op, x_any, row_of_slot_any, members_any, first_any);
-  check_like(op, grad_any, sizes.T, x_any.size(1), x_any);
-  check_first_member(op, rows_any, first_any);
+  const Clusters sizes =
+      check_restore_backward(op, grad_any, rows_any, means_any, x_any, weights_any, slopes_any,
+                             row_of_slot_any, members_any, first_any);
   const Launch launch(x_any);
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor means = torch::stable::contiguous(means_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor slopes = torch::stable::contiguous(slopes_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
-  const Tensor members = torch::stable::contiguous(members_any);
-  const Tensor first = torch::stable::contiguous(first_any);
+  const auto [grad, rows, means, x, weights, slopes, row_of_slot, members, first] =
+      contiguous(grad_any, rows_any, means_any, x_any, weights_any, slopes_any, row_of_slot_any,
+                 members_any, first_any);
   const int64_t T = sizes.T, K = sizes.K, C = sizes.C, D = x.size(1);
   const int64_t* row_of = row_of_slot.const_data_ptr<int64_t>();
   Tensor grad_rows = torch::stable::new_empty(rows, {C, D});
@@ -345,7 +277,6 @@ std::tuple<Tensor, Tensor, Tensor> restore_backward(
 STABLE_TORCH_LIBRARY_IMPL(moesys, CUDA, m) {
   m.impl("cross_polytope", TORCH_BOX(&cross_polytope));
   m.impl("member_means", TORCH_BOX(&member_means));
-  m.impl("member_means_backward", TORCH_BOX(&member_means_backward));
   m.impl("restore", TORCH_BOX(&restore));
   m.impl("restore_backward", TORCH_BOX(&restore_backward));
 }

@@ -116,8 +116,7 @@ __global__ void zero_unused(const uint8_t* __restrict__ is_used, T* __restrict__
 Tensor permute(const Tensor& x_any, const Tensor& slot_of_row_any, const Tensor& row_of_slot) {
   const Slots slots = check_permute(x_any, slot_of_row_any, row_of_slot);
   const Launch launch(x_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor slot_of_row = torch::stable::contiguous(slot_of_row_any);
+  const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0);
   const int64_t row_bytes = x.size(1) * static_cast<int64_t>(x.element_size());
   Tensor rows = torch::stable::new_empty(x, {N, x.size(1)});
@@ -155,8 +154,7 @@ Tensor permute_backward(const Tensor& grad_rows_any, const Tensor& row_of_slot_a
   const Slots slots = check_row_of_slot("permute_backward", row_of_slot_any);
   STD_TORCH_CHECK(grad_rows_any.dim() == 2, "permute_backward: grad_rows must be [N, D]");
   const Launch launch(grad_rows_any);
-  const Tensor grad_rows = torch::stable::contiguous(grad_rows_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [grad_rows, row_of_slot] = contiguous(grad_rows_any, row_of_slot_any);
   Tensor grad_x = torch::stable::new_empty(grad_rows, {slots.T, grad_rows.size(1)});
   for_float_type("permute_backward", grad_rows, [&]<typename T>() {
     combine<T>(launch, grad_rows, nullptr, row_of_slot, grad_x);
@@ -167,9 +165,7 @@ Tensor permute_backward(const Tensor& grad_rows_any, const Tensor& row_of_slot_a
 Tensor unpermute(const Tensor& rows_any, const Tensor& weights_any, const Tensor& row_of_slot_any) {
   const Slots slots = check_unpermute("unpermute", rows_any, weights_any, row_of_slot_any);
   const Launch launch(rows_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [rows, weights, row_of_slot] = contiguous(rows_any, weights_any, row_of_slot_any);
   Tensor x = torch::stable::new_empty(rows, {slots.T, rows.size(1)});
   for_float_type("unpermute", rows, [&]<typename T>() {
     combine<T>(launch, rows, weights.const_data_ptr<accumulator_t<T>>(), row_of_slot, x);
@@ -185,10 +181,8 @@ std::tuple<Tensor, Tensor> unpermute_backward(const Tensor& grad_x_any, const Te
   const int64_t N = rows_any.size(0), D = rows_any.size(1), K = slots.K;
   check_like(op, grad_x_any, slots.T, D, rows_any);
   const Launch launch(rows_any);
-  const Tensor grad_x = torch::stable::contiguous(grad_x_any);
-  const Tensor rows = torch::stable::contiguous(rows_any);
-  const Tensor weights = torch::stable::contiguous(weights_any);
-  const Tensor row_of_slot = torch::stable::contiguous(row_of_slot_any);
+  const auto [grad_x, rows, weights, row_of_slot] =
+      contiguous(grad_x_any, rows_any, weights_any, row_of_slot_any);
   Tensor grad_rows = torch::stable::new_empty(rows, {N, D});
   Tensor grad_weights = torch::stable::new_empty(weights, {slots.T, K});
   Tensor is_used = torch::stable::new_zeros(rows, {N}, ScalarType::Byte);

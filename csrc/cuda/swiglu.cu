@@ -79,8 +79,7 @@ Tensor swiglu_backward(const Tensor& grad_hidden_any, const Tensor& gate_up_any)
   const int64_t F = check_gate_up("swiglu_backward", gate_up_any);
   check_like("swiglu_backward", grad_hidden_any, gate_up_any.size(0), F, gate_up_any);
   const Launch launch(gate_up_any);
-  const Tensor grad_hidden = torch::stable::contiguous(grad_hidden_any);
-  const Tensor gate_up = torch::stable::contiguous(gate_up_any);
+  const auto [grad_hidden, gate_up] = contiguous(grad_hidden_any, gate_up_any);
   const int64_t N = gate_up.size(0);
   Tensor grad_gate_up = torch::stable::new_empty(gate_up, {N, 2 * F});
   for_float_type("swiglu_backward", gate_up, [&]<typename T>() {

@@ -83,8 +83,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
             int64_t block, bool is_stochastic, int64_t carried_rows) {
   const Wire wire = check_pack(x_any, slot_of_row_any, K, block);
   const Launch launch(x_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor slot_of_row = torch::stable::contiguous(slot_of_row_any);
+  const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0);
   const int64_t stride = carried_rows > 0 ? carried_rows : 1;
   const int64_t num_tasks = (N + stride - 1) / stride;

@@ -8,9 +8,11 @@ X = C + 1.
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F_
 from torch import Tensor
 
 from moesys.ops import library, reference
+from moesys.ops.permute import unpermute
 
 
 class ClusterOrder(NamedTuple):
@@ -50,36 +52,25 @@ def cluster_order(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> Clu
         row in order of slot: bit-equal from run to run. No device-to-host sync, so all have full length: `trimmed` by the
         caller who knows the sizes.
     """
-    top_k, num_slots = topk_ids_TK.shape[1], topk_ids_TK.numel()
-    ids_N = topk_ids_TK.flatten().long()
-    codes_N = codes_T[:, None].expand(-1, top_k).flatten()
-    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
+    num_slots = topk_ids_TK.numel()
+    places_N = torch.arange(num_slots, device=topk_ids_TK.device)
+    ids_N, codes_N = _slots(topk_ids_TK, codes_T, num_experts)
     slots_N = _by_expert_and_code(ids_N, codes_N)
-    ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
+    starts_N = torch.where(_is_new(ids_N[slots_N], codes_N[slots_N]), places_N, 0).cummax(0).values
+    first_slot_N = torch.empty_like(slots_N).scatter_(0, slots_N, slots_N[starts_N])
+    # That was by code; now by the first slot of each row.
+    slots_N = (ids_N * num_slots + first_slot_N).argsort(stable=True)
+    ids_N, first_slot_N = ids_N[slots_N], first_slot_N[slots_N]
     has_row_N = ids_N < num_experts
-    is_first_N = has_row_N.clone()
-    is_first_N[1:] &= (ids_N[1:] != ids_N[:-1]) | (codes_N[1:] != codes_N[:-1])
-    # So far rows stand by code; now by first slot. One spare entry takes what is no first member.
-    by_code_N = is_first_N.cumsum(0) - 1
-    place_N = torch.where(
-        is_first_N, ids_N * num_slots + slots_N, num_experts * num_slots
-    ).argsort()
-    row_of_code_X = torch.arange(num_slots + 1, device=ids_N.device)
-    index_N = torch.where(is_first_N, by_code_N, num_slots)[place_N]
-    row_of_code_X = row_of_code_X.scatter(0, index_N, row_of_code_X[:-1])
-    row_N = torch.where(has_row_N, row_of_code_X[by_code_N], num_slots)
-    by_row_N = row_N.argsort(stable=True)
-    slots_N, row_N, is_first_N = slots_N[by_row_N], row_N[by_row_N], is_first_N[by_row_N]
+    is_first_N = has_row_N & (first_slot_N == slots_N)
+    row_N = torch.where(has_row_N, is_first_N.cumsum(0) - 1, -1)
+    # One spare entry takes what is no first member.
     first_member = has_row_N.sum().expand(num_slots + 2).clone()
-    places_N = torch.arange(num_slots, device=ids_N.device)
     first_member.scatter_(0, torch.where(is_first_N, row_N, num_slots + 1), places_N)
-    row_N = torch.where(row_N < num_slots, row_N, -1)
     rows_per_expert = ids_N.new_zeros(num_experts + 1)
-    rows_per_expert.scatter_add_(0, ids_N[by_row_N], is_first_N.long())
+    rows_per_expert.scatter_add_(0, ids_N, is_first_N.long())
     return ClusterOrder(
-        row_of_slot_TK=torch.empty_like(slots_N)
-        .scatter_(0, slots_N, row_N)
-        .view(topk_ids_TK.shape),
+        row_of_slot_TK=row_N.new_empty(num_slots).scatter_(0, slots_N, row_N).view_as(topk_ids_TK),
         rows_per_expert_E=rows_per_expert[:num_experts],
         member_slots_M=slots_N,
         first_member_X=first_member[:-1],
@@ -94,25 +85,35 @@ def rows_by_prefix(
     Args:
         codes_T: of `digits` digits to that base, at least 0. The rest as of cluster_order.
     """
-    ids_N = topk_ids_TK.flatten().long()
-    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
-    codes_N = codes_T[:, None].expand(-1, topk_ids_TK.shape[1]).flatten()
+    ids_N, codes_N = _slots(topk_ids_TK, codes_T, num_experts)
     slots_N = _by_expert_and_code(ids_N, codes_N)
     ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
-    is_first_N = ids_N < num_experts
-    is_other_N = ids_N[1:] != ids_N[:-1]
-    counts = []
-    for digit in reversed(range(digits)):
-        prefix_N = codes_N // base**digit
-        is_new_N = is_other_N | (prefix_N[1:] != prefix_N[:-1])
-        counts.append((is_first_N[1:] & is_new_N).sum() + is_first_N[:1].sum())
+    has_row_N = ids_N < num_experts
+    counts = [
+        (has_row_N & _is_new(ids_N, codes_N // base**digit)).sum()
+        for digit in reversed(range(digits))
+    ]
     return torch.stack(counts)
+
+
+def _slots(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The expert of each slot, `num_experts` where it has none, and its token's code."""
+    ids_N = topk_ids_TK.flatten().long()
+    codes_N = codes_T[:, None].expand(topk_ids_TK.shape).flatten()
+    return torch.where(ids_N < 0, num_experts, ids_N), codes_N
 
 
 def _by_expert_and_code(ids_N: Tensor, codes_N: Tensor) -> Tensor:
     """Slots in order of expert, then code, then slot."""
     by_code_N = codes_N.argsort(stable=True)
     return by_code_N[ids_N[by_code_N].argsort(stable=True)]
+
+
+def _is_new(ids_N: Tensor, codes_N: Tensor) -> Tensor:
+    """Where, in that order, the expert or the code is another than just before."""
+    is_new_N = torch.ones_like(ids_N, dtype=torch.bool)
+    is_new_N[1:] = (ids_N[1:] != ids_N[:-1]) | (codes_N[1:] != codes_N[:-1])
+    return is_new_N
 
 
 def cross_polytope(turned_THV: Tensor) -> Tensor:
@@ -225,10 +226,6 @@ if library.is_loaded():
     ) -> Tensor:
         return x_TD.new_empty(first_member_X.shape[0] - 1, x_TD.shape[1])
 
-    @torch.library.register_fake("moesys::member_means_backward")
-    def _(grad_CD: Tensor, row_of_slot_TK: Tensor, first_member_X: Tensor) -> Tensor:
-        return grad_CD.new_empty(row_of_slot_TK.shape[0], grad_CD.shape[1])
-
     @torch.library.register_fake("moesys::restore")
     def _(
         rows_CD: Tensor, means_CD: Tensor, x_TD: Tensor, weights_TK: Tensor, *rest: Tensor
@@ -255,8 +252,10 @@ if library.is_loaded():
         ctx.save_for_backward(row_of_slot_TK, first_member_X)
 
     def _means_backward(ctx: Any, grad_CD: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TD = torch.ops.moesys.member_means_backward(grad_CD, *ctx.saved_tensors)
-        return grad_TD, None, None, None
+        row_of_slot_TK, first_member_X = ctx.saved_tensors
+        sizes_C = first_member_X.diff().to(torch.promote_types(grad_CD.dtype, torch.float32))
+        shares_C = F_.pad(sizes_C.reciprocal(), (0, 1))  # the last is read where there is no row
+        return unpermute(grad_CD, shares_C[row_of_slot_TK], row_of_slot_TK), None, None, None
 
     def _restore_setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)

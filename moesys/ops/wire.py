@@ -97,13 +97,7 @@ if library.is_loaded():
 
     @torch.library.register_fake("moesys::pack")
     def _(
-        x_TD: Tensor,
-        slot_of_row_N: Tensor,
-        top_k: int,
-        format: int,
-        block: int,
-        is_stochastic: bool,
-        carried_rows: int,
+        x_TD: Tensor, slot_of_row_N: Tensor, top_k: int, format: int, block: int, *rounding: int
     ) -> Tensor:
         d = x_TD.shape[1]
         width = d + 4 * -(-d // (block or d))
