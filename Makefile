@@ -99,7 +99,7 @@ test: $(TEST_STAMP) $(BUILD_STAMP) ## run every test that this machine can run
 	$(call pytest,-n $(WORKERS) --dist loadfile -m 'not alone and $(QUICK)')
 	$(call pytest,-m 'alone and $(QUICK)')
 
-QUICK  = not parity and not oracle and not slurm and not chaos
+QUICK  = not parity and not oracle and not slurm and not chaos and not whole
 pytest = $(BIN)/python -m pytest $(1) $(ARGS) || [ $$? = 5 ] # 5: no such test among those of ARGS
 
 # Whose tests report figures of `moesys bench parallel`, besides those marked parity.
@@ -113,6 +113,10 @@ parity: $(TEST_STAMP) $(BUILD_STAMP) ## compare every layout with one process, b
 	MOESYS_FIGURES=$(FIGURES) $(BIN)/python -m pytest -m "parity or oracle" $(ARGS)
 	MOESYS_FIGURES=$(FIGURES) $(BIN)/python -m pytest $(FIGURE_TESTS)
 	MOESYS_FIGURES=$(FIGURES) $(BIN)/moesys bench parallel
+
+.PHONY: whole
+whole: $(TEST_STAMP) $(BUILD_STAMP) ## train quickstart to its end and check what it reaches, in minutes (alone on the machine)
+	$(BIN)/python -m pytest -m whole $(ARGS)
 
 .PHONY: slurm
 slurm: $(TEST_STAMP) $(BUILD_STAMP) ## the long suite on a real Slurm (as root, with slurm-wlm and munge installed)

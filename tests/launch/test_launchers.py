@@ -102,7 +102,8 @@ def test_ranks_of_mpirun_that_were_told_too_little_ask_mpi():
     assert places[0][3] == socket.getfqdn()
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.parity)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_comes_back_in_place(rank, two_agents, tiny_data, tmp_path, monkeypatch):
     """torchrun starts the ranks again beside the store of the dead ones."""
     monkeypatch.setenv("PET_MAX_RESTARTS", "3")  # as --max-restarts=3

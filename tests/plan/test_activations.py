@@ -4,6 +4,7 @@ Shapes: T tokens, D model, S positions.
 """
 
 import gc
+import itertools
 import time
 from dataclasses import replace
 from functools import partial
@@ -152,12 +153,16 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+QUICK = (("one rank", torch.float32), ("tp and sp", torch.bfloat16))
+
+
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "dtype"),
     [
-        name if name in ("one rank", "tp and sp") else pytest.param(name, marks=pytest.mark.parity)
-        for name in LAYOUTS
+        pytest.param(
+            *case, marks=() if case in QUICK else pytest.mark.parity, id=" ".join(map(str, case))
+        )
+        for case in itertools.product(LAYOUTS, (torch.float32, torch.bfloat16))
     ],
 )
 def test_formulas_are_what_a_forward_leaves(layout, dtype):

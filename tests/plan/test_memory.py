@@ -110,7 +110,7 @@ OF_LAYERS = [
     ("widths", "zero", "none"),
     ("widths", "one rank", "selective"),
 ]
-QUICK_OF_LAYERS = (("pyramid", "pp+tp+ep", "none"), ("widths", "etp", "none"))
+QUICK_OF_LAYERS = (("widths", "etp", "none"),)
 
 
 def with_layers(config: RunConfig, variant: str, recompute="none") -> RunConfig:

@@ -304,7 +304,7 @@ def test_a_signal_reaches_the_ranks(
     assert [(job / f"stopped{rank}").read_text() for rank in (0, 1)] == [signals[0]] * 2
 
 
-@pytest.mark.alone
+@pytest.mark.chaos
 def test_a_lost_machine_is_done_without_until_it_comes_back(programs: Path, job: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

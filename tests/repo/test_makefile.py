@@ -92,7 +92,7 @@ def test_quickstart_installs_the_core_only_trains_and_reports(
 
 def test_second_test_installs_nothing(make: Callable[..., list[str]]) -> None:
     assert len([line for line in make("test") if line.startswith("pip")]) == 5
-    marked = "not parity and not oracle and not slurm and not chaos"
+    marked = "not parity and not oracle and not slurm and not chaos and not whole"
     assert make("test", "ARGS=-x", "WORKERS=3") == [
         f"python -m pytest -n 3 --dist loadfile -m not alone and {marked} -x",
         f"python -m pytest -m alone and {marked} -x",

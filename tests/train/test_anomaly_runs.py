@@ -45,7 +45,7 @@ def healthy(tiny_data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.chaos)])
 def test_by_default_what_is_not_finite_stops_the_run(tiny_data, tmp_path, kind):
     (outcome,) = train(tmp_path, tiny_data, [Poison(7, kind)])
     assert outcome.error.startswith("FloatingPointError: step 7: loss=")
@@ -59,7 +59,13 @@ def test_by_default_what_is_not_finite_stops_the_run(tiny_data, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(1, "parallel.zero=0"), (2, "parallel.pp=2"), (2, "parallel.zero=3"), (2, "parallel.ep=2")],
+    [
+        (2, "parallel.ep=2"),
+        *(
+            pytest.param(*case, marks=pytest.mark.chaos)
+            for case in ((1, "parallel.zero=0"), (2, "parallel.pp=2"), (2, "parallel.zero=3"))
+        ),
+    ],
 )
 def test_a_poisoned_batch_is_skipped_under_every_layout(tiny_data, tmp_path, ranks, layout):
     poisons = [Poison(7, "gradient"), Poison(18, "loss")]
@@ -74,6 +80,7 @@ def test_a_poisoned_batch_is_skipped_under_every_layout(tiny_data, tmp_path, ran
     assert [r["tokens"] for r in records(tmp_path, "train")][-1] == STEPS * 512, "the data goes on"
 
 
+@pytest.mark.chaos
 def test_a_watched_run_without_anomalies_is_bitwise_an_unwatched_one(healthy, tiny_data, tmp_path):
     (outcome,) = train(tmp_path, tiny_data, [], "anomaly.policy=skip", *SPIKES)
     assert not outcome.error
@@ -91,6 +98,7 @@ def test_a_spike_is_found_before_the_update_and_stops_the_run(tiny_data, tmp_pat
     assert outcome.tensors["optim.embed.weight.step"] == 19, "there was no update"
 
 
+@pytest.mark.chaos
 def test_a_batch_is_trained_on_later_once(tiny_data, tmp_path):
     poisons = [Poison(7, "gradient"), Poison(10, "gradient", again=True)]
     again = ["anomaly.policy=reinject", "anomaly.reinject_after_steps=6"]
@@ -103,6 +111,7 @@ def test_a_batch_is_trained_on_later_once(tiny_data, tmp_path):
     assert trained(tmp_path) == without(7, 10, 16)
 
 
+@pytest.mark.chaos
 def test_a_lower_rate_lasts_for_its_steps(healthy, tiny_data, tmp_path):
     lower = ["anomaly.policy=lower_rate", "anomaly.rate_steps=3", "anomaly.rate_factor=0.25"]
     poisons = [Poison(5, "gradient"), Poison(20, "loss", 1.5)]
@@ -116,6 +125,7 @@ def test_a_lower_rate_lasts_for_its_steps(healthy, tiny_data, tmp_path):
     assert all(ratio in (1.0, 0.25) for ratio in ratios.values())
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_roll_back_goes_on_behind_the_batches_since(tiny_data, tmp_path, ranks):
     outcomes = train(
@@ -171,9 +181,9 @@ def test_without_a_checkpoint_there_is_no_way_back(tiny_data, tmp_path):
 
 @pytest.mark.parametrize(
     "policy",
-    ["roll_back"]
-    + [pytest.param(p, marks=pytest.mark.parity) for p in ("skip", "reinject", "lower_rate")],
+    ["roll_back", "skip", "reinject", "lower_rate"],
 )
+@pytest.mark.chaos
 def test_a_run_that_dies_after_an_anomaly_goes_on_bitwise(tiny_data, tmp_path, policy):
     poisons = [Poison(18, "gradient"), Poison(20, "loss", 1.5)]
     more = [f"anomaly.policy={policy}", "anomaly.reinject_after_steps=4", *SPIKES]

@@ -57,7 +57,10 @@ def steps(rank: int, world_size: int, config: RunConfig, refuse: bool) -> Seen:
     return Seen(before, after, refused, judged, results, copies())
 
 
-@pytest.mark.parametrize("name", ["one", "ep", "zero", "pp", "tp"])
+@pytest.mark.parametrize(
+    "name",
+    ["one", "zero", *(pytest.param(x, marks=pytest.mark.parity) for x in ("ep", "pp", "tp"))],
+)
 def test_a_refused_step_leaves_no_trace(name):
     size, degrees = LAYOUTS[name] if name != "one" else (1, {})
     config = replace(BASE, parallel=ParallelConfig(**degrees))  # type: ignore[arg-type]

@@ -22,7 +22,10 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "Detached" else pytest.param(n, marks=pytest.mark.chaos) for n in RULES],
+)
 def test_it_is_named(name: str, tiny_data: Path, tmp_path: Path) -> None:
     words = overrides(tmp_path / "run", tiny_data, "model.moe.num_experts=8", "parallel.ep=1")
     words.append(f"model.moe.router._target_=tests.moe.routers.broken.{name}")

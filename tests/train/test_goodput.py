@@ -45,6 +45,7 @@ def assert_adds_up(folder) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.chaos
 def test_steps_lost_to_a_kill_are_counted_once_and_the_parts_are_the_wall_time(
     tiny_data, tmp_path, monkeypatch
 ):
@@ -120,6 +121,7 @@ def test_a_start_is_split_and_its_parts_are_the_time_to_its_record(
     )
 
 
+@pytest.mark.chaos
 def test_a_hang_is_counted_as_one(tiny_data, tmp_path):
     folder = tmp_path / "hung"
     given = overrides(folder, tiny_data, "train.steps=4000", "train.timeout_s=6")

@@ -15,7 +15,7 @@ LIMIT_S = 360.0
 USUAL_TFLOPS = 0.09
 
 
-@pytest.mark.alone
+@pytest.mark.whole
 @pytest.mark.timeout(900)
 def test_quickstart_learns_in_six_minutes(tmp_path):
     began = time.monotonic()

@@ -118,13 +118,18 @@ STATE = "optim.layers.1.moe.router.weight.exp_avg_sq"
     ("size", "degrees", "flips"),
     [
         (4, {}, [(HEAD, 2, "0, 1, 3"), (EXPERTS, 3, "0, 1, 2"), (BIAS, 0, "1, 2, 3")]),
-        (2, {"tp": 2}, [(ROUTER, 1, ""), (STATE, 0, ""), (HEAD, 0, "alone")]),
         (4, {"ep": 2}, [(EXPERTS, 2, ""), (ROUTER, 3, "0, 1, 2")]),
-        (4, {"zero": 3, "dp_shard": 2}, [(HEAD, 1, ""), (EXPERTS, 2, "")]),
-        (2, {"zero": 3}, [(BIAS, 1, ""), (HEAD, 0, "alone")]),
-        (4, {"pp": 2}, [(HEAD, 2, "")]),
+        *(
+            pytest.param(*case, marks=pytest.mark.parity)
+            for case in (
+                (2, {"tp": 2}, [(ROUTER, 1, ""), (STATE, 0, ""), (HEAD, 0, "alone")]),
+                (4, {"zero": 3, "dp_shard": 2}, [(HEAD, 1, ""), (EXPERTS, 2, "")]),
+                (2, {"zero": 3}, [(BIAS, 1, ""), (HEAD, 0, "alone")]),
+                (4, {"pp": 2}, [(HEAD, 2, "")]),
+            )
+        ),
     ],
-    ids=["dp", "tp", "ep over edp", "hsdp", "zero", "pp"],
+    ids=["dp", "ep over edp", "tp", "hsdp", "zero", "pp"],
 )
 def test_a_flipped_bit_is_named(size, degrees, flips):
     """`flips`: a name, the rank of the flip, and the ranks that outvote it; what it holds alone is not compared."""
@@ -147,7 +152,14 @@ def test_a_flipped_bit_is_named(size, degrees, flips):
 
 
 @pytest.mark.parametrize(
-    "name", ["pp+tp+ep", "cp", "etp", "zbv", "tp without sequence parallelism"]
+    "name",
+    [
+        "pp+tp+ep",
+        *(
+            pytest.param(name, marks=pytest.mark.parity)
+            for name in ("cp", "etp", "zbv", "tp without sequence parallelism")
+        ),
+    ],
 )
 def test_replicas_stay_equal_to_the_bit_under_other_layouts(name):
     size, degrees = LAYOUTS[name]
@@ -195,7 +207,9 @@ def corrupted(rank: int, size: int, arguments: list[str]) -> str:
     return ""
 
 
-@pytest.mark.parametrize(("every_steps", "found_at"), [(3, 9), (100, 10)])
+@pytest.mark.parametrize(
+    ("every_steps", "found_at"), [(3, 9), pytest.param(100, 10, marks=pytest.mark.chaos)]
+)
 def test_a_run_ends_at_the_next_comparison_and_saves_no_more(
     tiny_data, tmp_path, every_steps, found_at
 ):

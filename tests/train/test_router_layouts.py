@@ -61,7 +61,7 @@ LAYERS: dict[str, dict] = {
 """Keys of model.moe."""
 AXES = ["ep", "pp", "tp", "cp"]
 QUICK = [
-    (router, axis) for router in ("expert choice", "soft", "recurrent") for axis in ("ep", "pp")
+    *(("expert choice", "pp"), ("soft", "ep"), ("recurrent", "pp")),
 ]
 MORE = [
     ("recurrent", "interleaved", "none", 2),
@@ -129,19 +129,16 @@ def test_more_layouts(name: str, layout: str, recompute: str, num_dense_layers: 
     ("name", "layout", "recompute"),
     [
         ("residual MoE, latent", "ep", "none"),
-        ("residual MoE, latent", "pp", "none"),
         ("experts without a feed-forward", "ep", "layer"),
-        ("experts without a feed-forward", "pp", "none"),
-        ("pyramid", "ep", "none"),
         ("pyramid", "pp", "layer"),
         ("widths", "ep", "moe"),
-        ("widths", "pp", "none"),
         *(
             pytest.param(name, layout, recompute, marks=pytest.mark.parity)
             for name in LAYERS
             for layout, recompute in (
-                *(("ep", "moe"), ("pp", "layer"), ("tp", "selective"), ("cp", "none")),
-                *(("etp", "none"), ("tp without sequence parallelism", "none"), ("zero", "layer")),
+                *(("ep", "none"), ("ep", "moe"), ("pp", "none"), ("pp", "layer")),
+                *(("tp", "selective"), ("cp", "none"), ("etp", "none"), ("zero", "layer")),
+                ("tp without sequence parallelism", "none"),
             )
         ),
     ],

@@ -254,7 +254,7 @@ def leaving(output: str) -> list[str]:
     return re.findall(r"^moesys: (.*)$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.chaos)])
 def test_a_killed_rank_is_named_by_the_others(tiny_data, tmp_path, victim):
     process, ranks = started(tiny_data, tmp_path / "run", ranks=4)
     ranks[victim].kill()
@@ -295,6 +295,7 @@ def test_ranks_do_not_outlive_their_agent(tiny_data, tmp_path):
     assert stop["reason"].startswith("failed: rank 0 lost its launcher at step ")
 
 
+@pytest.mark.chaos
 def test_a_wait_that_raises_nothing_ends_too(tiny_data, tmp_path, monkeypatch):
     """As over NCCL: the main thread of the rank that is left sees no error, and SIGTERM does not reach it."""
     monkeypatch.setenv("FAULT", "wait 0 41 60")
@@ -358,6 +359,7 @@ def test_a_rank_that_raises_is_named_with_its_error(tiny_data, tmp_path, monkeyp
 
 @pytest.mark.alone
 @pytest.mark.parametrize("fault", ["wait all 41 14", "wait 1 41 6"])
+@pytest.mark.chaos
 def test_slow_steps_are_not_hung_ones(tiny_data, tmp_path, monkeypatch, fault):
     """No collective under way for longer than the timeout; then one, for less than it."""
     monkeypatch.setenv("FAULT", fault)
