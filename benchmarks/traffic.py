@@ -10,8 +10,9 @@ from moesys.config.schema import RunConfig
 from moesys.models.transformer import MoEBlock
 from moesys.parallel.dims import ParallelDims, parallel_dims
 from moesys.parallelize.schedules import action_table
-from moesys.plan.communication import CommunicationCase, RowsSent, communication, rows_sent
+from moesys.plan.communication import CommunicationCase, communication
 from moesys.plan.pipeline import layers_of_stages
+from moesys.plan.rows import RowsSent, rows_sent, rows_sent_once
 from moesys.profile.traffic import TrafficCounter
 from moesys.testing.small_run import SmallRun
 
@@ -35,38 +36,37 @@ AXES = {
 
 ByGroup = dict[tuple[tuple[int, ...], str], Fraction]
 """Bytes by the group's ranks and the kind of call."""
-Slots = dict[int, list[list[int]]]
-"""Of each MoE layer, slots per expert of each micro-step."""
+Routing = dict[int, list[list[list[int]]]]
+"""Of each MoE layer, the ids of each micro-step's tokens, [T][K]."""
 
 
-def count_step(run: SmallRun) -> tuple[ByGroup, Slots]:
+def count_step(run: SmallRun) -> tuple[ByGroup, Routing]:
     """Train a step; what this rank sent, and what its routers decided. Not the first step, which sets things up."""
-    slots: Slots = defaultdict(list)
+    routing: Routing = defaultdict(list)
     kept: list[tuple[Any, Any]] = []
     for name, block in run.model.layers.items():
         if isinstance(block, MoEBlock):
             kept.append((block.moe.dispatcher, block.moe.dispatcher.plan))
-            _note(block.moe.dispatcher, slots[int(name)])
+            _note(block.moe.dispatcher, routing[int(name)])
     with TrafficCounter() as counter:
         run.step()
     for dispatcher, plan in kept:
         dispatcher.plan = plan
     sent = {key: traffic.bytes for key, traffic in counter.sent.items() if traffic.bytes}
-    return sent, dict(slots)
+    return sent, dict(routing)
 
 
-def _note(dispatcher: Any, found: list[list[int]]) -> None:
+def _note(dispatcher: Any, found: list[list[list[int]]]) -> None:
     plan = dispatcher.plan
 
-    def noting(*args: Any) -> Any:
-        made = plan(*args)
-        found.append(made.slots_per_expert_E.tolist())
-        return made
+    def noting(topk_ids_TK: torch.Tensor, *args: Any) -> Any:
+        found.append(topk_ids_TK.tolist())
+        return plan(topk_ids_TK, *args)
 
     dispatcher.plan = noting
 
 
-def count(rank: int, world_size: int, config: RunConfig) -> tuple[ByGroup, Slots]:
+def count(rank: int, world_size: int, config: RunConfig) -> tuple[ByGroup, Routing]:
     """`count_step` of a second step, as run_ranks calls it."""
     run = SmallRun(config, world_size)
     run.step()
@@ -74,7 +74,7 @@ def count(rank: int, world_size: int, config: RunConfig) -> tuple[ByGroup, Slots
 
 
 def formula(
-    config: RunConfig, world_size: int, rank: int, slots: list[Slots], state_dim: int = 0
+    config: RunConfig, world_size: int, rank: int, routing: list[Routing], state_dim: int = 0
 ) -> ByGroup:
     """What plan.communication says of a rank, given all ranks' routing. Groups of the same ranks are one."""
     dims = parallel_dims(config.parallel, world_size)
@@ -88,16 +88,24 @@ def formula(
         state_dim=state_dim,
     )
     found: ByGroup = defaultdict(Fraction)
-    num_classes = len(config.model.moe.widths)
-    for sent in communication(case, _rows(dims, rank, slots, num_classes)):
-        found[_ranks(dims, rank, sent.group), sent.kind] += sent.bytes
+    for sent in communication(case, _rows(case, dims, rank, routing)):
+        found[_ranks(case, dims, rank, sent.group), sent.kind] += sent.bytes
     return dict(found)
 
 
-def _ranks(dims: ParallelDims, rank: int, group: str) -> tuple[int, ...]:
+def _ranks(case: CommunicationCase, dims: ParallelDims, rank: int, group: str) -> tuple[int, ...]:
     if group == "ends":
         pipeline = dims.group_of(rank, "pp")
         return pipeline[0], pipeline[-1]
+    if group in ("ep_node", "ep_rail"):
+        ranks, inside = dims.group_of(rank, "ep"), case.ep_per_node
+        node, place = divmod(ranks.index(rank), inside)
+        own = (
+            slice(node * inside, (node + 1) * inside)
+            if group == "ep_node"
+            else slice(place, None, inside)
+        )
+        return tuple(ranks[own])
     return tuple(dims.group_of(rank, *AXES[group]))
 
 
@@ -112,18 +120,30 @@ def _orders(config: RunConfig, dims: ParallelDims, pp_rank: int) -> dict[int, st
     return orders
 
 
-def _rows(dims: ParallelDims, rank: int, slots: list[Slots], num_classes: int) -> list[RowsSent]:
+def _rows(
+    case: CommunicationCase, dims: ParallelDims, rank: int, routing: list[Routing]
+) -> list[RowsSent]:
     if dims.ep * dims.etp == 1:
         return []
-    at = dims.coordinates(rank)
+    at, model, exchange = dims.coordinates(rank), case.config.model, case.config.dispatch.exchange
     members = torch.tensor(dims.group_of(rank, "ep", "etp")).view(dims.ep, dims.etp).tolist()
-    return [
-        rows_sent(
-            [[slots[r][layer][i] for r in ranks] for ranks in members],
-            at["ep"],
-            at["etp"],
-            num_classes,
-        )
-        for layer, found in slots[rank].items()
-        for i in range(len(found))
-    ]
+    num_classes, found = len(model.moe.widths), []
+    for layer, steps in routing[rank].items():
+        num_experts = model.moe_of(layer).num_experts
+        for i in range(len(steps)):
+            ids = [[routing[r][layer][i] for r in ranks] for ranks in members]
+            slots = [[_slots(of_rank, num_experts) for of_rank in ranks] for ranks in ids]
+            where = at["ep"], at["etp"], num_classes
+            if exchange == "deduplicated":
+                found.append(rows_sent_once(ids, slots, *where, case.ep_per_node))
+            else:
+                per_node = case.ep_per_node if exchange == "hierarchical" else None
+                found.append(rows_sent(slots, *where, per_node))
+    return found
+
+
+def _slots(ids: list[list[int]], num_experts: int) -> list[int]:
+    counts = [0] * num_experts
+    for expert in (expert for token in ids for expert in token if expert >= 0):
+        counts[expert] += 1
+    return counts

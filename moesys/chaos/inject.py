@@ -19,7 +19,6 @@ from typing import Any
 
 from moesys.chaos.acts import ChaosError, act_of, problem_here
 from moesys.chaos.faults import Fault, parse_faults, phases_of, problems_in_run
-from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.train.folder import write_text
 from moesys.train.trainer import Trainer
 
@@ -111,11 +110,7 @@ class Injector:
 
     def _observe_exchange(self) -> None:
         layers = self._trainer.run.model.moe_layers()
-        dispatchers = [
-            layer.dispatcher
-            for layer in layers
-            if isinstance(layer.dispatcher, ExpertParallelDispatcher)
-        ]
+        dispatchers = [layer.dispatcher for layer in layers if layer.dispatcher.exchanges()]
         if not dispatchers:
             raise ChaosError(f"chaos: rank {self._rank} exchanges no rows: name another rank")
         first = dispatchers[0]

@@ -6,13 +6,26 @@ from moesys.config.bounds import in_range
 from moesys.config.dispatch_schema import WireConfig
 from moesys.config.errors import Problem
 from moesys.config.schema import RunConfig
+from moesys.parallel.dims import nodes_and_rails, parallel_dims
 
 
-def find_dispatch_problems(config: RunConfig) -> Iterator[Problem]:
+def find_dispatch_problems(
+    config: RunConfig, world_size: int, ranks_per_node: int | None
+) -> Iterator[Problem]:
+    """`ranks_per_node`: as launched, where that is known."""
     dispatch, moe = config.dispatch, config.model.moe
+    pads = moe.capacity_factor is not None and moe.capacity_policy == "pad"
     yield from in_range("dispatch.wire.block", dispatch.wire.block, 0)
     yield from in_range("dispatch.warmup_steps", dispatch.warmup_steps, 0)
-    if dispatch.codec and moe.capacity_factor is not None and moe.capacity_policy == "pad":
+    yield from _exchange(config, world_size, dispatch.ranks_per_node or ranks_per_node)
+    if dispatch.exchange == "deduplicated" and pads:
+        yield Problem(
+            key="model.moe.capacity_policy",
+            given=moe.capacity_policy,
+            rule="sends a fixed number of rows to every expert, and dispatch.exchange=deduplicated one to every node",
+            fix="use model.moe.capacity_policy=drop, or dispatch.exchange=hierarchical",
+        )
+    if dispatch.codec and pads:
         yield Problem(
             key="model.moe.capacity_policy",
             given=moe.capacity_policy,
@@ -21,15 +34,55 @@ def find_dispatch_problems(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def dispatch_warnings(config: RunConfig) -> Iterator[str]:
-    """Options that nothing will read."""
+def _exchange(config: RunConfig, world_size: int, per_node: int | None) -> Iterator[Problem]:
+    """Groups that are to be cut by nodes lie on these in equal numbers."""
+    dispatch, parallel = config.dispatch, config.parallel
+    if dispatch.ranks_per_node is not None:
+        yield from in_range("dispatch.ranks_per_node", dispatch.ranks_per_node, 1)
+    if dispatch.exchange == "flat" or per_node is None or per_node < 1:
+        return
+    try:
+        groups = parallel_dims(parallel, world_size).groups("ep")
+    except ValueError:
+        return  # the degrees' own problem is told
+    try:
+        for ranks in groups:
+            nodes_and_rails(ranks, per_node)
+    except ValueError as error:
+        yield Problem(
+            key="dispatch.exchange",
+            given=dispatch.exchange,
+            rule=f"cuts the groups of parallel.ep={parallel.ep} by nodes, and {error}",
+            fix="use dispatch.exchange=flat, another parallel.ep, or a dispatch.ranks_per_node that it shares a factor with",
+        )
+
+
+def dispatch_warnings(
+    config: RunConfig, world_size: int, ranks_per_node: int | None
+) -> Iterator[str]:
+    """Options that nothing will read. The layout is one without problems."""
     dispatch, wire = config.dispatch, config.dispatch.wire
     why = "" if config.model.moe_layers else "without MoE layers"
     if config.parallel.ep == 1:
         why = "with parallel.ep=1"
-    for key, is_used in (("codec", dispatch.codec is not None), ("wire", wire.is_used)):
+    is_cut = dispatch.exchange != "flat"
+    for key, is_used in (
+        ("codec", dispatch.codec is not None),
+        ("wire", wire.is_used),
+        ("exchange", is_cut),
+    ):
         if is_used and why:
             yield f"dispatch.{key} has no effect {why}: no row travels"
+    per_node = dispatch.ranks_per_node or ranks_per_node
+    if is_cut and not why and per_node is not None:
+        groups = parallel_dims(config.parallel, world_size).groups("ep")
+        if all(ranks[0] // per_node == ranks[-1] // per_node for ranks in groups):
+            yield f"dispatch.exchange={dispatch.exchange} has no effect: every group of parallel.ep lies on one node"
+    if dispatch.exchange == "deduplicated" and dispatch.codec is not None:
+        yield (
+            "dispatch.exchange=deduplicated finds nothing to merge: a row of dispatch.codec is for one expert; "
+            "hierarchical sends less beside it"
+        )
     if dispatch.warmup_steps and not (dispatch.codec or wire.is_used):
         yield f"dispatch.warmup_steps={dispatch.warmup_steps} has no effect without codec and wire"
     unread = [

@@ -10,6 +10,9 @@ Wire = Literal["none", "int8", "e4m3", "e5m2"]
 """none = in the compute type; the others write each number in eight bits."""
 
 
+Exchange = Literal["flat", "hierarchical", "deduplicated"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class WireConfig:
     """How rows and their gradients are written while they travel, in training; an evaluation's are left as they are."""
@@ -51,5 +54,11 @@ class DispatchConfig:
     """A class that lets fewer rows travel than tokens have experts, in training, e.g. moesys.moe.codecs.LshCodec, and its
     options. null = a row for each of a token's experts."""
     wire: WireConfig = field(default_factory=WireConfig)
+    exchange: Exchange = "flat"
+    """flat = every rank to every other; hierarchical = inside the node, then between the ranks of one place in all nodes;
+    deduplicated = a token's row goes to a node once, by such a rail, and is spread there: results are summed before they
+    come back."""
+    ranks_per_node: int | None = None
+    """That are near each other, for an exchange that is not flat. null = those of a node, as launched."""
     warmup_steps: int = 0
     """So many first optimizer steps have neither codec nor wire."""

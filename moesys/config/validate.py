@@ -51,7 +51,7 @@ def check(config: RunConfig, world_size: int, ranks_per_node: int | None = None)
         ConfigError: every violated rule, component and file problem.
     """
     problems = [
-        *_find_problems(config, world_size),
+        *_find_problems(config, world_size, ranks_per_node),
         *find_component_problems(config),
         *find_file_problems(config),
     ]
@@ -66,7 +66,7 @@ def validate(config: RunConfig, *, world_size: int, ranks_per_node: int | None =
     Raises:
         ConfigError: every violated rule.
     """
-    problems = list(_find_problems(config, world_size))
+    problems = list(_find_problems(config, world_size, ranks_per_node))
     if problems:
         raise ConfigError(problems)
     return warnings(config, world_size, ranks_per_node)
@@ -154,7 +154,7 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
             f"train.steps={config.train.steps}: the only checkpoint is at the end"
         )
     found += mixing_warnings(config)
-    found += dispatch_warnings(config)
+    found += dispatch_warnings(config, world_size, ranks_per_node)
     found += layout_warnings(config, world_size)
     found += pipeline_warnings(config.parallel)
     if ranks_per_node is not None:
@@ -181,14 +181,16 @@ def _anomaly_readers(config: RunConfig, world_size: int) -> Iterator[tuple[str, 
     yield "replicas_every_steps", world_size > 1, "with one rank"
 
 
-def _find_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+def _find_problems(
+    config: RunConfig, world_size: int, ranks_per_node: int | None
+) -> Iterator[Problem]:
     assert world_size >= 1
     yield from _run(config)
     yield from find_source_problems(config)
     yield from _model(config.model)
     yield from find_expert_problems(config)
     yield from find_memory_layer_problems(config)
-    yield from find_dispatch_problems(config)
+    yield from find_dispatch_problems(config, world_size, ranks_per_node)
     yield from _optim(config)
     yield from _schedule(config)
     yield from _anomaly(config)

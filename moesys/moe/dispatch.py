@@ -35,6 +35,10 @@ class DispatchPlan(Protocol):
 class Dispatcher(Protocol):
     """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
 
+    def exchanges(self) -> list[FlatExchange]:
+        """All through which this layer's rows travel."""
+        ...
+
     def plan(
         self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
     ) -> DispatchPlan:
@@ -108,6 +112,9 @@ class LocalDispatcher:
     def __init__(self, num_experts: int, num_classes: int = 1) -> None:
         self.num_experts = num_experts
         self.num_classes = num_classes
+
+    def exchanges(self) -> list[FlatExchange]:
+        return []
 
     def plan(
         self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
@@ -237,7 +244,6 @@ class ExpertParallelDispatcher:
         self.formats = formats
 
     def exchanges(self) -> list[FlatExchange]:
-        """All through which this layer's rows travel."""
         return [self.exchange] if self.slices is None else [self.exchange, self.slices]
 
     def plan(

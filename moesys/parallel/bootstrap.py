@@ -5,6 +5,7 @@ what they are (`meeting`); only then is the backend's process group made.
 """
 
 import gc
+import itertools
 import os
 import platform
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,13 @@ class Process:
     @property
     def node(self) -> str:
         return self.nodes[self.rank]
+
+    @property
+    def ranks_per_node(self) -> int | None:
+        """None where nodes have different numbers of ranks, or these are not neighbours."""
+        counts = [len(list(ranks)) for _, ranks in itertools.groupby(self.nodes)]
+        is_even = len(set(counts)) == 1 and len(counts) == len(set(self.nodes))
+        return counts[0] if is_even else None
 
 
 @contextmanager

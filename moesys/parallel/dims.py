@@ -10,7 +10,7 @@ Expert groups fold over data, context and tensor ranks: each of these has tokens
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 
@@ -135,6 +135,25 @@ class ParallelDims:
     def group_of(self, rank: int, *axes: str) -> list[int]:
         """The group of `groups(*axes)` that `rank` is in."""
         return next(group for group in self.groups(*axes) if rank in group)
+
+
+def nodes_and_rails(
+    ranks: Sequence[int], ranks_per_node: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The ranks of one group by node, and by place in their nodes; rank r is on node r // ranks_per_node.
+
+    Raises:
+        ValueError: nodes have different numbers of them.
+    """
+    by_node: dict[int, list[int]] = {}
+    for rank in ranks:
+        by_node.setdefault(rank // ranks_per_node, []).append(rank)
+    nodes = list(by_node.values())
+    if len({len(node) for node in nodes}) > 1 or [r for node in nodes for r in node] != [*ranks]:
+        raise ValueError(
+            f"ranks {list(ranks)} do not lie in equal numbers on nodes of {ranks_per_node}, one node after the other"
+        )
+    return nodes, [list(rail) for rail in zip(*nodes, strict=True)]
 
 
 def parallel_dims(parallel: ParallelConfig, world_size: int) -> ParallelDims:

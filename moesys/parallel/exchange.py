@@ -4,6 +4,7 @@ Shapes: N rows sent, R rows received, D model, P ranks of the group.
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -47,6 +48,15 @@ class Traffic(NamedTuple):
     sent_bytes: int
     between_nodes_bytes: int
     seconds: float
+
+    @classmethod
+    def total(cls, parts: Iterable["Traffic"]) -> "Traffic":
+        parts = list(parts)
+        return cls(
+            sum(part.sent_bytes for part in parts),
+            sum(part.between_nodes_bytes for part in parts),
+            sum(part.seconds for part in parts),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@
 Shapes: G ranks of the group on each of M nodes; i and j are places in a node, m nodes. Group rank m * G + i is the i-th of node m.
 """
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,9 +21,9 @@ class HierarchicalExchange(FlatExchange):
     def __init__(
         self,
         group: dist.ProcessGroup,
-        ranks_per_node: int,
         node_group: dist.ProcessGroup,
         rail_group: dist.ProcessGroup,
+        ranks_per_node: int | None = None,
     ) -> None:
         """`node_group`: the group's ranks on this node; `rail_group`: those of this place in all nodes."""
         super().__init__(group, ranks_per_node)
@@ -65,25 +63,6 @@ class HierarchicalExchange(FlatExchange):
         is_other = [node != self.node for node in range(self.num_nodes)]
         self._count(rows, send, self.node, is_other)
         return self._send(rows, send, recv, self.rail_group)
-
-
-def nodes_and_rails(
-    ranks: Sequence[int], ranks_per_node: int
-) -> tuple[list[list[int]], list[list[int]]]:
-    """The ranks of one exchange by node, and by place in their nodes. Pure; rank r is on node r // ranks_per_node.
-
-    Raises:
-        ValueError: nodes have different numbers of them.
-    """
-    by_node: dict[int, list[int]] = {}
-    for rank in ranks:
-        by_node.setdefault(rank // ranks_per_node, []).append(rank)
-    nodes = list(by_node.values())
-    if len({len(node) for node in nodes}) > 1 or [r for node in nodes for r in node] != [*ranks]:
-        raise ValueError(
-            f"ranks {list(ranks)} do not lie in equal numbers on nodes of {ranks_per_node}, one node after the other"
-        )
-    return nodes, _flipped(nodes)
 
 
 def _cut(counts: list[int], width: int) -> list[list[int]]:

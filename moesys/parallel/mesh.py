@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moesys.parallel.dims import ParallelDims
+from moesys.parallel.dims import ParallelDims, nodes_and_rails
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,12 @@ class Meshes:
     """Ranks that hold the same experts (edp_replicate and edp_shard)."""
     ends_group: dist.ProcessGroup | None
     """The first and the last rank of this rank's pipeline; None between them, and without a pipeline."""
+    ranks_per_node: int | None = None
+    """That are near each other: rank r is on node r // ranks_per_node. None = all."""
+    ep_node_group: dist.ProcessGroup | None = None
+    """Of the ep group, the ranks on this rank's node. None, as the next, where the meshes are not cut by nodes."""
+    ep_rail_group: dist.ProcessGroup | None = None
+    """Of the ep group, the ranks of this rank's place in all its nodes."""
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
@@ -53,8 +59,27 @@ class Meshes:
         return at["dp_replicate"] * self.dims.dp_shard + at["dp_shard"]
 
 
-def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
-    """Collective: every rank calls it once, after the process group exists."""
+def build_meshes(
+    dims: ParallelDims,
+    device_type: str,
+    ranks_per_node: int | None = None,
+    cuts_by_node: bool = False,
+) -> Meshes:
+    """Collective: every rank calls it once, after the process group exists. `cuts_by_node`: with groups inside ep.
+
+    Raises:
+        ValueError: groups inside ep are wanted where nodes have unequal numbers of its ranks.
+    """
+    nodes: list[list[int]] = []
+    rails: list[list[int]] = []
+    if cuts_by_node:
+        if ranks_per_node is None:
+            raise ValueError(
+                "nodes have different numbers of ranks: set dispatch.ranks_per_node, or dispatch.exchange=flat"
+            )
+        for ranks in dims.groups("ep"):
+            own_nodes, own_rails = nodes_and_rails(ranks, ranks_per_node)
+            nodes, rails = nodes + own_nodes, rails + own_rails
     dense = {
         "pp": dims.pp,
         "dp_replicate": dims.dp_replicate,
@@ -71,6 +96,9 @@ def build_meshes(dims: ParallelDims, device_type: str) -> Meshes:
         cp_group=_group(dims.groups("cp")),
         edp_group=_group(dims.groups("edp_replicate", "edp_shard")),
         ends_group=_ends_group(dims),
+        ranks_per_node=ranks_per_node,
+        ep_node_group=_group(nodes) if cuts_by_node else None,
+        ep_rail_group=_group(rails) if cuts_by_node else None,
     )
 
 

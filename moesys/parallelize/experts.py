@@ -5,14 +5,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moesys.config.schema import DispatchConfig
+from moesys.config.schema import DispatchConfig, MoEConfig
 from moesys.models.memory_layer import MemoryTable
 from moesys.moe.component import build_codec
-from moesys.moe.dispatch import ExpertParallelDispatcher, WireFormats
+from moesys.moe.deduplicated import DeduplicatingDispatcher
+from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher, WireFormats
 from moesys.moe.layer import MoELayer
 from moesys.moe.tokens import SequenceShare
 from moesys.parallel.columns import ColumnParallel
 from moesys.parallel.exchange import FlatExchange
+from moesys.parallel.hierarchical import HierarchicalExchange
 from moesys.parallel.mesh import Meshes
 
 AS_IT_IS = DispatchConfig()
@@ -30,13 +32,7 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
         )
     if dims.ep * dims.etp == 1:
         return
-    layer.dispatcher = ExpertParallelDispatcher(
-        layer.config.num_experts,
-        FlatExchange(meshes.ep_group),
-        FlatExchange(meshes.etp_group) if dims.etp > 1 else None,
-        num_classes=len(layer.config.widths),
-        formats=WireFormats.of(dispatch.wire),
-    )
+    layer.dispatcher = _dispatcher(layer.config, meshes, dispatch)
     if dispatch.codec is not None and dims.ep > 1:
         layer.codec = build_codec(dispatch.codec, layer.d_model, layer.layer)
     for experts in layer.experts.classes():
@@ -44,6 +40,29 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
             if isinstance(parameter, DTensor):
                 return  # shared with another layer
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
+
+
+def _dispatcher(moe: MoEConfig, meshes: Meshes, dispatch: DispatchConfig) -> Dispatcher:
+    per_node = meshes.ranks_per_node
+    slices = FlatExchange(meshes.etp_group, per_node) if meshes.dims.etp > 1 else None
+    num_classes, formats = len(moe.widths), WireFormats.of(dispatch.wire)
+    if dispatch.exchange == "flat":
+        exchange = FlatExchange(meshes.ep_group, per_node)
+    else:
+        node, rail = meshes.ep_node_group, meshes.ep_rail_group
+        assert node is not None, "the meshes are not cut by nodes"
+        assert rail is not None
+        if dispatch.exchange == "deduplicated":
+            return DeduplicatingDispatcher(
+                moe.num_experts,
+                FlatExchange(rail, per_node),
+                FlatExchange(node, per_node),
+                slices,
+                num_classes,
+                formats,
+            )
+        exchange = HierarchicalExchange(meshes.ep_group, node, rail, per_node)
+    return ExpertParallelDispatcher(moe.num_experts, exchange, slices, num_classes, formats)
 
 
 def shard_memory(table: MemoryTable, meshes: Meshes) -> None:

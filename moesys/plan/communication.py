@@ -12,12 +12,13 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple
 
-from moesys.config.dispatch_schema import Wire
+from moesys.config.dispatch_schema import Wire, WireConfig
 from moesys.plan.parameters import outer_parameters
-from moesys.plan.placement import expert_places
 from moesys.plan.rank import RankOfRun
+from moesys.plan.rows import RowsSent, Ways
 
 FP32 = 4
+INT16 = 2
 INT32 = 4
 INT64 = 8
 FP64 = 8
@@ -34,19 +35,6 @@ class Sent(NamedTuple):
     bytes: Fraction
 
 
-class RowsSent(NamedTuple):
-    """Rows that one MoE layer of a rank sends in one forward; the backward sends as many, the other way."""
-
-    dispatched: int
-    """Of own tokens, to experts of other ep ranks."""
-    returned: int
-    """Of other ep ranks' tokens, back to them."""
-    copied: int
-    """What arrived here, to the other etp ranks."""
-    partial: int
-    """Partial results of what arrived at other etp ranks, back to them."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CommunicationCase(RankOfRun):
     """A rank, and what its bytes depend on besides."""
@@ -55,11 +43,29 @@ class CommunicationCase(RankOfRun):
     """With a pipeline and zero=3: of each of its stages, F and B in the order in which they run."""
     state_dim: int = 0
     """Numbers per token that routers hand on to the next stage."""
+    ranks_per_node: int | None = None
+    """As launched; None = one node."""
+
+    @property
+    def ep_per_node(self) -> int:
+        """Ranks of an ep group on a node."""
+        ranks = self.config.dispatch.ranks_per_node or self.ranks_per_node or self.world_size
+        return min(self.axes["ep"], max(1, ranks // self.axes["etp"]))
+
+    def size(self, group: str) -> int:
+        inside = self.ep_per_node
+        by_node = {"ep_node": inside, "ep_rail": self.axes["ep"] // inside}
+        return by_node[group] if group in by_node else super().size(group)
 
     def all_reduce(self, group: str, purpose: str, nbytes: int) -> Sent:
         """Each rank has `nbytes`."""
         n = self.size(group)
         return Sent(group, "all_reduce", purpose, Fraction(2 * (n - 1) * nbytes, n))
+
+    def all_to_all(self, group: str, purpose: str, nbytes: int) -> Sent:
+        """Each rank has `nbytes`, an equal part for each."""
+        n = self.size(group)
+        return Sent(group, "all_to_all", purpose, Fraction((n - 1) * nbytes, n))
 
     def all_gather(self, group: str, purpose: str, nbytes: int) -> Sent:
         """Each rank gives `nbytes`."""
@@ -84,35 +90,6 @@ def communication(case: CommunicationCase, rows: Sequence[RowsSent] = ()) -> lis
         *_step(case),
     )
     return [sent for sent in parts if sent.bytes]
-
-
-def rows_sent(
-    slots_per_expert: Sequence[Sequence[Sequence[int]]],
-    ep_rank: int,
-    etp_rank: int,
-    num_classes: int = 1,
-) -> RowsSent:
-    """From the routing of one layer: slots per expert of the ranks of an ep x etp group, [ep][etp][E].
-
-    `num_classes` of experts of different widths.
-    """
-    ep, etp = len(slots_per_expert), len(slots_per_expert[0])
-    num_experts = len(slots_per_expert[0][0])
-    places = expert_places(num_experts, num_classes, ep)
-    owners = [place // (num_experts // ep) for place in places]
-
-    def between(source: int, owner: int, slice_: int) -> int:
-        counts = slots_per_expert[source][slice_]
-        return sum(n for n, of in zip(counts, owners, strict=True) if of == owner)
-
-    arrived = [sum(between(p, ep_rank, s) for p in range(ep)) for s in range(etp)]
-    others = [p for p in range(ep) if p != ep_rank]
-    return RowsSent(
-        dispatched=sum(between(ep_rank, p, etp_rank) for p in others),
-        returned=sum(between(p, ep_rank, etp_rank) for p in others),
-        copied=(etp - 1) * arrived[etp_rank],
-        partial=sum(arrived) - arrived[etp_rank],
-    )
 
 
 # --- tensors --------------------------------------------------------------------------------------
@@ -312,33 +289,50 @@ def row_bytes(case: CommunicationCase) -> int:
 
 def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent]:
     """Rows go there and back, forward and backward; counts go ahead of them, but for padded ones."""
-    train, moe = case.config.train, case.config.model.moe
+    train, moe, exchange = case.config.train, case.config.model.moe, case.config.dispatch.exchange
     ep, etp = case.axes["ep"], case.axes["etp"]
     if ep * etp == 1:
         return
+    layers = case.micro_steps * len(case.moe_configs)
     if not (moe.capacity_factor and moe.capacity_policy == "pad"):
-        counts = case.micro_steps * INT64 * sum(moe.num_experts for moe in case.moe_configs)
-        yield Sent("ep", "all_to_all", "counts", Fraction((ep - 1) * counts, ep))
+        experts = case.micro_steps * sum(moe.num_experts for moe in case.moe_configs)
+        once = exchange == "deduplicated"
+        counts = INT64 * experts // (case.size("ep_rail") if once else 1)
+        yield case.all_to_all("ep_node" if once else "ep", "counts", counts)
         yield case.all_gather("etp", "counts", counts)
+        if exchange == "hierarchical":
+            yield case.all_gather("ep_node", "counts", layers * INT64 * ep)
     forwards = 2 if train.recompute == "layer" else 1
     slices = (forwards + 1) * sum(r.copied + r.partial for r in rows)
-    yield from _rows_between_ranks(case, rows, forwards)
     yield Sent("etp", "all_to_all", "rows", Fraction(slices * row_bytes(case)))
+    wire = case.config.dispatch.wire
+    if exchange == "flat":
+        yield _rows(case, "ep", wire, [r.ep for r in rows], forwards)
+        return
+    if exchange == "hierarchical":
+        yield _rows(case, "ep_node", wire, [r.inside for r in rows], forwards)
+    else:
+        yield case.all_to_all("ep_rail", "counts", layers * INT64 * case.size("ep_rail"))
+        there, back = (sum(r.across[way] for r in rows) for way in range(2))
+        numbers = INT16 * there + FP32 * (forwards * there + back)
+        yield Sent("ep_rail", "all_to_all", "ids and weights", Fraction(moe.top_k * numbers))
+        yield _rows(case, "ep_node", WireConfig(), [r.inside for r in rows], forwards)
+    yield _rows(case, "ep_rail", wire, [r.across for r in rows], forwards)
 
 
-def _rows_between_ranks(
-    case: CommunicationCase, rows: Sequence[RowsSent], forwards: int
-) -> Iterator[Sent]:
+def _rows(
+    case: CommunicationCase, group: str, wire: WireConfig, ways: Sequence[Ways], forwards: int
+) -> Sent:
     """Each of the four ways in its own format."""
-    wire, d_row = case.config.dispatch.wire, case.config.model.d_row
-    there, back = sum(r.dispatched for r in rows), sum(r.returned for r in rows)
+    d_row = case.config.model.d_row
 
     def width(kind: Wire) -> int:
         return wire.row_bytes(kind, d_row, case.width)
 
     outward = forwards * width(wire.dispatch_forward) + width(wire.combine_backward)
     homeward = forwards * width(wire.combine_forward) + width(wire.dispatch_backward)
-    yield Sent("ep", "all_to_all", "rows", Fraction(there * outward + back * homeward))
+    nbytes = sum(way.there * outward + way.back * homeward for way in ways)
+    return Sent(group, "all_to_all", "rows", Fraction(nbytes))
 
 
 def _memory_layers(case: CommunicationCase) -> Iterator[Sent]:
@@ -382,4 +376,4 @@ def _step(case: CommunicationCase) -> Iterator[Sent]:
     yield case.all_reduce("world", "gradient norm", FP64)
     num_moe = len(model.moe_layers)
     yield case.all_reduce("world", "expert load", INT64 * num_moe * (model.moe.num_choices + 1))
-    yield case.all_reduce("world", "the step's numbers", (7 + num_moe) * FP64)
+    yield case.all_reduce("world", "the step's numbers", (8 + num_moe) * FP64)

@@ -54,6 +54,7 @@ def figures(run: Run) -> dict[str, Any]:
         "dead_experts": last.get("dead_experts"),
         "dropped_slots": run.totals["dropped_slots"],
         "sent_bytes": run.totals["sent_bytes"],
+        "between_nodes_bytes": run.totals["between_nodes_bytes"],
         "step_time_ms": time_split(run),
         "exchange_ms": run.totals["exchange_ms"],
         "eval_ms": run.totals["eval_ms"],

@@ -223,11 +223,14 @@ def _throughput(lines: _Lines) -> list[Chart | None]:
     mfu = lines.of("mfu", "MFU", 4, scale=100)
     tflops = lines.of("tflops_per_rank", "TFLOP/s", 4)
     sent = lines.of("sent_bytes", "sent", 1, scale=2**-20)
+    between = lines.of("between_nodes_bytes", "between nodes", 8, scale=2**-20)
     return [
         lines.chart("Tokens per second", "all ranks together", tokens, from_zero=True),
         lines.chart("Model FLOP utilisation", _peak(lines.run), mfu, from_zero=True)
         or lines.chart("Arithmetic", "model TFLOP/s per rank", tflops, from_zero=True),
-        lines.chart_unless_zero("Exchanged between ranks", "MiB per step, all ranks", sent),
+        lines.chart_unless_zero(
+            "Exchanged between ranks", "MiB per step, all ranks", sent, between
+        ),
     ]
 
 

@@ -64,6 +64,8 @@ run.seed=-1 | run.seed=-1 | must be at least 0 | use a value at least 0
 checkpoint.keep_last=0 | checkpoint.keep_last=0 | must be at least 1 | at least 1
 anomaly.sigma=2 | anomaly.sigma=2.0 | must be at least 3.0 | at least 3.0
 dispatch.warmup_steps=-1 | dispatch.warmup_steps=-1 | must be at least 0 | use a value at least 0
+dispatch.ranks_per_node=0 | dispatch.ranks_per_node=0 | must be at least 1 | use a value at least 1
+dispatch.exchange=flatt | dispatch.exchange='flatt' | must be one of flat, hierarchical, deduplicated | did you mean flat?
 dispatch.wire.block=-1 | dispatch.wire.block=-1 | must be at least 0 | use a value at least 0
 parallel.tp=0 | parallel.tp=0 | must be at least 1 | at least 1
 model.head_dim=15 | model.head_dim=15 | must be even | use 14 or 16
@@ -135,6 +137,8 @@ model.moe.router._target_=moesys.moe.routers.TopkRouter | model.moe.router._targ
 dispatch.codec._target_=moesys.moe.codecs.LshCoder | dispatch.codec._target_='moesys.moe.codecs.LshCoder' | must name a class of moesys.moe.codecs | did you mean LshCodec?
 parallel.ep=2 codec=lsh dispatch.codec.hashez=3 | dispatch.codec.hashez=3 | is not an option of moesys.moe.codecs.LshCodec | did you mean hashes?
 parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
+--nproc 4 parallel.ep=4 dispatch.exchange=hierarchical dispatch.ranks_per_node=3 | dispatch.exchange='hierarchical' | cuts the groups of parallel.ep=4 by nodes | use dispatch.exchange=flat
+parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
 codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router

@@ -113,7 +113,12 @@ class SmallRun:
         self.config = config
         self.dims = parallel_dims(config.parallel, world_size)
         device = torch.device("cpu")
-        self.meshes = meshes or build_meshes(self.dims, device.type)
+        self.meshes = meshes or build_meshes(
+            self.dims,
+            device.type,
+            config.dispatch.ranks_per_node or world_size,
+            cuts_by_node=config.dispatch.exchange != "flat",
+        )
         parallel = build_parallel_model(config, self.meshes, device)
         self.model = parallel.whole
         set_expert_backend(self.model, "loop")

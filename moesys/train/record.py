@@ -72,6 +72,7 @@ def train_record(
         "dropped_slots": sum(result.dropped_slots_M),
         "router_entropy": sum(entropies) / len(entropies) if entropies else 0.0,
         "sent_bytes": result.sent_bytes,
+        "between_nodes_bytes": result.between_nodes_bytes,
         "step_ms": step_s * 1e3,
         **{
             f"{name}_ms": sections_ms.get(name, 0.0)

@@ -65,7 +65,13 @@ def build_run(
 ) -> Run:
     """Collective. Data files are checked before a model is built. `mark` is told when "data" and "model" are done."""
     dims = parallel_dims(config.parallel, process.world_size)
-    meshes = build_meshes(dims, process.device.type)
+    dispatch = config.dispatch
+    meshes = build_meshes(
+        dims,
+        process.device.type,
+        dispatch.ranks_per_node or process.ranks_per_node,
+        cuts_by_node=dispatch.exchange != "flat",
+    )
     folders = {name: Path(path) for name, path in config.data.folders.items()}
     manifests = {name: DataManifest.load(folder) for name, folder in folders.items()}
     micro_batch_samples = config.train.micro_batch_tokens // config.data.seq_len

@@ -14,12 +14,12 @@ from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
 from moesys.models.mtp import targets_ahead
 from moesys.moe.balance import updated_bias
-from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.moe.layer import MoELayer
 from moesys.moe.routing import FollowsLoad, StepLoad
 from moesys.optim.build import set_learning_rate
 from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.optim.frozen import keep_frozen
+from moesys.parallel.exchange import Traffic
 from moesys.parallel.gradients import sum_over_replicas
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.build import ParallelModel
@@ -51,6 +51,8 @@ class StepResult:
     """Of a token's routing probabilities, nats, mean over tokens: ln E = undecided, 0 = sure."""
     sent_bytes: int
     """Rows that exchanges sent from any rank to another, forward and backward."""
+    between_nodes_bytes: int
+    """Of these, to ranks on other nodes."""
     exchange_ms: float
     """Mean over ranks; part of forward and backward."""
     stop_requested: bool
@@ -67,8 +69,7 @@ class _Sums:
     balance: float
     z: float
     mtp: float
-    sent_bytes: float
-    exchange_s: float
+    traffic: Traffic
     stops: float
     grad_norm: float
     expert_load_MX: list[list[int]]
@@ -291,11 +292,9 @@ class TrainStep:
 
     def _read_sums(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> _Sums:
         """One all-reduce of a few numbers, and the step's only reads on the host."""
-        sent_bytes, exchange_s = self.read_exchange_meters()
-        host = torch.tensor(
-            [float(sent_bytes), exchange_s, float(stop_requested)], dtype=torch.float64
-        )
-        self.own_exchange_ms = exchange_s * 1e3
+        own = self.read_exchange_meters()
+        host = torch.tensor([*own, stop_requested], dtype=torch.float64)
+        self.own_exchange_ms = own.seconds * 1e3
         told_W = torch.zeros(0, dtype=torch.float64)
         if self.compute_ms is not None:
             told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
@@ -307,14 +306,13 @@ class TrainStep:
         dist.all_reduce(numbers)
         loss, balance, z, mtp, *rest = numbers.tolist()
         entropies, rest = rest[: len(load_MX)], rest[len(load_MX) :]
-        sent, seconds, stops, *self.compute_ms_W = rest
+        sent_bytes, between_nodes_bytes, seconds, stops, *self.compute_ms_W = rest
         return _Sums(
             loss=loss,
             balance=balance,
             z=z,
             mtp=mtp,
-            sent_bytes=sent,
-            exchange_s=seconds,
+            traffic=Traffic(int(sent_bytes), int(between_nodes_bytes), seconds),
             stops=stops,
             grad_norm=norm.item(),
             expert_load_MX=load_MX.tolist(),
@@ -335,8 +333,9 @@ class TrainStep:
             ],
             dropped_slots_M=[row[-1] for row in sums.expert_load_MX],
             router_entropy_M=[entropy / tokens for entropy in sums.entropy_M],
-            sent_bytes=int(sums.sent_bytes),
-            exchange_ms=sums.exchange_s * 1e3 / self.meshes.dims.world_size,
+            sent_bytes=sums.traffic.sent_bytes,
+            between_nodes_bytes=sums.traffic.between_nodes_bytes,
+            exchange_ms=sums.traffic.seconds * 1e3 / self.meshes.dims.world_size,
             stop_requested=sums.stops > 0,
             is_applied=is_applied,
         )
@@ -348,16 +347,11 @@ class TrainStep:
         depths = range(1, config.model.mtp_depth + 1)
         return samples * sum(config.data.seq_len - depth for depth in depths)
 
-    def read_exchange_meters(self) -> tuple[int, float]:
-        """This rank's bytes sent and seconds spent by all layers' exchanges since the last read."""
-        sent_bytes, exchange_s = 0, 0.0
-        for layer in self.model.moe_layers():
-            if isinstance(layer.dispatcher, ExpertParallelDispatcher):
-                for exchange in layer.dispatcher.exchanges():
-                    traffic = exchange.meter.read()
-                    sent_bytes += traffic.sent_bytes
-                    exchange_s += traffic.seconds
-        return sent_bytes, exchange_s
+    def read_exchange_meters(self) -> Traffic:
+        """This rank's, by all layers' exchanges since the last read."""
+        layers = self.model.moe_layers()
+        exchanges = [exchange for layer in layers for exchange in layer.dispatcher.exchanges()]
+        return Traffic.total(exchange.meter.read() for exchange in exchanges)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -47,6 +47,30 @@ def round_trip() -> None:
         print(f"seconds {statistics.median(times):.6f}")
 
 
+def exchange(d: int) -> None:
+    """Tokens of width `d` to experts on all ranks and back, forward and backward, once to a node; rank r's routing is
+    that of `tests.moe.test_dispatch.make_routing`."""
+    import torch
+    import torch.distributed as dist
+
+    from moesys.moe.dispatch import WireFormats
+    from tests.moe.test_deduplicated import make_dispatcher
+    from tests.moe.test_dispatch import make_routing
+
+    dist.init_process_group("gloo")
+    _, routing, num_experts = make_routing(dist.get_rank(), "random")
+    dispatcher = make_dispatcher(
+        "deduplicated", num_experts, int(os.environ["LOCAL_WORLD_SIZE"]), 1, WireFormats()
+    )
+    ids_TK = routing.topk_ids_TK
+    x_TD = torch.ones(ids_TK.shape[0], d, requires_grad=True)
+    plan = dispatcher.plan(ids_TK)
+    rows_RD, _ = dispatcher.dispatch(x_TD, plan)
+    dispatcher.combine(rows_RD, routing.topk_weights_TK, plan).sum().backward()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def fail_on_1() -> None:
     if os.environ["RANK"] == "1":
         sys.exit(7)

@@ -12,13 +12,14 @@ import pytest
 
 from benchmarks.fabric import network
 from benchmarks.fabric.command import main
-from benchmarks.fabric.job import rank_variables, run_job
+from benchmarks.fabric.job import STORE_PORT, rank_variables, run_job
 from benchmarks.fabric.layout import PRESETS, Layout, rate_bits, with_preset
 from benchmarks.fabric.network import FabricError, fabric, layout_of
 from benchmarks.fabric.traffic import flows, uplinks
 from moesys.parallel.launcher import find_place
+from tests.moe.test_dispatch import make_routing
 
-RANKS = [sys.executable, str(Path(__file__).with_name("fabric_ranks.py"))]
+RANKS = [sys.executable, "-m", "tests.benchmarks.fabric_ranks"]
 NAME = "testfabric"
 needs_namespaces = pytest.mark.usefixtures("namespaces")
 
@@ -118,6 +119,30 @@ def test_payload_is_counted_exactly_and_the_uplink_has_its_rate() -> None:
     # A bucket of 2 ms more may leave at once; a busy machine is slower.
     assert num_bytes * 8 / 100e6 - 0.01 <= seconds <= 4 * num_bytes * 8 / 100e6
     assert spaces() == []
+
+
+@needs_namespaces
+def test_a_token_crosses_an_uplink_once_for_a_node() -> None:
+    """Two widths differ by rows times width at each uplink, exactly: all else that crosses it is the same."""
+    payload = {}
+    for d in (256, 1280):
+        layout = Layout(name=NAME, num_nodes=2, ranks_per_node=2)
+        with fabric(layout):
+            status, said = run(layout, "exchange", str(d))
+            payload[d] = [link.payload_bytes for link in uplinks(layout, but_ports=[STORE_PORT])]
+        assert status == 0, said
+    ids = [make_routing(rank, "random")[1].topk_ids_TK.tolist() for rank in range(4)]
+    crossing = [
+        0,
+        0,
+    ]  # tokens of a node with an expert on the other, whose experts are half of the 8
+    for rank, tokens in enumerate(ids):
+        other = 1 - rank // 2
+        crossing[rank // 2] += sum(any(e // 4 == other for e in token) for token in tokens)
+    # A token goes there and its result's gradient after it; its result and its own gradient come back.
+    rows = [2 * crossing[node] + 2 * crossing[1 - node] for node in range(2)]
+    grown = [wide - narrow for narrow, wide in zip(*payload.values(), strict=True)]
+    assert grown == [1024 * 4 * count for count in rows]
 
 
 @needs_namespaces

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from moesys.config.schema import ParallelConfig
-from moesys.parallel.dims import ParallelDims, parallel_dims
+from moesys.parallel.dims import ParallelDims, nodes_and_rails, parallel_dims
 from moesys.parallel.mesh import build_meshes
 from moesys.testing.ranks import run_ranks
 
@@ -146,3 +146,15 @@ def _ranks(group: dist.ProcessGroup) -> list[int]:
 )
 def test_meshes_have_these_groups(dims):
     run_ranks(_mesh_groups, 8, dims)
+
+
+def test_nodes_and_rails() -> None:
+    assert nodes_and_rails([0, 1, 2, 3, 4, 5], 2) == (
+        [[0, 1], [2, 3], [4, 5]],
+        [[0, 2, 4], [1, 3, 5]],
+    )
+    assert nodes_and_rails([1, 3, 5, 7], 4) == ([[1, 3], [5, 7]], [[1, 5], [3, 7]])
+    assert nodes_and_rails([2, 6, 10], 4) == ([[2], [6], [10]], [[2, 6, 10]])
+    for ranks in ([0, 1, 2], [0, 2, 1, 3], [0, 4, 1, 5]):
+        with pytest.raises(ValueError, match="do not lie in equal numbers"):
+            nodes_and_rails(ranks, 2)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moesys.ops import expert_order, permute
 from moesys.ops.wire import WireFormat, pack, unpack
+from moesys.parallel.dims import nodes_and_rails
 from moesys.parallel.exchange import FlatExchange, Route, RowFormats
-from moesys.parallel.hierarchical import HierarchicalExchange, nodes_and_rails
+from moesys.parallel.hierarchical import HierarchicalExchange
 from moesys.testing.ranks import run_ranks
 
 WIDTH = 3
@@ -28,7 +29,7 @@ def make_exchange(size: int, per_node: int | None) -> FlatExchange:
         made = [dist.new_group(ranks) for ranks in groups]
         (own,) = [g for g, ranks in zip(made, groups, strict=True) if dist.get_rank() in ranks]
         mine.append(own)
-    return HierarchicalExchange(dist.group.WORLD, per_node, *mine)
+    return HierarchicalExchange(dist.group.WORLD, *mine, per_node)
 
 
 def sent_splits(rank: int, size: int) -> list[int]:
@@ -184,15 +185,3 @@ def _counts(rank: int, size: int):
 def test_counts_go_to_the_rank_they_are_meant_for():
     for rank, received in enumerate(run_ranks(_counts, 3)):
         assert received == [[100 * p + 2 * rank, 100 * p + 2 * rank + 1] for p in range(3)]
-
-
-def test_nodes_and_rails() -> None:
-    assert nodes_and_rails([0, 1, 2, 3, 4, 5], 2) == (
-        [[0, 1], [2, 3], [4, 5]],
-        [[0, 2, 4], [1, 3, 5]],
-    )
-    assert nodes_and_rails([1, 3, 5, 7], 4) == ([[1, 3], [5, 7]], [[1, 5], [3, 7]])
-    assert nodes_and_rails([2, 6, 10], 4) == ([[2], [6], [10]], [[2, 6, 10]])
-    for ranks in ([0, 1, 2], [0, 2, 1, 3], [0, 4, 1, 5]):
-        with pytest.raises(ValueError, match="do not lie in equal numbers"):
-            nodes_and_rails(ranks, 2)

@@ -13,7 +13,6 @@ from moesys.config.schema import (
     ParallelConfig,
     RunConfig,
 )
-from moesys.plan.communication import RowsSent, rows_sent
 from moesys.plan.parameters import Parameter
 from moesys.testing.layouts import BASE, LAYOUTS
 from moesys.testing.ranks import run_ranks
@@ -156,6 +155,44 @@ def test_options_change_the_bytes_as_the_formulas_say(name, changes):
     assert_counted(changed(config, **changes), world_size)
 
 
+EXCHANGES = [
+    (4, {"ep": 4}, {}),
+    (4, {"ep": 4}, {"recompute": "layer", "dtype": "bf16"}),
+    (4, {"ep": 4}, {"dispatch": EIGHT_BITS}),
+    (4, {"ep": 4}, {"dispatch": EIGHT_BITS, "recompute": "layer"}),
+    (4, {"ep": 4}, WIDTHS),
+    (8, {"ep": 4, "etp": 2, "tp": 2}, {"recompute": "moe"}),
+    (8, {"ep": 4, "pp": 2}, {"d_latent": 12}),
+    (4, {"ep": 4, "tp": 2}, PYRAMID),
+    (4, {"ep": 2}, {}),
+]
+
+
+@pytest.mark.parametrize("exchange", ["hierarchical", "deduplicated"])
+@pytest.mark.parametrize(
+    ("world_size", "degrees", "changes"),
+    [c if c == EXCHANGES[0] else pytest.param(*c, marks=pytest.mark.parity) for c in EXCHANGES],
+    ids=str,
+)
+def test_bytes_by_way_of_nodes(exchange, world_size, degrees, changes):
+    config = changed(replace(BASE, parallel=ParallelConfig(**degrees)), **changes)
+    per_node = 4 if "etp" in degrees else 2
+    dispatch = replace(config.dispatch, exchange=exchange, ranks_per_node=per_node)
+    assert_counted(replace(config, dispatch=dispatch), world_size)
+
+
+@pytest.mark.parity
+def test_padded_rows_in_two_steps():
+    config = changed(BASE, capacity_factor=4.0, capacity_policy="pad")
+    dispatch = DispatchConfig(exchange="hierarchical", ranks_per_node=2)
+    config = replace(config, parallel=ParallelConfig(ep=4), dispatch=dispatch)
+    config = with_micro_steps(config, 4, MICRO_STEPS)
+    ranks = run_ranks(count, 4, config)
+    for rank, (counted, _) in enumerate(ranks):
+        expected = formula(config, 4, rank, [routing for _, routing in ranks])
+        assert counted.keys() == expected.keys(), "no count is told"
+
+
 @pytest.mark.parity
 def test_a_routers_state_travels_with_the_hidden_states():
     """Those of all tokens, the state of a rank's own. (Its router's parameters are not in the formulas.)"""
@@ -191,19 +228,3 @@ def test_a_shard_as_it_travels_and_as_a_rank_has_it():
     assert Parameter(shape=(3, 8)).shard_dim(4) == 1
     assert Parameter(shape=(3, 8), cut_dims=frozenset({1})).shard_dim(4) == 0
     assert [Parameter(shape=(2,)).shard_of(rank, 4) for rank in range(4)] == [1, 1, 0, 0]
-
-
-def test_rows_of_a_routing_by_hand():
-    """Two ep ranks of two experts each, two slices of each expert."""
-    slots = [[[1, 2, 3, 4], [5, 0, 0, 1]], [[0, 7, 1, 1], [2, 2, 2, 2]]]
-    assert rows_sent(slots, 0, 0) == RowsSent(
-        dispatched=3 + 4,
-        returned=0 + 7,
-        copied=(1 + 2) + (0 + 7),
-        partial=(5 + 0) + (2 + 2),
-    )
-    assert rows_sent([[[1, 2, 3, 4]]], 0, 0) == RowsSent(0, 0, 0, 0)
-    # Of two widths: experts 0 and 2 are the first rank's, 1 and 3 the second's.
-    assert rows_sent(slots, 0, 0, num_classes=2) == RowsSent(
-        dispatched=2 + 4, returned=0 + 1, copied=(1 + 3) + (0 + 1), partial=(5 + 0) + (2 + 2)
-    )

@@ -57,7 +57,8 @@ def train_record(
         "grad_norm": 0.4 + 4 * math.exp(-step / (0.05 * steps)) * rng.uniform(0.7, 1.4), "tokens_per_s": tokens_per_s,
         "tflops_per_rank": tokens_per_s * 4.4e7 / 4e12, "mfu": tokens_per_s * 4.4e7 / 4e12 / 0.68,
         "load_imbalance": float(ratios.mean()), "max_load_imbalance": float(ratios.max()),
-        "dead_experts": int((load_LE == 0).sum()), "dropped_slots": 0, "sent_bytes": 25_165_824, "step_ms": step_ms,
+        "dead_experts": int((load_LE == 0).sum()), "dropped_slots": 0, "sent_bytes": 25_165_824,
+        "between_nodes_bytes": 6_291_456, "step_ms": step_ms,
         **times, "unix_s": START_UNIX_S + 0.36 * step, "expert_load": load_LE.tolist() if load else [],
     }  # fmt: skip
 

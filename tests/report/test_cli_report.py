@@ -45,6 +45,7 @@ def test_the_command_prints_figures_as_json(
     assert found["status"] == "done"
     assert found["restarts"] == 1
     assert found["sent_bytes"] == 600 * 25_165_824
+    assert found["between_nodes_bytes"] == 600 * 6_291_456
     assert found["step_time_ms"]["forward"] == pytest.approx(
         sum(record["forward_ms"] for record in train)
     )

@@ -118,6 +118,7 @@ def test_a_run_in_progress_without_evaluation_or_side_files(tmp_path: Path) -> N
                 **record,
                 "dead_experts": 0,
                 "sent_bytes": 0,
+                "between_nodes_bytes": 0,
                 "exchange_ms": 0.0,
                 "aux_loss": 0.0,
                 "z_loss": 0.0,

@@ -25,6 +25,7 @@ def test_curves_are_the_records(full_run: Path, full_page: Page) -> None:
         ("Step time", "backward", "backward_ms", 1),
         ("Step time", "exchange, within forward and backward", "exchange_ms", 1),
         ("Exchanged between ranks", "sent", "sent_bytes", 2**-20),
+        ("Exchanged between ranks", "between nodes", "between_nodes_bytes", 2**-20),
     ):
         x, y = full_page.series(chart, series)
         assert x == [record["step"] for record in train] == list(range(1, 601))

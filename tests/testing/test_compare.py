@@ -18,6 +18,7 @@ RESULT = StepResult(
     dropped_slots_M=[0],
     router_entropy_M=[0.0],
     sent_bytes=0,
+    between_nodes_bytes=0,
     exchange_ms=0.0,
     stop_requested=False,
     is_applied=True,

@@ -29,6 +29,7 @@ EXACT = (
     "grad_norm",
     "expert_load",
     "sent_bytes",
+    "between_nodes_bytes",
 )
 
 
@@ -141,6 +142,7 @@ def test_a_measured_backend_is_kept_and_a_set_one_obeyed(tiny_data, tmp_path):
         assert records(folder, "start")[-1]["resumed_from_step"] == step - 1
 
 
+@pytest.mark.chaos
 def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
     folder = tmp_path / "shared"
     arguments = overrides(folder, tiny_data, "parallel.ep=1", "train.steps=4000")
@@ -153,6 +155,7 @@ def test_two_jobs_in_one_folder_are_refused(tiny_data, tmp_path):
     assert f"run.dir={folder} is in use by another job" in output
 
 
+@pytest.mark.chaos
 def test_a_rank_that_dies_takes_the_job_with_it_soon(tiny_data, tmp_path):
     folder = tmp_path / "run"
     process = start(2, overrides(folder, tiny_data, "train.steps=4000"))
@@ -167,6 +170,7 @@ def test_a_rank_that_dies_takes_the_job_with_it_soon(tiny_data, tmp_path):
     assert stop["step"] >= 3
 
 
+@pytest.mark.chaos
 def test_time_in_checkpoints_is_recorded_though_steps_are_not(tiny_data, tmp_path):
     folder = tmp_path / "run"
     few = ["parallel.ep=1", "schedule.warmup_steps=2", "train.steps=13"]
