@@ -164,13 +164,13 @@ MOESYS_CLUSTERS(c10::BFloat16)
 MOESYS_CLUSTERS(c10::Half)
 #undef MOESYS_CLUSTERS
 
-// first[0] = 0 <= ... <= first[C] = M, and members are slots: else what follows would read
+// first[0] = 0 <= ... <= first[C] <= M, and members are slots: else what follows would read
 // elsewhere.
 void check_members(const char* op, const int64_t* members, int64_t M, const int64_t* first,
                    int64_t C, int64_t num_slots) {
-  bool is_good = first[0] == 0 && first[C] == M;
+  bool is_good = first[0] == 0 && first[C] <= M;
   for (int64_t c = 0; c < C; ++c) is_good &= first[c] <= first[c + 1];
-  STD_TORCH_CHECK(is_good, op, ": first_member must rise from 0 to the number of members");
+  STD_TORCH_CHECK(is_good, op, ": first_member must rise from 0 to at most the number of members");
   for (int64_t m = 0; m < M; ++m) is_good &= members[m] >= 0 && members[m] < num_slots;
   STD_TORCH_CHECK(is_good, op, ": member_slots has an entry that is no slot");
 }

@@ -40,12 +40,12 @@ class ClusterOrder(NamedTuple):
         )
 
 
-def cluster_order(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> ClusterOrder:
-    """Give one row to all slots of an expert whose tokens have the same code.
+def cluster_order(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> ClusterOrder:
+    """Give one row to all slots of an expert that have the same code.
 
     Args:
         topk_ids_TK: int64 or int32, 0..num_experts-1, or -1 = no expert.
-        codes_T: int64, any number.
+        codes_TK: int64, any number.
 
     Returns:
         Rows in order of expert, then of their first slot (as expert_order's, where no two slots share a row); members of a
@@ -54,7 +54,7 @@ def cluster_order(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> Clu
     """
     num_slots = topk_ids_TK.numel()
     places_N = torch.arange(num_slots, device=topk_ids_TK.device)
-    ids_N, codes_N = _slots(topk_ids_TK, codes_T, num_experts)
+    ids_N, codes_N = _by_slot(topk_ids_TK, codes_TK, num_experts)
     slots_N = _by_expert_and_code(ids_N, codes_N)
     starts_N = torch.where(_is_new(ids_N[slots_N], codes_N[slots_N]), places_N, 0).cummax(0).values
     first_slot_N = torch.empty_like(slots_N).scatter_(0, slots_N, slots_N[starts_N])
@@ -78,14 +78,14 @@ def cluster_order(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> Clu
 
 
 def rows_by_prefix(
-    topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int, base: int, digits: int
+    topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int, base: int, digits: int
 ) -> Tensor:
     """How many rows `cluster_order` would make of codes cut to their first 1, 2, ..., `digits` digits: int64 [digits].
 
     Args:
-        codes_T: of `digits` digits to that base, at least 0. The rest as of cluster_order.
+        codes_TK: of `digits` digits to that base, at least 0. The rest as of cluster_order.
     """
-    ids_N, codes_N = _slots(topk_ids_TK, codes_T, num_experts)
+    ids_N, codes_N = _by_slot(topk_ids_TK, codes_TK, num_experts)
     slots_N = _by_expert_and_code(ids_N, codes_N)
     ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
     has_row_N = ids_N < num_experts
@@ -96,11 +96,10 @@ def rows_by_prefix(
     return torch.stack(counts)
 
 
-def _slots(topk_ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The expert of each slot, `num_experts` where it has none, and its token's code."""
+def _by_slot(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The expert of each slot, `num_experts` where it has none, and its code."""
     ids_N = topk_ids_TK.flatten().long()
-    codes_N = codes_T[:, None].expand(topk_ids_TK.shape).flatten()
-    return torch.where(ids_N < 0, num_experts, ids_N), codes_N
+    return torch.where(ids_N < 0, num_experts, ids_N), codes_TK.flatten()
 
 
 def _by_expert_and_code(ids_N: Tensor, codes_N: Tensor) -> Tensor:
@@ -143,7 +142,7 @@ def member_means(x_TD: Tensor, order: ClusterOrder) -> Tensor:
 
     Args:
         x_TD: fp32, fp64, bf16 or fp16; sums are kept in fp32 (fp64).
-        order: trimmed. The mean of one member is that token, bit for bit.
+        order: trimmed, or with rows of zeros for what is spare. The mean of one member is that token, bit for bit.
 
     The gradient of a token is the sum over its slots of the row's gradient over the row's members.
 

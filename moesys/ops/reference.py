@@ -62,7 +62,9 @@ def member_means(
     sizes_C = first_member_X.diff()
     row_M = torch.arange(sizes_C.numel(), device=x_TD.device).repeat_interleave(sizes_C)
     sums_CD = x_TD.new_zeros(sizes_C.numel(), x_TD.shape[1], dtype=compute)
-    sums_CD = sums_CD.index_add(0, row_M, x_TD.to(compute)[member_slots_M // top_k])
+    sums_CD = sums_CD.index_add(
+        0, row_M, x_TD.to(compute)[member_slots_M[: row_M.numel()] // top_k]
+    )
     return (sums_CD / sizes_C.clamp(min=1)[:, None]).to(x_TD.dtype)
 
 

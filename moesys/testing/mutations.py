@@ -139,6 +139,8 @@ parallel.ep=2 codec=lsh dispatch.codec.hashez=3 | dispatch.codec.hashez=3 | is n
 parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
 --nproc 4 parallel.ep=4 dispatch.exchange=hierarchical dispatch.ranks_per_node=3 | dispatch.exchange='hierarchical' | cuts the groups of parallel.ep=4 by nodes | use dispatch.exchange=flat
 parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
+parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: give one | correct the options
+parallel.ep=2 codec=lsh dispatch.codec.compensation=slopes | dispatch.codec.compensation='slopes' | must be one of residual, none, slope | did you mean slope?
 codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router

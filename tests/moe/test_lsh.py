@@ -3,6 +3,7 @@
 Shapes: T tokens, D model, E experts, K experts per token.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -146,7 +147,7 @@ def test_most_rows_is_kept_to_with_as_many_hashes_as_it_allows(most_rows: float)
     codec = LshCodec(d_model=D, hashes=6, dimensions=2, most_rows=most_rows)
     found = codec.plan(x_TD, ids_TK, E)
     codec.most_rows = 1.0
-    codes_T = codec._codes(x_TD, ids_TK, E)
+    codes_T = codec._codes(x_TD, ids_TK, E)[:, 0]
     by_hashes = []
     for hashes in range(1, 7):
         prefix_T = codes_T // 4 ** (6 - hashes)
@@ -154,6 +155,107 @@ def test_most_rows_is_kept_to_with_as_many_hashes_as_it_allows(most_rows: float)
         by_hashes.append(len(pairs))
     allowed = [count for count in by_hashes if count <= most_rows * slots]
     assert found.ids_C1.shape[0] == max(allowed, default=by_hashes[0])
+
+
+def test_a_fitted_slope_makes_experts_that_scale_exact() -> None:
+    """E(x) = a x of a factor for each expert: then tokens get what they would have had, however few rows there are."""
+    codec = LshCodec(d_model=D, hashes=1, dimensions=2, compensation="slope")
+    x_TD, ids_TK = tokens("random").detach(), torch.randint(-1, E, (T, K))
+    code = codec.plan(x_TD, ids_TK, E)
+    assert code.ids_C1.shape[0] <= 5 * E
+    factors_E = torch.tensor([0.0, -0.3, 1.0, 2.5])
+    weights_TK = torch.rand(T, K)
+    rows_CD = code.encode(x_TD)
+    found_TD = code.decode(factors_E[code.ids_C1] * rows_CD, rows_CD, x_TD, weights_TK)
+    scale_TK = torch.where(ids_TK >= 0, factors_E[ids_TK], 0) * weights_TK
+    torch.testing.assert_close(found_TD, scale_TK.sum(1, keepdim=True) * x_TD)
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "all equal"])
+def test_a_pair_is_a_token_and_the_others_of_its_row(kind: str) -> None:
+    codec = LshCodec(d_model=D, hashes=1, dimensions=2, compensation="slope")
+    plain = LshCodec(d_model=D, hashes=1, dimensions=2)
+    x_TD = tokens(kind).detach()
+    ids_TK = torch.randint(-1, E - 1, (T, K))  # none for the last expert
+    before, after = (c.plan(x_TD, ids_TK, E) for c in (plain, codec))
+    assert after.ids_C1.shape[0] == before.ids_C1.shape[0] + E - 1
+    assert after.pairs_E2[-1].tolist() == [-1, -1]
+    sizes_C = before.order.first_member_X.diff()
+    for expert, (alone, others) in enumerate(after.pairs_E2[:-1].tolist()):
+        begin, end = after.order.first_member_X[alone : alone + 2].tolist()
+        assert end - begin == 1
+        slot = int(after.order.member_slots_M[begin])
+        row = int(before.order.row_of_slot_TK.flatten()[slot])
+        assert sizes_C[row] == sizes_C[before.ids_C1[:, 0] == expert].max()
+        members = [int(s) for s in (before.order.row_of_slot_TK.flatten() == row).nonzero()]
+        begin, end = after.order.first_member_X[others : others + 2].tolist()
+        assert after.order.member_slots_M[begin:end].tolist() == members[1:]
+        assert members[0] == slot
+
+
+def test_without_a_row_of_two_there_is_no_slope() -> None:
+    codec = LshCodec(d_model=D, hashes=8, dimensions=16, compensation="slope")
+    coded, plain = (list(run(make_layer(c), tokens("random"))) for c in (codec, None))
+    assert torch.equal(coded[0], plain[0])
+    empty = codec.plan(torch.zeros(0, D), torch.zeros(0, K, dtype=torch.int64), E)
+    assert empty.decode(*(torch.zeros(0, D),) * 3, torch.zeros(0, K)).shape == (0, D)
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.3, 0.6, 0.9])
+def test_an_error_bound_is_kept_with_the_fewest_hashes(bound: float) -> None:
+    """Of the mapped tokens, row by row; a row has no more hashes than its parent, which was too wide."""
+    x_TD, ids_TK = tokens("random").detach(), torch.randint(-1, E, (T, K))
+    codec = LshCodec(d_model=D, hashes=4, dimensions=2, error_bound=bound)
+    order = codec.plan(x_TD, ids_TK, E).order
+    sketch_TX = x_TD @ codec._turn(x_TD)
+
+    def relative(slots: list[int]) -> float:
+        members = sketch_TX[torch.tensor(slots) // K]
+        spread = (members - members.mean(0)).square().sum()
+        return float((spread / members.square().sum()).sqrt())
+
+    codec.error_bound = None
+    digits = codec._codes(x_TD, ids_TK, E)
+    ends = order.first_member_X.tolist()
+    rows = [order.member_slots_M[a:b].tolist() for a, b in itertools.pairwise(ends)]
+    assert (
+        sorted(slot for row in rows for slot in row)
+        == (ids_TK.flatten() >= 0).nonzero()[:, 0].tolist()
+    )
+    assert all(len(row) == 1 or relative(row) <= bound + 1e-5 for row in rows)
+    flat_ids, flat_codes = ids_TK.flatten(), digits.flatten()
+    for row in rows:
+        # One hash less would have taken in too much: the widest row of its own that would do is this one.
+        for hashes in range(1, 5):
+            prefix = flat_codes // 4 ** (4 - hashes)
+            parent = ((flat_ids == flat_ids[row[0]]) & (prefix == prefix[row[0]])).nonzero()[:, 0]
+            if relative(parent.tolist()) <= bound - 1e-5:
+                assert row == parent.tolist()
+                break
+
+
+def test_rows_by_an_error_bound() -> None:
+    x_TD, ids_TK = tokens("clustered").detach(), torch.rand(T, E).argsort(1)[:, :K]
+    counts = [
+        LshCodec(d_model=D, hashes=6, error_bound=b).plan(x_TD, ids_TK, E).ids_C1.shape[0]
+        for b in (0.0, 0.05, 1.0)
+    ]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == T * K, "each by itself"
+    assert counts[1] <= 5 * E, "five middles"
+
+
+def test_tokens_of_other_lengths_do_not_share_a_row() -> None:
+    x_TD = tokens("all equal").detach() * torch.tensor([1.0, 1.1, 8.0]).repeat(T // 3)[:, None]
+    ids_T1 = torch.zeros(T, 1, dtype=torch.int64)
+    alike, apart = (
+        LshCodec(d_model=D, hashes=2, norm_factor=factor).plan(x_TD, ids_T1, 1).order
+        for factor in (None, 4.0)
+    )
+    assert alike.row_of_slot_TK.unique().numel() == 1
+    rows_3 = apart.row_of_slot_TK[:3, 0].tolist()
+    assert rows_3[0] != rows_3[2]
+    assert apart.row_of_slot_TK.unique().numel() <= 3
 
 
 def test_a_recomputation_recalls_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +317,14 @@ def test_wrong_options() -> None:
         LshCodec(d_model=D, hashes=16, dimensions=8)
     with pytest.raises(ValueError, match="most_rows=0 must be above 0"):
         LshCodec(d_model=D, most_rows=0)
+    with pytest.raises(ValueError, match="codes of 66 bits"):
+        LshCodec(d_model=D, hashes=15, dimensions=8, norm_factor=2.0)
+    with pytest.raises(ValueError, match="both say how many hashes count"):
+        LshCodec(d_model=D, most_rows=0.5, error_bound=0.1)
+    with pytest.raises(ValueError, match="norm_factor=1 must be above 1"):
+        LshCodec(d_model=D, norm_factor=1)
+    with pytest.raises(ValueError, match="error_bound=-1 must be at least 0"):
+        LshCodec(d_model=D, error_bound=-1)
     x_TD = tokens("random").detach()
     x_TD[7, 3] = float("nan")
     with pytest.raises(RuntimeError, match="row 7 is not finite"):

@@ -36,16 +36,17 @@ def trimmed(order: ClusterOrder) -> ClusterOrder:
 
 def order_of(case: Case, kind: str, device: str) -> ClusterOrder:
     ids_TK = inputs(case, device).topk_ids_TK
-    return trimmed(cluster_order(ids_TK, codes(kind, case.num_tokens).to(device), case.num_experts))
+    codes_TK = codes(kind, case.num_tokens).to(device)[:, None].expand(ids_TK.shape)
+    return trimmed(cluster_order(ids_TK, codes_TK, case.num_experts))
 
 
-def obvious_order(ids_TK: Tensor, codes_T: Tensor, num_experts: int) -> dict[tuple[int, int], list]:
+def obvious_order(ids_TK: Tensor, codes_TK: Tensor) -> dict[tuple[int, int], list]:
     """Slots by (expert, code): experts rising, then first slots."""
     members: dict[tuple[int, int], list] = {}
     for token, ids in enumerate(ids_TK.tolist()):
         for k, expert in enumerate(ids):
             if expert >= 0:
-                key = (expert, int(codes_T[token]))
+                key = (expert, int(codes_TK[token, k]))
                 members.setdefault(key, []).append(token * len(ids) + k)
     return dict(sorted(members.items(), key=lambda item: (item[0][0], item[1][0])))
 
@@ -60,11 +61,12 @@ def test_slots_of_one_expert_and_code_share_a_row(data: st.DataObject) -> None:
         data.draw(st.lists(ids, min_size=num_tokens, max_size=num_tokens)), dtype=torch.int64
     ).view(num_tokens, top_k)
     few = st.integers(-2, 2) | st.integers(-(2**62), 2**62)
-    codes_T = torch.tensor(
-        data.draw(st.lists(few, min_size=num_tokens, max_size=num_tokens)), dtype=torch.int64
-    )
-    order = trimmed(cluster_order(ids_TK, codes_T, num_experts))
-    expected = obvious_order(ids_TK, codes_T, num_experts)
+    num_slots = num_tokens * top_k
+    codes_TK = torch.tensor(
+        data.draw(st.lists(few, min_size=num_slots, max_size=num_slots)), dtype=torch.int64
+    ).view(num_tokens, top_k)
+    order = trimmed(cluster_order(ids_TK, codes_TK, num_experts))
+    expected = obvious_order(ids_TK, codes_TK)
     assert order.member_slots_M.tolist() == [slot for slots in expected.values() for slot in slots]
     ends = torch.tensor([0, *(len(slots) for slots in expected.values())]).cumsum(0)
     assert order.first_member_X.tolist() == ends.tolist()

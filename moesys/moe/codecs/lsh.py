@@ -1,6 +1,7 @@
 """Tokens that are near each other travel as their mean (LSH-MoE, 2411.08446).
 
-Shapes: T tokens on this rank, D model, K experts per token, N = T * K slots, C rows (clusters), H hashes of V dimensions each.
+Shapes: T tokens on this rank, D model, K experts per token, E experts, N = T * K slots, C rows (clusters), H hashes of V
+dimensions each.
 """
 
 import math
@@ -10,17 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from moesys.ops.clusters import (
-    ClusterOrder,
-    cluster_order,
-    cross_polytope,
-    member_means,
-    restore,
-    rows_by_prefix,
-)
+from moesys.moe.codecs.depth import within_error, within_share
+from moesys.moe.codecs.slopes import fitted_slopes, rows_of_pairs, with_probes
+from moesys.ops.clusters import ClusterOrder, cluster_order, cross_polytope, member_means, restore
 
 _MOST_BITS = 62
 """Of a code, an int64 that is not negative."""
+_NORM_BITS = 6
+_SLOPES = {"residual": 1.0, "none": 0.0}
+
+Compensation = Literal["residual", "none", "slope"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +29,23 @@ class LshCode:
 
     order: ClusterOrder
     ids_C1: Tensor
-    slope: float
+    compensation: Compensation
     is_detached: bool
+    pairs_E2: Tensor | None = None
+    """With slopes: the two rows of each expert that they are found from, -1 = none."""
 
     def encode(self, x_TD: Tensor) -> Tensor:
         """The mean of each row's tokens."""
         return member_means(x_TD, self.order)
 
     def decode(self, out_CD: Tensor, rows_CD: Tensor, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        """y[t] = sum_k w[t, k] (E(c) + slope (x[t] - c)): residual compensation (3.2)."""
+        """y[t] = sum_k w[t, k] (E(c) + slope (x[t] - c)): residual compensation (3.2), of another slope for each expert."""
         means_CD = rows_CD.detach() if self.is_detached else rows_CD
-        slopes_C = weights_TK.new_full(rows_CD.shape[:1], self.slope)
+        if self.pairs_E2 is None:
+            slopes_C = weights_TK.new_full(rows_CD.shape[:1], _SLOPES[self.compensation])
+        else:
+            slopes_E = fitted_slopes(out_CD, rows_CD, self.pairs_E2, weights_TK.dtype)
+            slopes_C = slopes_E[self.ids_C1[:, 0]]
         return restore(out_CD, means_CD, x_TD, weights_TK, slopes_C, self.order)
 
 
@@ -59,7 +65,9 @@ class LshCodec(nn.Module):
         hashes: int = 6,
         dimensions: int = 8,
         most_rows: float = 1.0,
-        compensation: Literal["residual", "none"] = "residual",
+        error_bound: float | None = None,
+        norm_factor: float | None = None,
+        compensation: Compensation = "residual",
         detach_residual: bool = False,
         seed: int = 0,
     ) -> None:
@@ -69,22 +77,39 @@ class LshCodec(nn.Module):
             dimensions: V of each hash, 2 V codes.
             most_rows: share of the slots that may travel: a forward uses the first so many hashes as keep to it (the first
                 is always used); 1 = all hashes.
-            compensation: residual = a token's result is moved by how far it is from its row; none = it is its row's.
+            error_bound: each row uses the fewest hashes with which the root mean square of its tokens' residuals is at most
+                so much of that of the tokens, by their mapped lengths; what does not with all of them travels by itself.
+                null = as `most_rows` says.
+            norm_factor: tokens share a row only if their lengths lie between the same two powers of it; null = of any length.
+            compensation: residual = a token's result is moved by how far it is from its row; none = it is its row's; slope =
+                moved by so much of that as an expert's results move, found from one row more for each expert.
             detach_residual: no gradient to a row through what it is taken from.
             seed: of the maps, with the layer's number.
         """
         super().__init__()
         if min(hashes, dimensions) < 1:
             raise ValueError(f"hashes={hashes} and dimensions={dimensions} must be at least 1")
-        if hashes * math.log2(2 * dimensions) > _MOST_BITS:
+        bits = hashes * math.log2(2 * dimensions) + (0 if norm_factor is None else _NORM_BITS)
+        if bits > _MOST_BITS:
             raise ValueError(
-                f"hashes={hashes} of dimensions={dimensions} make codes of {hashes * math.log2(2 * dimensions):.0f} bits, "
+                f"hashes={hashes} of dimensions={dimensions} make codes of {bits:.0f} bits, "
                 f"which must be at most {_MOST_BITS}: use fewer"
             )
         if not 0 < most_rows <= 1:
             raise ValueError(f"most_rows={most_rows} must be above 0 and at most 1")
-        self.hashes, self.dimensions, self.most_rows = hashes, dimensions, most_rows
-        self.slope = 1.0 if compensation == "residual" else 0.0
+        if error_bound is not None and error_bound < 0:
+            raise ValueError(f"error_bound={error_bound} must be at least 0")
+        if error_bound is not None and most_rows < 1:
+            raise ValueError(
+                f"error_bound={error_bound} and most_rows={most_rows} both say how many hashes count: give one"
+            )
+        if norm_factor is not None and norm_factor <= 1:
+            raise ValueError(f"norm_factor={norm_factor} must be above 1")
+        if compensation not in ("slope", *_SLOPES):
+            raise ValueError(f"compensation={compensation!r} must be residual, none or slope")
+        self.hashes, self.dimensions = hashes, dimensions
+        self.most_rows, self.error_bound, self.norm_factor = most_rows, error_bound, norm_factor
+        self.compensation: Compensation = compensation
         self.detach_residual = detach_residual
         self._generator_seed = (seed << 20) + layer
         self._shape = (d_model, hashes * dimensions)
@@ -93,31 +118,47 @@ class LshCodec(nn.Module):
     @torch.no_grad()
     def plan(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> LshCode:
         """One device-to-host sync of two integers, one more with `most_rows` below 1."""
-        codes_T = self._codes(x_TD, topk_ids_TK, num_experts)
-        order = cluster_order(topk_ids_TK, codes_T, num_experts)
+        codes_TK = self._codes(x_TD, topk_ids_TK, num_experts)
+        order = cluster_order(topk_ids_TK, codes_TK, num_experts)
+        pairs_E2 = None
+        if self.compensation == "slope":
+            codes_TK, slots_E2 = with_probes(codes_TK, order, num_experts)
+            order = cluster_order(topk_ids_TK, codes_TK, num_experts)
+            pairs_E2 = rows_of_pairs(slots_E2, order)
         sizes = torch.stack([order.rows_per_expert_E.sum(), order.num_members]).tolist()
         order = order.trimmed(*sizes)
         first_slots_C = order.member_slots_M[order.first_member_X[:-1]]
         return LshCode(
             order=order,
             ids_C1=topk_ids_TK.flatten()[first_slots_C][:, None],
-            slope=self.slope,
+            compensation=self.compensation,
             is_detached=self.detach_residual,
+            pairs_E2=pairs_E2,
         )
 
     def _codes(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-        """int64 [T], of as many hashes as `most_rows` allows."""
-        turned_THV = (x_TD @ self._turn(x_TD)).unflatten(1, (self.hashes, self.dimensions))
+        """int64 [T, K], of as many hashes as `most_rows` or `error_bound` say."""
+        turned_TX = x_TD @ self._turn(x_TD)
         base = 2 * self.dimensions
-        codes_T = x_TD.new_zeros(x_TD.shape[0], dtype=torch.int64)
-        for code_T in cross_polytope(turned_THV).unbind(1):
+        codes_T = self._lengths(x_TD)
+        vertices_TH = cross_polytope(turned_TX.unflatten(1, (self.hashes, self.dimensions)))
+        for code_T in vertices_TH.unbind(1):
             codes_T = codes_T * base + code_T
-        if self.most_rows == 1 or self.hashes == 1:
-            return codes_T
-        counts_H = rows_by_prefix(topk_ids_TK, codes_T, num_experts, base, self.hashes)
-        allowed = self.most_rows * (topk_ids_TK >= 0).sum()
-        used = max(1, int((counts_H <= allowed).sum()))  # counts rise with every hash
-        return codes_T // base ** (self.hashes - used)
+        codes_TK = codes_T[:, None].expand(topk_ids_TK.shape)
+        how = (topk_ids_TK, num_experts, base, self.hashes)
+        if self.error_bound is not None:
+            return within_error(codes_TK, *how, turned_TX, self.error_bound)
+        if self.most_rows < 1:
+            return within_share(codes_TK, *how, self.most_rows)
+        return codes_TK
+
+    def _lengths(self, x_TD: Tensor) -> Tensor:
+        """int64 [T], below 2^_NORM_BITS: which powers of `norm_factor` a token's length lies between."""
+        if self.norm_factor is None:
+            return x_TD.new_zeros(x_TD.shape[0], dtype=torch.int64)
+        middle = 2 ** (_NORM_BITS - 1)
+        power_T = x_TD.float().norm(dim=1).log() / math.log(self.norm_factor)
+        return power_T.floor().clamp(-middle, middle - 1).long() + middle
 
     def _turn(self, x_TD: Tensor) -> Tensor:
         """[D, H * V], of x's type and place; the same in every process."""

@@ -1,0 +1,53 @@
+"""How many digits of a code count: few make few rows, more make rows nearer to their tokens.
+
+Shapes: T tokens, K experts per token, E experts, N = T * K slots, C rows, X numbers of a token's sketch, H digits of a code.
+"""
+
+import torch
+from torch import Tensor
+
+from moesys.ops.clusters import cluster_order, member_means, rows_by_prefix
+
+
+def within_share(
+    codes_TK: Tensor, topk_ids_TK: Tensor, num_experts: int, base: int, digits: int, share: float
+) -> Tensor:
+    """Codes cut to as many first digits, at least one, as make at most `share` of the slots' number of rows. One host sync."""
+    counts_H = rows_by_prefix(topk_ids_TK, codes_TK, num_experts, base, digits)
+    allowed = share * (topk_ids_TK >= 0).sum()
+    used = max(1, int((counts_H <= allowed).sum()))  # counts rise with every digit
+    return codes_TK // base ** (digits - used)
+
+
+def within_error(
+    codes_TK: Tensor,
+    topk_ids_TK: Tensor,
+    num_experts: int,
+    base: int,
+    digits: int,
+    sketch_TX: Tensor,
+    bound: float,
+) -> Tensor:
+    """Codes each cut to the fewest digits with which its row keeps to
+
+        sum over members of |x - mean|^2  <=  bound^2 * sum over members of |x|^2
+
+    as the sketches of the tokens have it; a slot whose row does not with all digits is a row by itself. No host sync.
+    """
+    sketch_TX = sketch_TX.float()
+    energy_T1 = sketch_TX.square().sum(1, keepdim=True)
+    found_TK = -1 - torch.arange(codes_TK.numel(), device=codes_TK.device).view_as(codes_TK)
+    is_open_TK = torch.ones_like(codes_TK, dtype=torch.bool)
+    for left in reversed(range(digits)):
+        # Rows of one prefix are closed together: what is cut here is no other row's code.
+        cut_TK = codes_TK // base**left
+        order = cluster_order(topk_ids_TK, cut_TK, num_experts)
+        means_C, energy_C1 = member_means(torch.cat([sketch_TX, energy_T1], 1), order).split(
+            [sketch_TX.shape[1], 1], dim=1
+        )
+        spread_C = energy_C1[:, 0] - means_C.square().sum(1)
+        is_within_C = spread_C <= bound**2 * energy_C1[:, 0]
+        closes_TK = is_open_TK & is_within_C[order.row_of_slot_TK]
+        found_TK = torch.where(closes_TK, cut_TK * base**left, found_TK)
+        is_open_TK &= ~closes_TK
+    return found_TK
