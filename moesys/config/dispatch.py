@@ -83,7 +83,7 @@ def dispatch_warnings(
             "dispatch.exchange=deduplicated finds nothing to merge: a row of dispatch.codec is for one expert; "
             "hierarchical sends less beside it"
         )
-    if dispatch.warmup_steps and not (dispatch.codec or wire.is_used):
+    if dispatch.warmup_steps and not dispatch.compresses:
         yield f"dispatch.warmup_steps={dispatch.warmup_steps} has no effect without codec and wire"
     unread = [
         ("block", wire.is_used),

@@ -62,3 +62,8 @@ class DispatchConfig:
     """That are near each other, for an exchange that is not flat. null = those of a node, as launched."""
     warmup_steps: int = 0
     """So many first optimizer steps have neither codec nor wire."""
+
+    @property
+    def compresses(self) -> bool:
+        """Whether fewer rows, or fewer bits, travel."""
+        return self.codec is not None or self.wire.is_used

@@ -18,6 +18,43 @@ from moesys.parallel.exchange import UNCHANGED, FlatExchange, Route, RowFormats
 from moesys.plan.placement import expert_places
 
 
+@dataclass(frozen=True, kw_only=True)
+class WireFormats:
+    """How rows are written on their ways between ranks."""
+
+    dispatch: RowFormats = UNCHANGED
+    combine: RowFormats = UNCHANGED
+
+    @classmethod
+    def of(cls, config: WireConfig) -> "WireFormats":
+        """As a configuration says."""
+
+        def format(kind: Wire, is_stochastic: bool) -> WireFormat | None:
+            if kind == "none":
+                return None
+            return WireFormat(
+                kind=kind,
+                block=config.block,
+                is_stochastic=is_stochastic,
+                hands_on=config.error_feedback,
+            )
+
+        by_chance = config.stochastic_backward
+        return cls(
+            dispatch=RowFormats(
+                forward=format(config.dispatch_forward, False),
+                backward=format(config.dispatch_backward, by_chance),
+            ),
+            combine=RowFormats(
+                forward=format(config.combine_forward, False),
+                backward=format(config.combine_backward, by_chance),
+            ),
+        )
+
+
+PLAIN = WireFormats()
+
+
 class DispatchPlan(Protocol):
     """Where rows go and come from: integers only, so a recomputation goes by the plan of the first pass."""
 
@@ -34,6 +71,9 @@ class DispatchPlan(Protocol):
 
 class Dispatcher(Protocol):
     """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
+
+    formats: WireFormats
+    """Of rows between ranks, where they may be written in fewer bits."""
 
     def exchanges(self) -> list[FlatExchange]:
         """All through which this layer's rows travel."""
@@ -109,6 +149,8 @@ class LocalDispatcher:
     No host sync; with C > 1 classes of experts of different widths one of C ints, but for padded rows.
     """
 
+    formats = PLAIN
+
     def __init__(self, num_experts: int, num_classes: int = 1) -> None:
         self.num_experts = num_experts
         self.num_classes = num_classes
@@ -135,43 +177,6 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: Tensor, weights_TK: Tensor, plan: ExpertOrder) -> Tensor:
         return unpermute(rows_RD, weights_TK, plan.row_of_slot_TK)
-
-
-@dataclass(frozen=True, kw_only=True)
-class WireFormats:
-    """How rows are written on their ways between ranks."""
-
-    dispatch: RowFormats = UNCHANGED
-    combine: RowFormats = UNCHANGED
-
-    @classmethod
-    def of(cls, config: WireConfig) -> "WireFormats":
-        """As a configuration says."""
-
-        def format(kind: Wire, is_stochastic: bool) -> WireFormat | None:
-            if kind == "none":
-                return None
-            return WireFormat(
-                kind=kind,
-                block=config.block,
-                is_stochastic=is_stochastic,
-                hands_on=config.error_feedback,
-            )
-
-        by_chance = config.stochastic_backward
-        return cls(
-            dispatch=RowFormats(
-                forward=format(config.dispatch_forward, False),
-                backward=format(config.dispatch_backward, by_chance),
-            ),
-            combine=RowFormats(
-                forward=format(config.combine_forward, False),
-                backward=format(config.combine_backward, by_chance),
-            ),
-        )
-
-
-PLAIN = WireFormats()
 
 
 @dataclass(frozen=True, kw_only=True)

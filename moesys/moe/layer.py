@@ -4,6 +4,9 @@ Shapes: T tokens on this rank, U tokens of its tensor-parallel group, D model, K
 L local experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor, nn
 
 from moesys.config.schema import MoEConfig
@@ -12,7 +15,7 @@ from moesys.moe.capacity import capacity_rows, within_capacity
 from moesys.moe.codec import Codec
 from moesys.moe.component import build_router, takes
 from moesys.moe.decision import Decision, DecisionMemory
-from moesys.moe.dispatch import Dispatcher, LocalDispatcher
+from moesys.moe.dispatch import PLAIN, Dispatcher, LocalDispatcher
 from moesys.moe.experts import ExpertClasses, Experts, SwiGLU
 from moesys.moe.latent import Latent
 from moesys.moe.load import ExpertLoad
@@ -64,12 +67,30 @@ class MoELayer(nn.Module):
         """Lets fewer rows travel; None = each slot's own."""
         self.compresses = True
         """Whether codec and wire are used, in training."""
+        self.coded_rows = 0
+        """That the codec has made, in training, since this was set to 0."""
         self.share = WHOLE_SEQUENCES
         """Of this rank's sequences."""
         self.balance = Balance(config.balance, config.top_k, config.width_of_choice)
         self.load = ExpertLoad(config.num_choices)
         self.memory = DecisionMemory()
         self._passes_tokens = takes(self.router.forward, "tokens")
+        self.runs_again = False
+        """Whether a forward is a second one, to be compared, of which nothing is counted."""
+
+    @property
+    def may_compress(self) -> bool:
+        """Whether its output is another with codec and wire."""
+        return self.codec is not None or self.dispatcher.formats != PLAIN
+
+    @contextmanager
+    def compressing(self) -> Iterator[None]:
+        """Within, an evaluation's forward is done again with codec and wire."""
+        self.runs_again = True
+        try:
+            yield
+        finally:
+            self.runs_again = False
 
     def forward(
         self,
@@ -134,7 +155,7 @@ class MoELayer(nn.Module):
         has_null = self.null_experts is not None
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
         code = None
-        compresses = self.training and self.compresses
+        compresses = self.runs_again or (self.training and self.compresses)
         if self.codec is not None and compresses:
             if routed.blend is not None:
                 raise ValueError(
@@ -142,6 +163,7 @@ class MoELayer(nn.Module):
                     "mixtures of them: use codec=none"
                 )
             code = self.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
+            self.coded_rows += code.ids_C1.shape[0] * self.training
         rows_ids = sent_ids_TK if code is None else code.ids_C1
         plan = self.dispatcher.plan(rows_ids, padded_rows, compresses)
         if has_null or code is not None:

@@ -50,4 +50,5 @@ class Listening:
 
     def _routed(self, _router: nn.Module, _args: Any, routed: RoutingResult) -> None:
         assert self._running is not None, "a router runs inside of its layer"
-        self._hear(*self._running, routed)
+        if not self._running[1].runs_again:
+            self._hear(*self._running, routed)

@@ -5,6 +5,7 @@ Shapes: V vocabulary, N sources, M MoE layers, E experts.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.data.loader import EvalBatches, MicroBatch
+from moesys.moe.fidelity import Fidelity
 from moesys.moe.similarity import layer_similarity
 from moesys.moe.visits import VisitCounter
 from moesys.ops.cross_entropy import IGNORED_TARGET
@@ -20,6 +22,8 @@ from moesys.parallelize.build import ParallelModel
 from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import free_gathered
 from moesys.train.step import autocast
+
+NOTHING = nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,9 @@ class Evaluation:
     by_source: dict[str, EvalResult]
     load_by_source: dict[str, list[list[int]]]
     """Slots that routers gave each expert of each MoE layer, M x E, as `measure_loads` counts them."""
+    codec_error_M: list[float]
+    """How far an MoE layer's output with codec and wire is from that without, relative; [] where neither is used. Of the
+    first batch alone."""
     expert_similarity_M: list[float]
     """Mean cosine between the weights of two experts of a layer: 0 = unrelated, 1 = copies."""
 
@@ -79,11 +86,12 @@ def evaluate(
     dtype: str,
     meshes: Meshes,
     must_leave: Callable[[], bool] = lambda: False,
+    compresses: bool = False,
 ) -> Evaluation | None:
     """Collective: every rank runs as many forwards. Leaves the model in eval mode, and nothing gathered.
 
     `batches` of each source by name, and their weights. None if it was given up: `must_leave` is asked before each
-    batch, and says the same on all ranks.
+    batch, and says the same on all ranks. `compresses`: whether training uses a codec or eight bits, whose error is measured.
 
     bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64). Ranks of tp have the
     same tokens, and only those of the last pipeline stage see the loss.
@@ -93,9 +101,11 @@ def evaluate(
         len(batches), 3, dtype=torch.float64, device=device
     )  # nats, tokens, bytes
     loads = _Loads(parallel, len(batches), device)
+    fidelity = Fidelity(parallel.whole.moe_places(), len(parallel.whole.config.moe_layers), device)
+    during_first = fidelity if compresses else NOTHING
     done = 0
     for index, output, target_ids_BS in _forwards(
-        parallel, batches, loads, dtype, meshes, must_leave
+        parallel, batches, loads, dtype, meshes, must_leave, during_first
     ):
         done += 1
         if output is not None:
@@ -115,6 +125,7 @@ def evaluate(
         whole=mixed(sums_N, weights_N),
         by_source={name: sums.result() for name, sums in zip(batches, sums_N, strict=True)},
         load_by_source=dict(zip(batches, loads.of_all_ranks(), strict=True)),
+        codec_error_M=fidelity.of_all_ranks() if compresses else [],
         expert_similarity_M=_similarities(parallel, meshes, device),
     )
 
@@ -162,10 +173,11 @@ def _forwards(
     dtype: str,
     meshes: Meshes,
     must_leave: Callable[[], bool],
+    during_first: AbstractContextManager[object] = NOTHING,
 ) -> Iterator[tuple[int, tuple[Tensor, ...] | None, Tensor]]:
     """Collective. All batches of all sources: the source's number, what the last stage returns, this rank's targets.
 
-    Ends early where `must_leave` says so.
+    Ends early where `must_leave` says so. The forward of the first batch runs within `during_first`.
     """
     device = loads.counts_NME.device
     parallel.whole.eval()
@@ -176,8 +188,9 @@ def _forwards(
             input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
             target_ids_BS = local_slice(batch.target_ids_BS, meshes).to(device)
             loads.counter.count_into(loads.counts_NME[index], target_ids_BS != IGNORED_TARGET)
-            with autocast(device, dtype):
+            with autocast(device, dtype), during_first:
                 output = _forward(parallel, input_ids_BS, batch.document_ids_BS)
+            during_first = NOTHING
             yield index, output, target_ids_BS
     for part in parallel.parts:
         free_gathered(part)

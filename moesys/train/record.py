@@ -73,6 +73,7 @@ def train_record(
         "router_entropy": sum(entropies) / len(entropies) if entropies else 0.0,
         "sent_bytes": result.sent_bytes,
         "between_nodes_bytes": result.between_nodes_bytes,
+        **_codec_fields(result),
         "step_ms": step_s * 1e3,
         **{
             f"{name}_ms": sections_ms.get(name, 0.0)
@@ -82,6 +83,22 @@ def train_record(
         "router_entropy_by_layer": entropies,
         "dropped_slots_by_layer": result.dropped_slots_M,
         "expert_load": result.expert_load_ME,
+    }
+
+
+def _codec_fields(result: StepResult) -> dict[str, Any]:
+    """Rows that travelled over the slots that they are of, where a codec makes fewer."""
+    if not result.coded_rows_M:
+        return {}
+    slots_M = [
+        sum(load_E) - dropped
+        for load_E, dropped in zip(result.expert_load_ME, result.dropped_slots_M, strict=True)
+    ]
+    return {
+        "codec_rows": sum(result.coded_rows_M) / max(1, sum(slots_M)),
+        "codec_rows_by_layer": [
+            rows / max(1, slots) for rows, slots in zip(result.coded_rows_M, slots_M, strict=True)
+        ],
     }
 
 
@@ -105,6 +122,8 @@ def eval_record(evaluation: Evaluation, *, step: int, eval_ms: float) -> dict[st
         "expert_similarity": sum(similarities) / len(similarities) if similarities else 0.0,
         "expert_similarity_by_layer": similarities,
     }
+    if errors := evaluation.codec_error_M:
+        record |= {"codec_error": sum(errors) / len(errors), "codec_error_by_layer": errors}
     if named:
         loads = [evaluation.load_by_source[name] for name in named]
         divergences = [divergence(of_layer) for of_layer in zip(*loads, strict=True)]

@@ -55,6 +55,8 @@ class StepResult:
     """Of these, to ranks on other nodes."""
     exchange_ms: float
     """Mean over ranks; part of forward and backward."""
+    coded_rows_M: list[int]
+    """Rows that a codec made of each layer's slots; [] in a step without one."""
     stop_requested: bool
     """Some rank was asked to stop."""
     is_applied: bool
@@ -70,6 +72,7 @@ class _Sums:
     z: float
     mtp: float
     traffic: Traffic
+    coded_rows_M: list[float]
     stops: float
     grad_norm: float
     expert_load_MX: list[list[int]]
@@ -104,6 +107,8 @@ class TrainStep:
         """What each rank told in the last step; empty where none did."""
         self.own_exchange_ms = 0.0
         """This rank's in the last step."""
+        self.compresses = True
+        """Whether the last step had codec and wire, where the configuration has them."""
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
         self._recorder = ChoiceRecorder(config, self.model, self.device)
@@ -122,8 +127,9 @@ class TrainStep:
         """
         self.model.train()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, balance, z, mtp
+        self.compresses = step > self.config.dispatch.warmup_steps
         for layer in self.model.moe_layers():
-            layer.compresses = step > self.config.dispatch.warmup_steps
+            layer.compresses = self.compresses
         with self._recorder.recording(step):
             self._run_micro_steps(micro_batches)
         with self.timer.section("optimizer"):
@@ -300,19 +306,26 @@ class TrainStep:
             told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
             told_W[dist.get_rank()] = self.compute_ms
         entropy_M = self.sums.new_zeros(load_MX.shape[0])
+        has_codec = self.config.dispatch.codec is not None and self.meshes.dims.ep > 1
+        rows_M = torch.zeros(len(load_MX) if has_codec else 0, dtype=torch.float64)
         for index, layer in self.model.moe_places().items():
             entropy_M[index] = layer.load.take_entropy(self.device)
-        numbers = torch.cat([self.sums, entropy_M, host.to(self.device), told_W.to(self.device)])
+            if has_codec:
+                rows_M[index], layer.coded_rows = layer.coded_rows, 0
+        on_host = torch.cat([host, rows_M, told_W]).to(self.device)
+        numbers = torch.cat([self.sums, entropy_M, on_host])
         dist.all_reduce(numbers)
         loss, balance, z, mtp, *rest = numbers.tolist()
         entropies, rest = rest[: len(load_MX)], rest[len(load_MX) :]
-        sent_bytes, between_nodes_bytes, seconds, stops, *self.compute_ms_W = rest
+        sent_bytes, between_nodes_bytes, seconds, stops, *rest = rest
+        rows, self.compute_ms_W = rest[: len(rows_M)], rest[len(rows_M) :]
         return _Sums(
             loss=loss,
             balance=balance,
             z=z,
             mtp=mtp,
             traffic=Traffic(int(sent_bytes), int(between_nodes_bytes), seconds),
+            coded_rows_M=rows if self.compresses else [],
             stops=stops,
             grad_norm=norm.item(),
             expert_load_MX=load_MX.tolist(),
@@ -336,6 +349,7 @@ class TrainStep:
             sent_bytes=sums.traffic.sent_bytes,
             between_nodes_bytes=sums.traffic.between_nodes_bytes,
             exchange_ms=sums.traffic.seconds * 1e3 / self.meshes.dims.world_size,
+            coded_rows_M=[int(rows) for rows in sums.coded_rows_M],
             stop_requested=sums.stops > 0,
             is_applied=is_applied,
         )

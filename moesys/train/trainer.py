@@ -311,6 +311,7 @@ class Trainer:
             self.config.train.dtype,
             self.run.meshes,
             eval_stop.must_leave,
+            self.config.dispatch.compresses and self.config.parallel.ep > 1,
         )
         eval_s = eval_stop.elapsed_s
         self.wall_s += eval_s

@@ -19,6 +19,7 @@ RESULT = StepResult(
     router_entropy_M=[0.0],
     sent_bytes=0,
     between_nodes_bytes=0,
+    coded_rows_M=[],
     exchange_ms=0.0,
     stop_requested=False,
     is_applied=True,

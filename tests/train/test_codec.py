@@ -49,6 +49,8 @@ def test_warm_up_steps_are_plain() -> None:
     assert all(torch.equal(found.gradients[0][n], g) for n, g in plain.gradients[0].items())
     assert found.results[1].sent_bytes < plain.results[1].sent_bytes / 2
     assert found.results[0].sent_bytes == plain.results[0].sent_bytes
+    assert found.results[0].coded_rows_M == []
+    assert len(found.results[1].coded_rows_M) == 3
 
 
 def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: Recompute) -> dict[str, Any]:
@@ -65,8 +67,8 @@ def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: Recompute)
             return code
 
         codec.plan = watched
-    sent_bytes = run.step().sent_bytes
-    return {"bytes": sent_bytes, "rows": experts_of_rows}
+    result = run.step()
+    return {"bytes": result.sent_bytes, "rows": experts_of_rows, "coded": result.coded_rows_M}
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
@@ -83,3 +85,8 @@ def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: Rec
     assert len(ranks[0]["rows"]) == 2 * 3  # micro-steps and layers; a recomputation decides nothing
     passes = 3 if recompute == "layer" else 2
     assert {result["bytes"] for result in ranks} == {2 * passes * away * width}
+    coded = [
+        sum(len(experts) for result in ranks for experts in result["rows"][layer::3])
+        for layer in range(3)
+    ]
+    assert [result["coded"] for result in ranks] == [coded] * 2
