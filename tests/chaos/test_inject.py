@@ -198,6 +198,7 @@ def test_a_checkpoint_is_damaged_and_passed_over(tiny_data: Path, tmp_path: Path
     assert last_step(run_dir) == 24
 
 
+@pytest.mark.chaos
 def test_what_could_never_happen_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     faults = "kill rank=2 step=3; slow rank=0 step=90; read_only rank=0 step=4"
     code, output = end(job(tmp_path / "run", tiny_data, faults))
@@ -218,6 +219,7 @@ def test_a_rank_that_torchrun_did_not_start_has_no_agent(
     assert problem_here(fault, tmp_path) is None
 
 
+@pytest.mark.chaos
 def test_nothing_of_it_is_imported_where_no_fault_is_asked_for() -> None:
     script = (
         "import runpy, sys\n"

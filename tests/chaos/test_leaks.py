@@ -50,6 +50,7 @@ def test_shared_memory_is_known_by_the_process_in_its_name(tmp_path: Path) -> No
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.chaos
 def test_a_restart_leaves_nothing_and_opens_nothing_more(tiny_data: Path, tmp_path: Path) -> None:
     """Killed with a checkpoint half written, which only the next start can remove."""
     watched, witness = train(

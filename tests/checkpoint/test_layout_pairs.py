@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
     "dualpipev+tp+ep": (4, ParallelConfig(pp=2, tp=2, ep=2, pp_schedule="dualpipev")),
     "pp+tp+ep+zero": (8, ParallelConfig(pp=2, tp=2, ep=2, zero=3)),
 }
-QUICK = ("tp", "zero+ep")
+QUICK = ("zero+ep",)
 
 
 @dataclass(frozen=True, kw_only=True)

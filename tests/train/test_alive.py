@@ -94,6 +94,7 @@ def test_a_signal_saves_and_the_exit_code_says_start_again(tiny_data, tmp_path, 
     )
 
 
+@pytest.mark.chaos
 def test_a_save_that_does_not_fit_is_left_out(tiny_data, tmp_path):
     folder = tmp_path / "run"
     more = ["parallel.ep=1", "train.steps=4000", "checkpoint.every_steps=5", "train.grace_s=0.001"]

@@ -56,7 +56,8 @@ def test_they_are_recorded_when_they_are_on_the_disk(both):
     assert [json.loads(line)["kind"] for line in lines][-3:] == ["checkpoint", "goodput", "stop"]
 
 
-@pytest.mark.parametrize("asynchronous", [True, pytest.param(False, marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_save_that_fails_is_told_and_the_last_one_must_be(asynchronous, tiny_data, tmp_path):
     """Training goes on without a checkpoint, but does not end as if it had one."""
     folder = tmp_path / "run"

@@ -162,6 +162,7 @@ def test_a_router_without_k_experts_per_token_is_not_recorded(router, options, t
     assert not recorded_steps(tmp_path)
 
 
+@pytest.mark.parity
 def test_what_does_not_fit_is_named(tmp_path) -> None:
     cases = {
         "none": (None, "no recorded choices: train it with metrics.record_choices_steps"),

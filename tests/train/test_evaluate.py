@@ -65,7 +65,7 @@ def assert_as_one(ranks: list[tuple[Evaluation, int]], one: Evaluation, eval_tok
         assert evaluation.expert_similarity_M == expected
 
 
-@pytest.mark.parametrize("eval_tokens", [100, 997])
+@pytest.mark.parametrize("eval_tokens", [100, pytest.param(997, marks=pytest.mark.parity)])
 def test_any_number_of_ranks_gives_one_process_result(tiny_data, eval_tokens):
     one, _ = run_ranks(_evaluate, 1, tiny_data / "val", eval_tokens)[0]
     assert_as_one(run_ranks(_evaluate, 4, tiny_data / "val", eval_tokens), one, eval_tokens)
@@ -82,11 +82,11 @@ def _under(rank: int, size: int, prefix, degrees: dict):
 @pytest.mark.parametrize(
     ("size", "degrees"),
     [
-        (2, {"tp": 2}),
-        (2, {"pp": 2}),
+        pytest.param(2, {"tp": 2}, marks=pytest.mark.parity),
+        pytest.param(2, {"pp": 2}, marks=pytest.mark.parity),
         (2, {"pp": 2, "pp_schedule": "zbv"}),
         (2, {"zero": 3}),
-        (2, {"cp": 2}),
+        pytest.param(2, {"cp": 2}, marks=pytest.mark.parity),
         (4, {"tp": 2, "ep": 2, "etp": 2, "sequence_parallel": False}),
         pytest.param(4, {"zero": 3, "ep": 2}, marks=pytest.mark.parity),
         pytest.param(4, {"zero": 2, "etp": 2}, marks=pytest.mark.parity),

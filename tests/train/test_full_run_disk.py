@@ -206,7 +206,8 @@ def test_a_small_file_is_whole_or_as_it_was(disk, capfd):
 # The real job.
 
 
-@pytest.mark.parametrize("asynchronous", ["true", pytest.param("false", marks=pytest.mark.chaos)])
+@pytest.mark.chaos
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_job_trains_on_through_a_full_disk(tiny_data, disk, tmp_path, monkeypatch, asynchronous):
     folder = disk / "run"
     more = [*STEPS, f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep_last=1"]

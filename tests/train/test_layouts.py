@@ -13,7 +13,7 @@ from moesys.testing.layouts import BASE, LAYOUTS, MAX_ERROR, MAX_WEIGHT_ERROR, M
 from moesys.testing.parity import Numbers, compare, parity
 from tests import figures
 
-QUICK = ("zero", "cp", "pp+tp+ep")
+QUICK = ("zero", "pp+tp+ep")
 
 
 def marked(names) -> list:

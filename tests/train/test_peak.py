@@ -26,6 +26,7 @@ def test_a_later_start_measures_only_what_is_other(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [FILE_NAME]
 
 
+@pytest.mark.parity
 def test_a_start_that_goes_on_multiplies_no_large_matrices(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

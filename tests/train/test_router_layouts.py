@@ -60,8 +60,11 @@ LAYERS: dict[str, dict] = {
 }
 """Keys of model.moe."""
 AXES = ["ep", "pp", "tp", "cp"]
-QUICK = [
-    *(("expert choice", "pp"), ("soft", "ep"), ("recurrent", "pp")),
+QUICK = [("expert choice", "pp"), ("soft", "ep"), ("recurrent", "pp")]
+QUICK_LAYERS = [
+    ("residual MoE, latent", "ep", "none"),
+    ("experts without a feed-forward", "pp", "layer"),
+    ("pyramid", "pp", "layer"),
 ]
 MORE = [
     ("recurrent", "interleaved", "none", 2),
@@ -128,19 +131,16 @@ def test_more_layouts(name: str, layout: str, recompute: str, num_dense_layers: 
 @pytest.mark.parametrize(
     ("name", "layout", "recompute"),
     [
-        ("residual MoE, latent", "ep", "none"),
-        ("experts without a feed-forward", "ep", "layer"),
-        ("pyramid", "pp", "layer"),
-        ("widths", "ep", "moe"),
-        *(
-            pytest.param(name, layout, recompute, marks=pytest.mark.parity)
+        case if case in QUICK_LAYERS else pytest.param(*case, marks=pytest.mark.parity)
+        for case in (
+            (name, layout, recompute)
             for name in LAYERS
             for layout, recompute in (
                 *(("ep", "none"), ("ep", "moe"), ("pp", "none"), ("pp", "layer")),
                 *(("tp", "selective"), ("cp", "none"), ("etp", "none"), ("zero", "layer")),
                 ("tp without sequence parallelism", "none"),
             )
-        ),
+        )
     ],
 )
 def test_layer_variants(name: str, layout: str, recompute: str) -> None:

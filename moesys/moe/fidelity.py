@@ -1,0 +1,58 @@
+"""How near a layer's output with codec and wire is to that without, measured where a model is evaluated."""
+
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.moe.layer import MoELayer
+
+
+class Fidelity:
+    """While open, each of `layers` (by place) that compresses runs twice in a forward, and the second output is compared.
+
+    What the model goes on with is the plain one.
+    """
+
+    def __init__(
+        self, layers: Mapping[int, MoELayer], num_layers: int, device: torch.device
+    ) -> None:
+        self._layers = {at: layer for at, layer in layers.items() if layer.may_compress}
+        self._hooks: list[Any] = []
+        self.squares_M2 = torch.zeros(num_layers, 2, dtype=torch.float64, device=device)
+        """Of each layer, summed over this rank's tokens: of the difference, and of the output."""
+
+    def __enter__(self) -> "Fidelity":
+        for at, layer in self._layers.items():
+            hook = partial(self._compare, at)
+            self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _compare(
+        self, at: int, layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        with layer.compressing():
+            coded = layer.forward(*args, **kwargs)[0]
+        plain: Tensor = output[0]
+        pair = (coded.double() - plain.double(), plain.double())
+        self.squares_M2[at] += torch.stack([x.square().sum() for x in pair])
+
+    def of_all_ranks(self) -> list[float]:
+        """Collective: by layer, the root mean square of the difference over that of the output."""
+        squares_M2 = self.squares_M2.clone()
+        dist.all_reduce(squares_M2)
+        return (squares_M2[:, 0] / squares_M2[:, 1].clamp(min=1e-300)).sqrt().tolist()
