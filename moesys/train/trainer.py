@@ -313,8 +313,7 @@ class Trainer:
             eval_stop.must_leave,
             self.config.dispatch.compresses and self.config.parallel.ep > 1,
         )
-        eval_s = eval_stop.elapsed_s
-        self.wall_s += eval_s
+        self.wall_s += (eval_s := eval_stop.elapsed_s)
         self.train_step.read_exchange_meters()  # what evaluation sent is not the next step's
         if result is not None:
             self.eval_s = eval_s
