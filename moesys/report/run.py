@@ -26,13 +26,13 @@ COLUMNS = (
     "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "mtp_loss", "lr", "grad_norm", "tokens_per_s",
     "tflops_per_rank", "mfu", "load_imbalance", "max_load_imbalance", "dead_experts", "dropped_slots",
     "router_entropy",
-    "sent_bytes", "between_nodes_bytes", "step_ms", "exchange_ms", *(f"{part}_ms" for part in PARTS),
+    "sent_bytes", "between_nodes_bytes", "codec_rows", "step_ms", "exchange_ms", *(f"{part}_ms" for part in PARTS),
 )  # fmt: skip
 """The numbers kept of each train record."""
 
 EVAL_COLUMNS = (
     *("step", "val_loss", "val_bits_per_byte", "eval_ms"),
-    *("expert_similarity", "source_divergence"),
+    *("expert_similarity", "source_divergence", "codec_error"),
 )
 
 _CURVE_BINS = 800

@@ -46,6 +46,7 @@ def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Sec
         _section("time", "Where the time goes", [lines.step_time()], _time_table(run)),
         _section("goodput", "Goodput", [], goodput_content(run)),
         _section("throughput", "Throughput", _throughput(lines)),
+        _section("compression", "Compression", _compression(lines), _compressed_layers(run)),
         _section("documents", "Training documents", _documents(run)),
     )
     return [section for section in every if section is not None]
@@ -231,6 +232,32 @@ def _throughput(lines: _Lines) -> list[Chart | None]:
         lines.chart_unless_zero(
             "Exchanged between ranks", "MiB per step, all ranks", sent, between
         ),
+    ]
+
+
+def _compression(lines: _Lines) -> list[Chart | None]:
+    rows = lines.of("codec_rows", "rows", 1, scale=100)
+    return [
+        lines.chart_unless_zero("Rows that travel", "% of the slots that they are of", rows),
+        lines.of_evals(
+            "Error of compression",
+            "of an MoE layer's output, relative, mean over layers",
+            "codec_error",
+        ),
+    ]
+
+
+def _compressed_layers(run: Run) -> list[dict[str, str]]:
+    """A row for each MoE layer, if any says that its rows are compressed."""
+    rows = run.last_train.get("codec_rows_by_layer") or []
+    errors = run.last_eval.get("codec_error_by_layer") or []
+    return [
+        {
+            "layer": str(layer),
+            "rows": number(100 * rows[layer], ".1f") if layer < len(rows) else NONE,
+            "error": number(errors[layer], ".4f") if layer < len(errors) else NONE,
+        }
+        for layer in range(max(len(rows), len(errors)))
     ]
 
 

@@ -98,6 +98,15 @@ TEMPLATE = """
 </table>
 <p class="note">Load, entropy and dropped slots of the last step; similarity of weights and divergence of sources at the last evaluation.</p></div>
 {% endif %}
+{% if section.id == "compression" and section.content %}
+<div class="card scroll"><table>
+<tr><th class="r">layer</th><th class="r">rows, % of slots</th><th class="r">relative error</th></tr>
+{% for row in section.content %}
+<tr><td class="r">{{ row.layer }}</td><td class="r">{{ row.rows }}</td><td class="r">{{ row.error }}</td></tr>
+{% endfor %}
+</table>
+<p class="note">Rows of the last step; how far a layer's output with codec and eight bits is from that without at the last evaluation, on its first batch.</p></div>
+{% endif %}
 {% if section.id == "sources" and section.content %}
 {% set told = section.content %}
 <h3>Experts that each source prefers, at step {{ "{:,}".format(told.step) }}</h3>
