@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from moesys.config.schema import ModelConfig, MoEConfig
+from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig
 from moesys.moe.component import build_router, takes
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Tokens
@@ -19,8 +19,8 @@ class ContractError(ValueError):
     """A router breaks a rule; says which class and which rule."""
 
 
-def check_configured(model: ModelConfig) -> None:
-    """The router of a configuration, as its first MoE layer has it, before anything depends on it.
+def check_configured(model: ModelConfig, codec: ComponentConfig | None = None) -> None:
+    """The router of a configuration, as its first MoE layer has it, before anything depends on it. `codec`: of its rows.
 
     Raises ContractError, also where it does not go with the rest of the layer, or with layers of other numbers of experts.
     """
@@ -30,7 +30,7 @@ def check_configured(model: ModelConfig) -> None:
     num_layers = 1 + len(others)
     router = build_router(first, model.d_model, 0, num_layers)
     result = check_router(router, model.d_model, first.num_choices)
-    if problem := blend_problem(first, result):
+    if problem := blend_problem(first, result, codec):
         raise ContractError(problem)
     for place, moe in enumerate(others, 1):
         if moe.num_experts == first.num_experts:
@@ -52,7 +52,9 @@ def handed_on(router: nn.Module) -> tuple[int, list[torch.Size]]:
     return getattr(router, "state_dim", 0), shapes
 
 
-def blend_problem(config: MoEConfig, result: RoutingResult) -> str | None:
+def blend_problem(
+    config: MoEConfig, result: RoutingResult, codec: ComponentConfig | None = None
+) -> str | None:
     """What a router that blends tokens, and chooses no expert, cannot go with."""
     if result.blend is None:
         return None
@@ -65,6 +67,11 @@ def blend_problem(config: MoEConfig, result: RoutingResult) -> str | None:
         return (
             f"model.moe.router._target_={config.router.target} blends tokens and chooses no expert: set "
             "model.moe.zero_experts, copy_experts and constant_experts to 0"
+        )
+    if codec is not None:
+        return (
+            f"dispatch.codec={codec.target} is of tokens, and model.moe.router._target_={config.router.target} sends "
+            "blends of them: use codec=none"
         )
     return None
 

@@ -157,11 +157,7 @@ class MoELayer(nn.Module):
         code = None
         compresses = self.runs_again or (self.training and self.compresses)
         if self.codec is not None and compresses:
-            if routed.blend is not None:
-                raise ValueError(
-                    f"dispatch.codec={type(self.codec).__name__} is of tokens, and {self.config.router.target} sends "
-                    "mixtures of them: use codec=none"
-                )
+            assert routed.blend is None, "moe/contract.py refuses blends with a codec"
             code = self.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
             self.coded_rows += code.ids_C1.shape[0] * self.training
         rows_ids = sent_ids_TK if code is None else code.ids_C1

@@ -55,6 +55,15 @@ def test_what_a_router_that_blends_cannot_have_is_refused(changes: dict, rule: s
     check_configured(replace(model, moe=blending))
 
 
+def test_a_codec_of_tokens_is_refused_where_blends_travel() -> None:
+    model = small_model()
+    router = ComponentConfig(target="moesys.moe.routers.SoftRouter")
+    codec = ComponentConfig(target="moesys.moe.codecs.LshCodec")
+    with pytest.raises(ContractError, match=r"LshCodec is of tokens, .*SoftRouter sends blends"):
+        check_configured(replace(model, moe=replace(model.moe, router=router)), codec)
+    check_configured(model, codec)
+
+
 @pytest.mark.parametrize(("name", "fits"), [("PreGatedRouter", False), ("RecurrentRouter", True)])
 def test_a_pyramid_is_refused_where_layers_hand_on_a_number_for_each_expert(name, fits) -> None:
     model = small_model(router=f"moesys.moe.routers.{name}", experts_by_layer=(4, 8))
