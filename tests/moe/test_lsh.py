@@ -157,6 +157,18 @@ def test_most_rows_is_kept_to_with_as_many_hashes_as_it_allows(most_rows: float)
     assert found.ids_C1.shape[0] == max(allowed, default=by_hashes[0])
 
 
+def test_what_all_tokens_have_in_common_does_not_hide_what_they_differ_in() -> None:
+    """Differences of a hundredth: seen by hashes of what is centered alone."""
+    common_D = 100 * torch.randn(D, generator=torch.Generator().manual_seed(5))
+    x_TD, ids_T1 = tokens("random").detach() + common_D, torch.zeros(T, 1, dtype=torch.int64)
+    plain, centered = (
+        LshCodec(d_model=D, hashes=2, centered=c).plan(x_TD, ids_T1, 1).ids_C1.shape[0]
+        for c in (False, True)
+    )
+    assert plain <= 5
+    assert centered > 30
+
+
 def test_a_fitted_slope_makes_experts_that_scale_exact() -> None:
     """E(x) = a x of a factor for each expert: then tokens get what they would have had, however few rows there are."""
     codec = LshCodec(d_model=D, hashes=1, dimensions=2, compensation="slope")
@@ -208,11 +220,12 @@ def test_an_error_bound_is_kept_with_the_fewest_hashes(bound: float) -> None:
     codec = LshCodec(d_model=D, hashes=4, dimensions=2, error_bound=bound)
     order = codec.plan(x_TD, ids_TK, E).order
     sketch_TX = x_TD @ codec._turn(x_TD)
+    sketch_TX = sketch_TX - sketch_TX.mean(0)
 
     def relative(slots: list[int]) -> float:
         members = sketch_TX[torch.tensor(slots) // K]
-        spread = (members - members.mean(0)).square().sum()
-        return float((spread / members.square().sum()).sqrt())
+        spread = (members - members.mean(0)).square().sum(1).mean()
+        return float((spread / sketch_TX.square().sum(1).mean()).sqrt())
 
     codec.error_bound = None
     digits = codec._codes(x_TD, ids_TK, E)
@@ -238,7 +251,7 @@ def test_rows_by_an_error_bound() -> None:
     x_TD, ids_TK = tokens("clustered").detach(), torch.rand(T, E).argsort(1)[:, :K]
     counts = [
         LshCodec(d_model=D, hashes=6, error_bound=b).plan(x_TD, ids_TK, E).ids_C1.shape[0]
-        for b in (0.0, 0.05, 1.0)
+        for b in (0.0, 0.05, 2.0)
     ]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == T * K, "each by itself"
@@ -249,7 +262,9 @@ def test_tokens_of_other_lengths_do_not_share_a_row() -> None:
     x_TD = tokens("all equal").detach() * torch.tensor([1.0, 1.1, 8.0]).repeat(T // 3)[:, None]
     ids_T1 = torch.zeros(T, 1, dtype=torch.int64)
     alike, apart = (
-        LshCodec(d_model=D, hashes=2, norm_factor=factor).plan(x_TD, ids_T1, 1).order
+        LshCodec(d_model=D, hashes=2, norm_factor=factor, centered=False)
+        .plan(x_TD, ids_T1, 1)
+        .order
         for factor in (None, 4.0)
     )
     assert alike.row_of_slot_TK.unique().numel() == 1

@@ -30,7 +30,7 @@ def within_error(
 ) -> Tensor:
     """Codes each cut to the fewest digits with which its row keeps to
 
-        sum over members of |x - mean|^2  <=  bound^2 * sum over members of |x|^2
+        mean over members of |x - their mean|^2  <=  bound^2 * mean over all tokens of |x|^2
 
     as the sketches of the tokens have it; a slot whose row does not with all digits is a row by itself. No host sync.
     """
@@ -46,7 +46,7 @@ def within_error(
             [sketch_TX.shape[1], 1], dim=1
         )
         spread_C = energy_C1[:, 0] - means_C.square().sum(1)
-        is_within_C = spread_C <= bound**2 * energy_C1[:, 0]
+        is_within_C = spread_C <= bound**2 * energy_T1.mean()
         closes_TK = is_open_TK & is_within_C[order.row_of_slot_TK]
         found_TK = torch.where(closes_TK, cut_TK * base**left, found_TK)
         is_open_TK &= ~closes_TK

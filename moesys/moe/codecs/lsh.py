@@ -64,6 +64,7 @@ class LshCodec(nn.Module):
         layer: int = 0,
         hashes: int = 6,
         dimensions: int = 8,
+        centered: bool = True,
         most_rows: float = 1.0,
         error_bound: float | None = None,
         norm_factor: float | None = None,
@@ -75,11 +76,13 @@ class LshCodec(nn.Module):
         Args:
             hashes: H; more make more rows, nearer to their tokens.
             dimensions: V of each hash, 2 V codes.
+            centered: what a hash sees is how a token differs from the mean of this rank's: what all have in common says nothing
+                of which are near each other.
             most_rows: share of the slots that may travel: a forward uses the first so many hashes as keep to it (the first
                 is always used); 1 = all hashes.
             error_bound: each row uses the fewest hashes with which the root mean square of its tokens' residuals is at most
-                so much of that of the tokens, by their mapped lengths; what does not with all of them travels by itself.
-                null = as `most_rows` says.
+                so much of that of all tokens (of their differences from the mean, if centered), by their mapped lengths;
+                what does not with all of them travels by itself. null = as `most_rows` says.
             norm_factor: tokens share a row only if their lengths lie between the same two powers of it; null = of any length.
             compensation: residual = a token's result is moved by how far it is from its row; none = it is its row's; slope =
                 moved by so much of that as an expert's results move, found from one row more for each expert.
@@ -107,12 +110,12 @@ class LshCodec(nn.Module):
             raise ValueError(f"norm_factor={norm_factor} must be above 1")
         if compensation not in ("slope", *_SLOPES):
             raise ValueError(f"compensation={compensation!r} must be residual, none or slope")
-        self.hashes, self.dimensions = hashes, dimensions
+        self.hashes, self.dimensions, self.centered = hashes, dimensions, centered
         self.most_rows, self.error_bound, self.norm_factor = most_rows, error_bound, norm_factor
         self.compensation: Compensation = compensation
         self.detach_residual = detach_residual
         self._generator_seed = (seed << 20) + layer
-        self._shape = (d_model, hashes * dimensions)
+        self._shape = (hashes * dimensions, d_model)
         self._maps: Tensor | None = None
 
     @torch.no_grad()
@@ -139,6 +142,9 @@ class LshCodec(nn.Module):
     def _codes(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         """int64 [T, K], of as many hashes as `most_rows` or `error_bound` say."""
         turned_TX = x_TD @ self._turn(x_TD)
+        if self.centered and len(turned_TX):
+            # A row that is not finite is to be named, and not all of them.
+            turned_TX = turned_TX - turned_TX.float().nan_to_num(0, 0, 0).mean(0).to(turned_TX)
         base = 2 * self.dimensions
         codes_T = self._lengths(x_TD)
         vertices_TH = cross_polytope(turned_TX.unflatten(1, (self.hashes, self.dimensions)))
@@ -161,8 +167,8 @@ class LshCodec(nn.Module):
         return power_T.floor().clamp(-middle, middle - 1).long() + middle
 
     def _turn(self, x_TD: Tensor) -> Tensor:
-        """[D, H * V], of x's type and place; the same in every process."""
+        """[D, H * V], of x's type and place; the same in every process, and the first of more hashes."""
         if self._maps is None or self._maps.device != x_TD.device or self._maps.dtype != x_TD.dtype:
             generator = torch.Generator().manual_seed(self._generator_seed)
-            self._maps = torch.randn(self._shape, generator=generator).to(x_TD)
+            self._maps = torch.randn(self._shape, generator=generator).T.contiguous().to(x_TD)
         return self._maps
