@@ -1,18 +1,18 @@
 """How near a layer's output with codec and wire is to that without, measured where a model is evaluated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.moe.hooked import Hooked
 from moesys.moe.layer import MoELayer
 
 
-class Fidelity:
+class Fidelity(Hooked):
     """While open, each of `layers` (by place) that compresses runs twice in a forward, and the second output is compared.
 
     What the model goes on with is the plain one.
@@ -22,24 +22,12 @@ class Fidelity:
         self, layers: Mapping[int, MoELayer], num_layers: int, device: torch.device
     ) -> None:
         self._layers = {at: layer for at, layer in layers.items() if layer.may_compress}
-        self._hooks: list[Any] = []
         self.squares_M2 = torch.zeros(num_layers, 2, dtype=torch.float64, device=device)
         """Of each layer, summed over this rank's tokens: of the difference, and of the output."""
 
-    def __enter__(self) -> "Fidelity":
+    def _hooks(self) -> Iterator[Any]:
         for at, layer in self._layers.items():
-            hook = partial(self._compare, at)
-            self._hooks.append(layer.register_forward_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            yield layer.register_forward_hook(partial(self._compare, at), with_kwargs=True)
 
     @torch.no_grad()
     def _compare(

@@ -1,12 +1,12 @@
 """To hear what routers decide in a model's forwards, whoever runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
-from types import TracebackType
 from typing import Any, Protocol
 
 from torch import nn
 
+from moesys.moe.hooked import Hooked
 from moesys.moe.layer import MoELayer
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Known
@@ -18,31 +18,20 @@ class Hear(Protocol):
         ...
 
 
-class Listening:
+class Listening(Hooked):
     """While open, `hear` is told of every routing of `layers` (by place), before anything is dropped. A recomputation routes
     nothing again."""
 
     def __init__(self, layers: Mapping[int, MoELayer], hear: Hear) -> None:
         self._layers = layers
         self._hear = hear
-        self._hooks: list[Any] = []
         self._running: tuple[int, MoELayer, Known] | None = None
 
-    def __enter__(self) -> "Listening":
-        routers = {layer.router for layer in self._layers.values()}  # layers may share one
-        self._hooks = [router.register_forward_hook(self._routed) for router in routers]
+    def _hooks(self) -> Iterator[Any]:
+        for router in {layer.router for layer in self._layers.values()}:  # layers may share one
+            yield router.register_forward_hook(self._routed)
         for at, layer in self._layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._enter_layer, at)))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+            yield layer.register_forward_pre_hook(partial(self._enter_layer, at))
 
     def _enter_layer(self, at: int, layer: MoELayer, args: tuple[Any, ...]) -> None:
         known = next((arg for arg in args if isinstance(arg, Known)), Known())
