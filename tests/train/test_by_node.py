@@ -68,7 +68,7 @@ def test_once_for_a_node_trains_with_the_flat_numbers(recompute, flat) -> None:
     [(8, {"pp": 2}), (8, {"etp": 2}), (4, {"tp": 2}), (4, {"cp": 2}), (4, {"zero": 3})],
     ids=str,
 )
-def test_other_axes_find_the_same(dispatch, size, degrees, flat) -> None:
+def test_other_axes_find_the_same(dispatch, size, degrees) -> None:
     per_node = 4 if "etp" in degrees else 2
     found = parity(
         spread(replace(dispatch, ranks_per_node=per_node), **degrees), size, micro_steps=2

@@ -36,18 +36,17 @@ def within_error(
     """
     sketch_TX = sketch_TX.float()
     energy_T1 = sketch_TX.square().sum(1, keepdim=True)
+    both_TX = torch.cat([sketch_TX, energy_T1], dim=1)
+    most = bound**2 * energy_T1.mean()
     found_TK = -1 - torch.arange(codes_TK.numel(), device=codes_TK.device).view_as(codes_TK)
     is_open_TK = torch.ones_like(codes_TK, dtype=torch.bool)
     for left in reversed(range(digits)):
         # Rows of one prefix are closed together: what is cut here is no other row's code.
         cut_TK = codes_TK // base**left
         order = cluster_order(topk_ids_TK, cut_TK, num_experts)
-        means_C, energy_C1 = member_means(torch.cat([sketch_TX, energy_T1], 1), order).split(
-            [sketch_TX.shape[1], 1], dim=1
-        )
-        spread_C = energy_C1[:, 0] - means_C.square().sum(1)
-        is_within_C = spread_C <= bound**2 * energy_T1.mean()
-        closes_TK = is_open_TK & is_within_C[order.row_of_slot_TK]
+        means_CX = member_means(both_TX, order)
+        spread_C = means_CX[:, -1] - means_CX[:, :-1].square().sum(1)
+        closes_TK = is_open_TK & (spread_C <= most)[order.row_of_slot_TK]
         found_TK = torch.where(closes_TK, cut_TK * base**left, found_TK)
         is_open_TK &= ~closes_TK
     return found_TK
