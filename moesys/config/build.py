@@ -68,8 +68,8 @@ def _plain(value: Any) -> Any:
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
-def config_hash(config: RunConfig) -> str:
-    """sha256 of the canonical JSON, 64 hex digits. Equal configurations have equal hashes on every rank."""
+def config_hash(config: Any) -> str:
+    """sha256 of the canonical JSON of a configuration or a section, 64 hex digits. Equal ones have equal hashes on every rank."""
     text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -140,9 +140,10 @@ def describe(hint: Any) -> str:
 
 def _suggest_key(key: str, leaves: Mapping[str, Any]) -> str:
     """The same name elsewhere first, then close names in the same section, then close paths."""
-    section, _, name = key.rpartition(".")
-    siblings = [known for known in leaves if known.rpartition(".")[0] == section]
-    by_name = {known.rpartition(".")[2]: known for known in siblings}
+    section, dot, name = key.rpartition(".")
+    within = section + dot
+    inside = [known.removeprefix(within) for known in leaves if known.startswith(within)]
+    by_name = {known: within + known for known in (k.partition(".")[0] for k in inside)}
     matches = [known for known in leaves if known.rpartition(".")[2] == name]
     close = difflib.get_close_matches(name, by_name, n=2, cutoff=0.7)
     matches += [by_name[match] for match in close]
@@ -156,7 +157,7 @@ def _suggest_key(key: str, leaves: Mapping[str, Any]) -> str:
         ]
     if matches:
         return f"did you mean {' or '.join(dict.fromkeys(matches))}?"
-    if siblings:
+    if by_name and section:
         return f"{section} has {', '.join(by_name)}"
     return f"the sections are {', '.join(dict.fromkeys(k.partition('.')[0] for k in leaves))}"
 

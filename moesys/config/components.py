@@ -49,10 +49,10 @@ def find_component_problems(config: RunConfig) -> Iterator[Problem]:
     router = yield from _check(config.model.moe.router, key, _ROUTER)
     if router is not None:
         yield from _check_sharing(config, f"{key}._target_", router)
-    if config.dispatch.codec is not None:
-        codec = yield from _check(config.dispatch.codec, "dispatch.codec", _CODEC)
+    for key, component in config.dispatch.codecs.items():
+        codec = yield from _check(component, key, _CODEC)
         if codec is not None:
-            yield from _check_built(codec, config.dispatch.codec, config.model.d_model)
+            yield from _check_built(codec, component, key, config.model.d_model)
     for package, key, wanted in (
         ("wandb", "metrics.wandb", config.metrics.wandb != "off"),
         ("tensorboard", "metrics.tensorboard", config.metrics.tensorboard),
@@ -129,13 +129,13 @@ def _check(
     return None
 
 
-def _check_built(codec: type, config: ComponentConfig, d_model: int) -> Iterator[Problem]:
+def _check_built(codec: type, config: ComponentConfig, key: str, d_model: int) -> Iterator[Problem]:
     """What its constructor itself refuses."""
     try:
         codec(d_model=d_model, **config.options)
     except ValueError as error:
         fix = f"correct the options of {config.target}"
-        yield Problem(key="dispatch.codec", rule=f"is refused: {error}", fix=fix)
+        yield Problem(key=key, rule=f"is refused: {error}", fix=fix)
     except TypeError:
         return  # an option is missing or unknown, which is told
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from moesys.config.bounds import in_range
-from moesys.config.dispatch_schema import WireConfig
+from moesys.config.dispatch_schema import DispatchConfig, WireConfig
 from moesys.config.errors import Problem
 from moesys.config.schema import RunConfig
 from moesys.parallel.dims import nodes_and_rails, parallel_dims
@@ -17,6 +17,7 @@ def find_dispatch_problems(
     pads = moe.capacity_factor is not None and moe.capacity_policy == "pad"
     yield from in_range("dispatch.wire.block", dispatch.wire.block, 0)
     yield from in_range("dispatch.warmup_steps", dispatch.warmup_steps, 0)
+    yield from _candidates(dispatch)
     yield from _exchange(config, world_size, dispatch.ranks_per_node or ranks_per_node)
     if dispatch.exchange == "deduplicated" and pads:
         yield Problem(
@@ -25,12 +26,53 @@ def find_dispatch_problems(
             rule="sends a fixed number of rows to every expert, and dispatch.exchange=deduplicated one to every node",
             fix="use model.moe.capacity_policy=drop, or dispatch.exchange=hierarchical",
         )
-    if dispatch.codec and pads:
+    if dispatch.codecs and pads:
+        key, codec = next(iter(dispatch.codecs.items()))
         yield Problem(
             key="model.moe.capacity_policy",
             given=moe.capacity_policy,
-            rule=f"sends a fixed number of rows, of which dispatch.codec={dispatch.codec.target} could save none",
+            rule=f"sends a fixed number of rows, of which {key}={codec.target} could save none",
             fix="use model.moe.capacity_policy=drop, or codec=none",
+        )
+
+
+def _candidates(dispatch: DispatchConfig) -> Iterator[Problem]:
+    """What MoE layers choose from, and by what."""
+    if not dispatch.candidates:
+        return
+    for name, candidate in dispatch.candidates.items():
+        key = f"dispatch.candidates.{name}"
+        yield from in_range(f"{key}.wire.block", candidate.wire.block, 0)
+        if name == "none":
+            rule = "is the name of leaving rows as they are, which every layer may"
+            yield Problem(key=key, rule=rule, fix="give it another name")
+        elif candidate.codec is None and not candidate.wire.is_used:
+            rule = "has neither codec nor wire, and every layer may leave rows as they are"
+            yield Problem(key=key, rule=rule, fix="give it one, or remove it")
+    if dispatch.codec is not None or dispatch.wire.is_used:
+        key = "dispatch.wire" if dispatch.codec is None else "dispatch.codec"
+        rule = "must not be set beside dispatch.candidates, from which layers choose"
+        yield Problem(key=key, rule=rule, fix="make it one of them, or use dispatch.candidates={}")
+    budgets = {
+        "dispatch.error_budget": (dispatch.error_budget, None),
+        "dispatch.byte_budget": (dispatch.byte_budget, 1),
+    }
+    given = {key: budget for key, budget in budgets.items() if budget[0] is not None}
+    if len(given) != 1:
+        rule = (
+            f"{' and '.join(given) or 'no budget'} given, and dispatch.candidates need one budget"
+        )
+        fix = f"set one of {' and '.join(budgets)}"
+        yield Problem(key="dispatch.error_budget", given=dispatch.error_budget, rule=rule, fix=fix)
+    for key, (value, most) in given.items():
+        assert value is not None
+        yield from in_range(key, value, above=0, at_most=most)
+    if dispatch.warmup_steps < 1:
+        yield Problem(
+            key="dispatch.warmup_steps",
+            given=dispatch.warmup_steps,
+            rule="must be at least 1 with dispatch.candidates: a model that has learnt nothing says nothing of them",
+            fix="use e.g. 20",
         )
 
 
@@ -69,6 +111,7 @@ def dispatch_warnings(
     for key, is_used in (
         ("codec", dispatch.codec is not None),
         ("wire", wire.is_used),
+        ("candidates", bool(dispatch.candidates)),
         ("exchange", is_cut),
     ):
         if is_used and why:
@@ -78,11 +121,14 @@ def dispatch_warnings(
         groups = parallel_dims(config.parallel, world_size).groups("ep")
         if all(ranks[0] // per_node == ranks[-1] // per_node for ranks in groups):
             yield f"dispatch.exchange={dispatch.exchange} has no effect: every group of parallel.ep lies on one node"
-    if dispatch.exchange == "deduplicated" and dispatch.codec is not None:
+    if dispatch.exchange == "deduplicated" and dispatch.codecs:
         yield (
-            "dispatch.exchange=deduplicated finds nothing to merge: a row of dispatch.codec is for one expert; "
-            "hierarchical sends less beside it"
+            f"dispatch.exchange=deduplicated finds nothing to merge: a row of {next(iter(dispatch.codecs))} is for one "
+            "expert; hierarchical sends less beside it"
         )
+    for key in ("error_budget", "byte_budget"):
+        if getattr(dispatch, key) is not None and not dispatch.candidates:
+            yield f"dispatch.{key}={getattr(dispatch, key)} has no effect without dispatch.candidates"
     if dispatch.warmup_steps and not dispatch.compresses:
         yield f"dispatch.warmup_steps={dispatch.warmup_steps} has no effect without codec and wire"
     unread = [

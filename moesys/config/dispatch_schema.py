@@ -1,5 +1,6 @@
 """The section `dispatch` of schema.py: how rows travel between the ranks of ep. Standard library only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,6 +48,15 @@ class WireConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CandidateConfig:
+    """What an MoE layer may take."""
+
+    codec: ComponentConfig | None = None
+    """As `dispatch.codec`."""
+    wire: WireConfig = field(default_factory=WireConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DispatchConfig:
     """How rows travel."""
 
@@ -62,8 +72,24 @@ class DispatchConfig:
     """That are near each other, for an exchange that is not flat. null = those of a node, as launched."""
     warmup_steps: int = 0
     """So many first optimizer steps have neither codec nor wire."""
+    candidates: Mapping[str, CandidateConfig] = field(default_factory=dict)
+    """In the place of `codec` and `wire`: after the first steps all are tried on a held-out batch, and each MoE layer takes one,
+    or none, by `error_budget` or `byte_budget`. {} = none to choose from."""
+    error_budget: float | None = None
+    """A layer takes the fastest of those with which its output is at most so far from that without, relative."""
+    byte_budget: float | None = None
+    """All layers together send at most this share of the bytes that they would send without, with the least error."""
+
+    @property
+    def codecs(self) -> Mapping[str, ComponentConfig]:
+        """All that may be used, by the key that names each."""
+        named = {"dispatch.codec": self.codec} | {
+            f"dispatch.candidates.{name}.codec": candidate.codec
+            for name, candidate in self.candidates.items()
+        }
+        return {key: codec for key, codec in named.items() if codec is not None}
 
     @property
     def compresses(self) -> bool:
-        """Whether fewer rows, or fewer bits, travel."""
-        return self.codec is not None or self.wire.is_used
+        """Whether fewer rows, or fewer bits, travel, or may."""
+        return self.codec is not None or self.wire.is_used or bool(self.candidates)

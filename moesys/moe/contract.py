@@ -4,7 +4,8 @@ Shapes: T tokens, D model, E experts, K slots per token, N slots of a blend.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,16 @@ from moesys.moe.component import build_router, takes
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Tokens
 
+NO_CODECS: Mapping[str, ComponentConfig] = MappingProxyType({})
+
 
 class ContractError(ValueError):
     """A router breaks a rule; says which class and which rule."""
 
 
-def check_configured(model: ModelConfig, codec: ComponentConfig | None = None) -> None:
-    """The router of a configuration, as its first MoE layer has it, before anything depends on it. `codec`: of its rows.
+def check_configured(model: ModelConfig, codecs: Mapping[str, ComponentConfig] = NO_CODECS) -> None:
+    """The router of a configuration, as its first MoE layer has it, before anything depends on it. `codecs` that its rows may
+    have, by key.
 
     Raises ContractError, also where it does not go with the rest of the layer, or with layers of other numbers of experts.
     """
@@ -30,7 +34,7 @@ def check_configured(model: ModelConfig, codec: ComponentConfig | None = None) -
     num_layers = 1 + len(others)
     router = build_router(first, model.d_model, 0, num_layers)
     result = check_router(router, model.d_model, first.num_choices)
-    if problem := blend_problem(first, result, codec):
+    if problem := blend_problem(first, result, codecs):
         raise ContractError(problem)
     for place, moe in enumerate(others, 1):
         if moe.num_experts == first.num_experts:
@@ -53,7 +57,9 @@ def handed_on(router: nn.Module) -> tuple[int, list[torch.Size]]:
 
 
 def blend_problem(
-    config: MoEConfig, result: RoutingResult, codec: ComponentConfig | None = None
+    config: MoEConfig,
+    result: RoutingResult,
+    codecs: Mapping[str, ComponentConfig] = NO_CODECS,
 ) -> str | None:
     """What a router that blends tokens, and chooses no expert, cannot go with."""
     if result.blend is None:
@@ -68,9 +74,10 @@ def blend_problem(
             f"model.moe.router._target_={config.router.target} blends tokens and chooses no expert: set "
             "model.moe.zero_experts, copy_experts and constant_experts to 0"
         )
-    if codec is not None:
+    if codecs:
+        key, codec = next(iter(codecs.items()))
         return (
-            f"dispatch.codec={codec.target} is of tokens, and model.moe.router._target_={config.router.target} sends "
+            f"{key}={codec.target} is of tokens, and model.moe.router._target_={config.router.target} sends "
             "blends of them: use codec=none"
         )
     return None

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moesys.moe.dispatch import PLAIN, ExchangePlan, ExpertParallelDispatcher, WireFormats
+from moesys.moe.compression import PLAIN, WireFormats
+from moesys.moe.dispatch import ExchangePlan, ExpertParallelDispatcher
 from moesys.ops import expert_order, tokens_per_expert, unpermute
 from moesys.parallel.exchange import FlatExchange, Route
 from moesys.plan.placement import expert_places
@@ -52,11 +53,10 @@ class DeduplicatingDispatcher:
         node: FlatExchange,
         slices: FlatExchange | None = None,
         num_classes: int = 1,
-        formats: WireFormats = PLAIN,
     ) -> None:
         """`rail`: among the ranks of this place in all nodes; `node`: among those of this node."""
         self.num_experts, self.num_nodes = num_experts, rail.size
-        self.rail, self.formats = rail, formats
+        self.rail = rail
         self.inside = ExpertParallelDispatcher(
             num_experts // rail.size, node, slices, num_classes=num_classes
         )
@@ -67,7 +67,7 @@ class DeduplicatingDispatcher:
         return [self.rail, *self.inside.exchanges()]
 
     def plan(
-        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
     ) -> DeduplicatedPlan:
         if padded_rows is not None:
             raise ValueError(
@@ -94,7 +94,7 @@ class DeduplicatingDispatcher:
             rail=rail,
             inside=self.inside.plan(self._sent_ids(ids_NK, rail)),
             slots_per_expert_E=tokens_per_expert(topk_ids_TK, self.num_experts),
-            formats=self.formats if compresses else PLAIN,
+            formats=formats,
         )
 
     def _sent_ids(self, ids_NK: Tensor, rail: Route) -> Tensor:

@@ -11,48 +11,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moesys.config.dispatch_schema import Wire, WireConfig
+from moesys.moe.compression import PLAIN, WireFormats
 from moesys.ops import expert_order, permute, unpermute
-from moesys.ops.wire import WireFormat
-from moesys.parallel.exchange import UNCHANGED, FlatExchange, Route, RowFormats
+from moesys.parallel.exchange import FlatExchange, Route
 from moesys.plan.placement import expert_places
-
-
-@dataclass(frozen=True, kw_only=True)
-class WireFormats:
-    """How rows are written on their ways between ranks."""
-
-    dispatch: RowFormats = UNCHANGED
-    combine: RowFormats = UNCHANGED
-
-    @classmethod
-    def of(cls, config: WireConfig) -> "WireFormats":
-        """As a configuration says."""
-
-        def format(kind: Wire, is_stochastic: bool) -> WireFormat | None:
-            if kind == "none":
-                return None
-            return WireFormat(
-                kind=kind,
-                block=config.block,
-                is_stochastic=is_stochastic,
-                hands_on=config.error_feedback,
-            )
-
-        by_chance = config.stochastic_backward
-        return cls(
-            dispatch=RowFormats(
-                forward=format(config.dispatch_forward, False),
-                backward=format(config.dispatch_backward, by_chance),
-            ),
-            combine=RowFormats(
-                forward=format(config.combine_forward, False),
-                backward=format(config.combine_backward, by_chance),
-            ),
-        )
-
-
-PLAIN = WireFormats()
 
 
 class DispatchPlan(Protocol):
@@ -72,20 +34,17 @@ class DispatchPlan(Protocol):
 class Dispatcher(Protocol):
     """The seam between routing and experts. Weights that sum to one make dispatch-then-combine the identity."""
 
-    formats: WireFormats
-    """Of rows between ranks, where they may be written in fewer bits."""
-
     def exchanges(self) -> list[FlatExchange]:
         """All through which this layer's rows travel."""
         ...
 
     def plan(
-        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
     ) -> DispatchPlan:
         """Decide where each slot's row goes. With ranks a collective.
 
         With `padded_rows` every expert gets exactly that many rows from each rank, zeros where it has no token.
-        `compresses`: whether rows may be written in fewer bits, if the dispatcher is to.
+        Between ranks they are written in `formats`.
         """
         ...
 
@@ -149,8 +108,6 @@ class LocalDispatcher:
     No host sync; with C > 1 classes of experts of different widths one of C ints, but for padded rows.
     """
 
-    formats = PLAIN
-
     def __init__(self, num_experts: int, num_classes: int = 1) -> None:
         self.num_experts = num_experts
         self.num_classes = num_classes
@@ -159,7 +116,7 @@ class LocalDispatcher:
         return []
 
     def plan(
-        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
     ) -> ExpertOrder:
         order = ExpertOrder.of(topk_ids_TK, self.num_experts, padded_rows)
         if self.num_classes == 1:
@@ -231,7 +188,6 @@ class ExpertParallelDispatcher:
         exchange: FlatExchange,
         slices: FlatExchange | None = None,
         num_classes: int = 1,
-        formats: WireFormats = PLAIN,
     ) -> None:
         if num_experts % (num_classes * exchange.size):
             times = f"{num_classes} widths * " if num_classes > 1 else ""
@@ -246,13 +202,12 @@ class ExpertParallelDispatcher:
         self.num_local_experts = num_experts // exchange.size
         self.exchange = exchange
         self.slices = slices
-        self.formats = formats
 
     def exchanges(self) -> list[FlatExchange]:
         return [self.exchange] if self.slices is None else [self.exchange, self.slices]
 
     def plan(
-        self, topk_ids_TK: Tensor, padded_rows: int | None = None, compresses: bool = True
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
     ) -> ExchangePlan:
         order = self._order(topk_ids_TK, padded_rows)
         send_counts_PL = order.rows_per_expert_E.view(self.exchange.size, self.num_local_experts)
@@ -278,7 +233,7 @@ class ExpertParallelDispatcher:
             arrival_of_row_R=arrival_of_row_R,
             row_of_arrival_R=row_of_arrival_R,
             rows_per_class_list=sizes.classes if self.num_classes > 1 else None,
-            formats=self.formats if compresses else PLAIN,
+            formats=formats,
         )
 
     def _told(self, send_counts_PL: Tensor) -> tuple[Tensor, "_Sizes"]:

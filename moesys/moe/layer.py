@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from moesys.config.schema import MoEConfig
 from moesys.moe.balance import Balance, RoutingLosses
 from moesys.moe.capacity import capacity_rows, within_capacity
-from moesys.moe.codec import Codec
 from moesys.moe.component import build_router, takes
+from moesys.moe.compression import UNCOMPRESSED, Compression
 from moesys.moe.decision import Decision, DecisionMemory
-from moesys.moe.dispatch import PLAIN, Dispatcher, LocalDispatcher
+from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import ExpertClasses, Experts, SwiGLU
 from moesys.moe.latent import Latent
 from moesys.moe.load import ExpertLoad
@@ -63,10 +63,11 @@ class MoELayer(nn.Module):
         self.null_experts = NullExperts(config, d_model) if has_null else None
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts, num_classes)
         self.d_model, self.layer = d_model, layer
-        self.codec: Codec | None = None
-        """Lets fewer rows travel; None = each slot's own."""
+        self.compression = UNCOMPRESSED
+        self.candidates: dict[str, Compression] = {}
+        """By name, what `compression` may become."""
         self.compresses = True
-        """Whether codec and wire are used, in training."""
+        """Whether it does, in training."""
         self.coded_rows = 0
         """That the codec has made, in training, since this was set to 0."""
         self.share = WHOLE_SEQUENCES
@@ -80,17 +81,18 @@ class MoELayer(nn.Module):
 
     @property
     def may_compress(self) -> bool:
-        """Whether its output is another with codec and wire."""
-        return self.codec is not None or self.dispatcher.formats != PLAIN
+        """Whether its output is another in training."""
+        return self.compression != UNCOMPRESSED
 
     @contextmanager
-    def compressing(self) -> Iterator[None]:
-        """Within, an evaluation's forward is done again with codec and wire."""
-        self.runs_again = True
+    def compressing(self, compression: Compression | None = None) -> Iterator[None]:
+        """Within, an evaluation's forward is done again, compressed: as in training, or so."""
+        before = self.compression
+        self.compression, self.runs_again = compression or before, True
         try:
             yield
         finally:
-            self.runs_again = False
+            self.compression, self.runs_again = before, False
 
     def forward(
         self,
@@ -156,12 +158,13 @@ class MoELayer(nn.Module):
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
         code = None
         compresses = self.runs_again or (self.training and self.compresses)
-        if self.codec is not None and compresses:
+        compression = self.compression if compresses else UNCOMPRESSED
+        if compression.codec is not None:
             assert routed.blend is None, "moe/contract.py refuses blends with a codec"
-            code = self.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
+            code = compression.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
             self.coded_rows += code.ids_C1.shape[0] * self.training
         rows_ids = sent_ids_TK if code is None else code.ids_C1
-        plan = self.dispatcher.plan(rows_ids, padded_rows, compresses)
+        plan = self.dispatcher.plan(rows_ids, padded_rows, compression.formats)
         if has_null or code is not None:
             kept_E = tokens_per_expert(kept.topk_ids_TK, self.config.num_choices)
         else:

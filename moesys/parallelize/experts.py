@@ -5,11 +5,13 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moesys.config.schema import DispatchConfig, MoEConfig
+from moesys.config.dispatch_schema import WireConfig
+from moesys.config.schema import ComponentConfig, DispatchConfig, MoEConfig
 from moesys.models.memory_layer import MemoryTable
 from moesys.moe.component import build_codec
+from moesys.moe.compression import Compression, WireFormats
 from moesys.moe.deduplicated import DeduplicatingDispatcher
-from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher, WireFormats
+from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher
 from moesys.moe.layer import MoELayer
 from moesys.moe.tokens import SequenceShare
 from moesys.parallel.columns import ColumnParallel
@@ -33,8 +35,12 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
     if dims.ep * dims.etp == 1:
         return
     layer.dispatcher = _dispatcher(layer.config, meshes, dispatch)
-    if dispatch.codec is not None and dims.ep > 1:
-        layer.codec = build_codec(dispatch.codec, layer.d_model, layer.layer)
+    if dims.ep > 1:
+        layer.compression = _compression(layer, dispatch.codec, dispatch.wire)
+        layer.candidates = {
+            name: _compression(layer, candidate.codec, candidate.wire)
+            for name, candidate in dispatch.candidates.items()
+        }
     for experts in layer.experts.classes():
         for name, parameter in list(experts.named_parameters()):
             if isinstance(parameter, DTensor):
@@ -42,10 +48,17 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
 
 
+def _compression(layer: MoELayer, codec: ComponentConfig | None, wire: WireConfig) -> Compression:
+    return Compression(
+        codec=codec and build_codec(codec, layer.d_model, layer.layer),
+        formats=WireFormats.of(wire),
+    )
+
+
 def _dispatcher(moe: MoEConfig, meshes: Meshes, dispatch: DispatchConfig) -> Dispatcher:
     per_node = meshes.ranks_per_node
     slices = FlatExchange(meshes.etp_group, per_node) if meshes.dims.etp > 1 else None
-    num_classes, formats = len(moe.widths), WireFormats.of(dispatch.wire)
+    num_classes = len(moe.widths)
     if dispatch.exchange == "flat":
         exchange = FlatExchange(meshes.ep_group, per_node)
     else:
@@ -59,10 +72,9 @@ def _dispatcher(moe: MoEConfig, meshes: Meshes, dispatch: DispatchConfig) -> Dis
                 FlatExchange(node, per_node),
                 slices,
                 num_classes,
-                formats,
             )
         exchange = HierarchicalExchange(meshes.ep_group, node, rail, per_node)
-    return ExpertParallelDispatcher(moe.num_experts, exchange, slices, num_classes, formats)
+    return ExpertParallelDispatcher(moe.num_experts, exchange, slices, num_classes)
 
 
 def shard_memory(table: MemoryTable, meshes: Meshes) -> None:

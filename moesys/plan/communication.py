@@ -376,6 +376,6 @@ def _step(case: CommunicationCase) -> Iterator[Sent]:
     yield case.all_reduce("world", "gradient norm", FP64)
     num_moe = len(model.moe_layers)
     yield case.all_reduce("world", "expert load", INT64 * num_moe * (model.moe.num_choices + 1))
-    has_codec = case.config.dispatch.codec is not None and case.axes["ep"] > 1
+    has_codec = bool(case.config.dispatch.codecs) and case.axes["ep"] > 1
     numbers = 8 + num_moe * (2 if has_codec else 1)
     yield case.all_reduce("world", "the step's numbers", numbers * FP64)

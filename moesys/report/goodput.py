@@ -130,8 +130,8 @@ class Books:
                 self._start_up_s["first_step"] += _ms(record, "first_step_ms") / 1e3
             case "eval":
                 told["evaluation"] += _ms(record, "eval_ms")
-            case "mixing":
-                told["evaluation"] += _ms(record, "mixing_ms")
+            case "mixing" | "codecs" as kind:
+                told["evaluation"] += _ms(record, f"{kind}_ms")
             case "checkpoint":
                 told["checkpoint"] += _ms(record, "checkpoint_ms")
             case "undone":

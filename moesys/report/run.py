@@ -93,6 +93,8 @@ class Run:
     last_unix_s: float | None
     ledger: Ledger
     """Where its wall time went."""
+    codec_choice: dict[str, Any]
+    """The last one of the layers' codecs; empty where none was made."""
     stragglers: list[dict[str, Any]]
     """Ranks that were slower than the others, as their records say."""
     ended: bool
@@ -151,6 +153,7 @@ def read_run(folder: str | Path) -> Run:
         seconds=reading.seconds,
         last_unix_s=reading.unix_s,
         ledger=reading.books.ledger(),
+        codec_choice=reading.codec_choice,
         stragglers=reading.stragglers,
         ended=reading.last_kind == "stop",
         loads=reading.loads(stride),
@@ -176,6 +179,7 @@ class _Reading:
         self.weight_by_source = SourceColumns("weight_by_source")
         self.last_train: dict[str, Any] = {}
         self.last_eval: dict[str, Any] = {}
+        self.codec_choice: dict[str, Any] = {}
         self.num_steps = 0
         self.totals: dict[str, float] = defaultdict(float)
         self.peaks: dict[str, tuple[float, int]] = {}
@@ -215,6 +219,8 @@ class _Reading:
             self.events.append(record)
         elif kind == "straggler":
             self.stragglers.append(record)
+        elif kind == "codecs":
+            self.codec_choice = record
 
     def _keep_newest(self, event: dict[str, Any], instead_of_oldest: bool) -> None:
         if instead_of_oldest:

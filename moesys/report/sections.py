@@ -251,13 +251,15 @@ def _compressed_layers(run: Run) -> list[dict[str, str]]:
     """A row for each MoE layer, if any says that its rows are compressed."""
     rows = run.last_train.get("codec_rows_by_layer") or []
     errors = run.last_eval.get("codec_error_by_layer") or []
+    chosen = run.codec_choice.get("codec_by_layer") or []
     return [
         {
             "layer": str(layer),
+            "codec": chosen[layer] if layer < len(chosen) else NONE,
             "rows": number(100 * rows[layer], ".1f") if layer < len(rows) else NONE,
             "error": number(errors[layer], ".4f") if layer < len(errors) else NONE,
         }
-        for layer in range(max(len(rows), len(errors)))
+        for layer in range(max(len(rows), len(errors), len(chosen)))
     ]
 
 

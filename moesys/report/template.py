@@ -100,9 +100,9 @@ TEMPLATE = """
 {% endif %}
 {% if section.id == "compression" and section.content %}
 <div class="card scroll"><table>
-<tr><th class="r">layer</th><th class="r">rows, % of slots</th><th class="r">relative error</th></tr>
+<tr><th class="r">layer</th><th class="r">chosen</th><th class="r">rows, % of slots</th><th class="r">relative error</th></tr>
 {% for row in section.content %}
-<tr><td class="r">{{ row.layer }}</td><td class="r">{{ row.rows }}</td><td class="r">{{ row.error }}</td></tr>
+<tr><td class="r">{{ row.layer }}</td><td class="r">{{ row.codec }}</td><td class="r">{{ row.rows }}</td><td class="r">{{ row.error }}</td></tr>
 {% endfor %}
 </table>
 <p class="note">Rows of the last step; how far a layer's output with codec and eight bits is from that without at the last evaluation, on its first batch.</p></div>

@@ -141,6 +141,17 @@ parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: 
 parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
 parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: give one | correct the options
 parallel.ep=2 codec=lsh dispatch.codec.compensation=slopes | dispatch.codec.compensation='slopes' | must be one of residual, none, slope | did you mean slope?
+codec=auto parallel.ep=2 dispatch.byte_budget=0.1 | dispatch.error_budget=0.3 | dispatch.error_budget and dispatch.byte_budget given, and dispatch.candidates need one budget | set one of
+codec=auto parallel.ep=2 dispatch.error_budget=null | dispatch.error_budget | no budget given, and dispatch.candidates need one budget | set one of dispatch.error_budget and dispatch.byte_budget
+codec=auto parallel.ep=2 dispatch.error_budget=0 | dispatch.error_budget=0.0 | must be above 0 | use a value above 0
+codec=auto parallel.ep=2 dispatch.error_budget=null dispatch.byte_budget=1.5 | dispatch.byte_budget=1.5 | must be above 0 and at most 1 | use a value
+codec=auto parallel.ep=2 dispatch.warmup_steps=0 | dispatch.warmup_steps=0 | must be at least 1 with dispatch.candidates | use e.g. 20
+codec=auto parallel.ep=2 +dispatch.wire.dispatch_forward=int8 | dispatch.wire | must not be set beside dispatch.candidates | make it one of them
+codec=auto parallel.ep=2 +dispatch.candidates.none={wire:{dispatch_forward:int8}} | dispatch.candidates.none | is the name of leaving rows as they are | give it another name
+codec=auto parallel.ep=2 +dispatch.candidates.same={codec:null} | dispatch.candidates.same | has neither codec nor wire | give it one, or remove it
+codec=auto parallel.ep=2 +dispatch.candidates.int8.wire.block=-1 | dispatch.candidates.int8.wire.block=-1 | must be at least 0 | use a value
+codec=auto parallel.ep=2 +dispatch.candidates.lsh_int8.codec.hashes=20 | dispatch.candidates.lsh_int8.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
+codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
 codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router

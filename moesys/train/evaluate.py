@@ -15,12 +15,14 @@ from torch import Tensor
 from moesys.data.loader import EvalBatches, MicroBatch
 from moesys.moe.fidelity import Fidelity
 from moesys.moe.similarity import layer_similarity
+from moesys.moe.trials import Trials
 from moesys.moe.visits import VisitCounter
 from moesys.ops.cross_entropy import IGNORED_TARGET
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.build import ParallelModel
 from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import free_gathered
+from moesys.plan.codec_choice import Trial
 from moesys.train.step import autocast
 
 NOTHING = nullcontext()
@@ -143,6 +145,33 @@ def measure_loads(
     for _ in _forwards(parallel, batches, loads, dtype, meshes, lambda: False):
         pass
     return dict(zip(batches, loads.of_all_ranks(), strict=True))
+
+
+@torch.no_grad()
+def try_candidates(
+    parallel: ParallelModel,
+    batches: EvalBatches,
+    num_candidates: int,
+    dtype: str,
+    meshes: Meshes,
+) -> list[list[Trial]]:
+    """Collective. What each of `dispatch.candidates` does in each MoE layer, the first being none, on the first of `batches`.
+
+    The same on all ranks; layers for multi-token prediction alone, which no evaluation runs, are left out. Leaves the model in
+    eval mode and nothing gathered, and changes nothing else.
+    """
+    device = next(parallel.whole.parameters()).device
+    config, places = parallel.whole.config, parallel.whole.moe_places()
+    num_layers = sum(layer < config.num_layers for layer in config.moe_layers)
+    trials = Trials(places, num_layers, num_candidates)
+    parallel.whole.eval()
+    batch = next(iter(batches))
+    input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
+    with autocast(device, dtype), trials:
+        _forward(parallel, input_ids_BS, batch.document_ids_BS)
+    for part in parallel.parts:
+        free_gathered(part)
+    return trials.of_all_ranks(device)
 
 
 class _Loads:

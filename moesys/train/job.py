@@ -58,7 +58,7 @@ def main(
     warnings = told + check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
-    check_configured(config.model, config.dispatch.codec if config.parallel.ep > 1 else None)
+    check_configured(config.model, config.dispatch.codecs if config.parallel.ep > 1 else {})
     longest_s = config.train.timeout_s or LONGEST_S
     record_flights()
     start_up.mark("configuration")

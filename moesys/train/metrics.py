@@ -2,7 +2,7 @@
 is a view of the same records.
 
 One JSON object per line, written by rank 0, in order of step, every step at most once: `start` (one per
-(re)start), `train`, `eval`, `checkpoint`, `checkpoint_failed`, `mixing` (before its step), `anomaly`, `straggler`, `undone` (what a resume took back), `goodput` and `stop`.
+(re)start), `train`, `eval`, `checkpoint`, `checkpoint_failed`, `mixing` and `codecs` (before their step), `anomaly`, `straggler`, `undone` (what a resume took back), `goodput` and `stop`.
 `unix_s` says when; times are *_ms or *_s, sizes *_bytes. A number that is not finite is written as null, so that every line is strict JSON.
 """
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, TypeGuard
 
@@ -90,6 +90,8 @@ class PlainView:
             )
         elif kind == "mixing":
             self._print(f"{self._step_text(record['step'])}  {_weights(record)}")
+        elif kind == "codecs":
+            self._print(f"{self._step_text(record['step'])}  {_codecs(record)}")
         elif kind == "checkpoint_failed":
             self._print(_WITHOUT_IT.format(**record))
         elif kind == "anomaly":
@@ -161,6 +163,8 @@ class LiveView:
             self._eval = record
         elif kind == "mixing":
             self._console.print(Text(f"step {record['step']:,}  {_weights(record)}", "dim"))
+        elif kind == "codecs":
+            self._console.print(Text(f"step {record['step']:,}  {_codecs(record)}", "dim"))
         elif kind == "checkpoint_failed":
             self._console.print(Text(_WITHOUT_IT.format(**record), "red"))
         elif kind == "anomaly":
@@ -282,6 +286,12 @@ def _layout(start: Mapping[str, Any]) -> str:
 def _weights(mixing: Mapping[str, Any]) -> str:
     weights = mixing.get("weight_by_source") or {}
     return "weights from here: " + ", ".join(f"{n} {number(w, '.1%')}" for n, w in weights.items())
+
+
+def _codecs(choice: Mapping[str, Any]) -> str:
+    counts = Counter(choice.get("codec_by_layer") or [])
+    told = ", ".join(f"{name} in {short(layers)}" for name, layers in counts.most_common())
+    return f"codecs from here, by MoE layers: {told or '-'}"
 
 
 def _by_source(losses: Mapping[str, Any]) -> str:

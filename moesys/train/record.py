@@ -94,10 +94,13 @@ def _codec_fields(result: StepResult) -> dict[str, Any]:
         sum(load_E) - dropped
         for load_E, dropped in zip(result.expert_load_ME, result.dropped_slots_M, strict=True)
     ]
+    rows_M = [
+        rows or slots for rows, slots in zip(result.coded_rows_M, slots_M, strict=True)
+    ]  # a codec leaves no layer without rows
     return {
-        "codec_rows": sum(result.coded_rows_M) / max(1, sum(slots_M)),
+        "codec_rows": sum(rows_M) / max(1, sum(slots_M)),
         "codec_rows_by_layer": [
-            rows / max(1, slots) for rows, slots in zip(result.coded_rows_M, slots_M, strict=True)
+            rows / max(1, slots) for rows, slots in zip(rows_M, slots_M, strict=True)
         ],
     }
 

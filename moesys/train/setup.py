@@ -53,6 +53,10 @@ class Run:
         return Path(self.config.run.dir)
 
     @property
+    def summary_path(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
     def bytes_per_token(self) -> float:
         """Of the training text, as the sources are mixed now."""
         splits = [manifest.splits["train"] for manifest in self.manifests.values()]

@@ -56,7 +56,7 @@ class StepResult:
     exchange_ms: float
     """Mean over ranks; part of forward and backward."""
     coded_rows_M: list[int]
-    """Rows that a codec made of each layer's slots; [] in a step without one."""
+    """Rows that a codec made of each layer's slots, 0 of a layer that has none; [] in a step without one."""
     stop_requested: bool
     """Some rank was asked to stop."""
     is_applied: bool
@@ -306,7 +306,7 @@ class TrainStep:
             told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
             told_W[dist.get_rank()] = self.compute_ms
         entropy_M = self.sums.new_zeros(load_MX.shape[0])
-        has_codec = self.config.dispatch.codec is not None and self.meshes.dims.ep > 1
+        has_codec = bool(self.config.dispatch.codecs) and self.meshes.dims.ep > 1
         rows_M = torch.zeros(len(load_MX) if has_codec else 0, dtype=torch.float64)
         for index, layer in self.model.moe_places().items():
             entropy_M[index] = layer.load.take_entropy(self.device)

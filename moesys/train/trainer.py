@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from moesys.optim.schedule import learning_rate
 from moesys.train.anomaly import AnomalyState
 from moesys.train.backend_choice import choose_backend
 from moesys.train.beginning import Beginning, begin
+from moesys.train.codec_choice import CodecChoice
 from moesys.train.eval_stop import EvalStop
 from moesys.train.evaluate import evaluate
 from moesys.train.folder import may_fail, must_begin, write_text
@@ -72,7 +72,7 @@ class Trainer:
         self.is_hang: Callable[[], bool] = lambda: False
         """Whether the run ends because a collective did not."""
         self.guard = Guard(run.config.anomaly)
-        self.mixing = Mixing(run)
+        self.mixing, self.codec_choice = Mixing(run), CodecChoice(run)
         self.replicas = Replicas(run.process.nodes)
         self.has_checkpoint = False  # to roll back to, or being written
         self.step = 0
@@ -121,7 +121,7 @@ class Trainer:
                 self.record_failure(self.explain(error))
                 raise
             self._write_stop({"reason": status, **self.stop_note})
-            if is_writer and (self.step_seconds or not self._summary_path.exists()):
+            if is_writer and (self.step_seconds or not self.run.summary_path.exists()):
                 self._write_summary(status)
         finally:
             self.saver.close()
@@ -152,7 +152,7 @@ class Trainer:
                 self._end_save(self.saver.wait, must_be=True)
                 return "stopped"
         while self.step < steps:
-            self._mix()
+            self._before_step()
             stopping = self._one_step(stop.requested is not None)
             self._end_save(self.saver.poll)
             if self.guard.decision.answer == "roll_back":
@@ -174,13 +174,14 @@ class Trainer:
         self._end_save(self.saver.wait, must_be=True)
         return "done"
 
-    def _mix(self) -> None:
-        """Turn the weights of the sources where that is due. Collective."""
+    def _before_step(self) -> None:
+        """Weigh the sources and choose the layers' codecs where that is due. Collective."""
         self.patience_s = LONGEST_S
-        if (record := self.mixing.before(self.step + 1)) is not None:
-            self.wall_s += record["mixing_ms"] / 1e3
-            self.train_step.read_exchange_meters()  # what it sent is not the next step's
-            self._write(record)
+        for part in (self.mixing, self.codec_choice):
+            if (record := part.before(self.step + 1)) is not None:
+                self.wall_s += record[f"{record['kind']}_ms"] / 1e3
+                self.train_step.read_exchange_meters()  # what it sent is not the next step's
+                self._write(record)
 
     def _is_eval_due(self) -> bool:
         last = self.step == self.config.train.steps
@@ -342,6 +343,7 @@ class Trainer:
                 "tokens_per_s": self.tokens_per_s,
                 "anomaly": self.guard.state.to_json(),
                 "origin": self.origin,
+                "codecs": self.codec_choice.state,
             },
             random_state(self.run.process.device),
             # The record on disk is never behind the checkpoint that a resume goes on from.
@@ -383,6 +385,7 @@ class Trainer:
             state = begun.resumed.state
             self.run.loader.load_state_dict(state["loader"])
             self.mixing.at_resume()
+            self.codec_choice.at_resume(state.get("codecs"))
             self.step, self.wall_s = state["step"], state["wall_s"]
             self.last_eval, self.tokens_per_s = state["last_eval"], state["tokens_per_s"]
             self.has_checkpoint = True
@@ -419,10 +422,6 @@ class Trainer:
             "notes": list(begun.notes),
         }
 
-    @property
-    def _summary_path(self) -> Path:
-        return self.run.folder / "summary.json"
-
     def _write_summary(self, status: str) -> None:
         summary = {
             "status": status,
@@ -436,10 +435,10 @@ class Trainer:
             "tokens": self._tokens(),
             "goodput": self.goodput,
         }
-        with may_fail(self._summary_path, "the next start of the same command writes it"):
+        with may_fail(self.run.summary_path, "the next start of the same command writes it"):
             self.check_turn()
-            self._summary_path.unlink(missing_ok=True)  # none is better than an old one
-            write_text(self._summary_path, json.dumps(summary, indent=2) + "\n")
+            self.run.summary_path.unlink(missing_ok=True)  # none is better than an old one
+            write_text(self.run.summary_path, json.dumps(summary, indent=2) + "\n")
 
     def _write(self, record: Record) -> None:
         if self.log is not None:

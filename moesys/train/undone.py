@@ -6,7 +6,7 @@ from typing import Any
 from moesys.report.numbers import is_number
 from moesys.report.records import time_of
 
-UNDONE_BY_RESUME = frozenset({"train", "eval", "checkpoint", "anomaly", "mixing"})
+UNDONE_BY_RESUME = frozenset({"train", "eval", "checkpoint", "anomaly", "mixing", "codecs"})
 """A start or a stop happened, whatever is resumed from; these are about steps that will be made again."""
 
 _TIMES = {
@@ -14,6 +14,7 @@ _TIMES = {
     "eval": ("eval_ms",),
     "checkpoint": ("checkpoint_ms",),
     "mixing": ("mixing_ms",),
+    "codecs": ("codecs_ms",),
 }
 
 

@@ -53,14 +53,13 @@ def exchange(d: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from moesys.moe.dispatch import WireFormats
     from tests.moe.test_deduplicated import make_dispatcher
     from tests.moe.test_dispatch import make_routing
 
     dist.init_process_group("gloo")
     _, routing, num_experts = make_routing(dist.get_rank(), "random")
     dispatcher = make_dispatcher(
-        "deduplicated", num_experts, int(os.environ["LOCAL_WORLD_SIZE"]), 1, WireFormats()
+        "deduplicated", num_experts, int(os.environ["LOCAL_WORLD_SIZE"]), 1
     )
     ids_TK = routing.topk_ids_TK
     x_TD = torch.ones(ids_TK.shape[0], d, requires_grad=True)

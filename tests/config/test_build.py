@@ -129,6 +129,10 @@ def test_types_that_yaml_cannot_spell_are_not_judged() -> None:
 
 def test_every_leaf_of_a_configuration_decides_its_hash() -> None:
     config = compose([])
+    by_name = {
+        "data.sources": {"path": "x", "weight": 1.0},
+        "dispatch.candidates": {"codec": None},
+    }
     seen = {config_hash(config)}
     tree = to_dict(config)
     for key, hint in leaf_types(RunConfig).items():
@@ -144,8 +148,8 @@ def test_every_leaf_of_a_configuration_decides_its_hash() -> None:
             node[name] = [1]
         elif "text" in describe(hint):
             node[name] = f"{old}, another"
-        if key == "data.sources":
-            node[name] = {"a": {"path": "x", "weight": 1.0}}
+        if key in by_name:
+            node[name] = {"a": by_name[key]}
         elif ComponentConfig in typing.get_args(hint):
             node[name] = {"_target_": "package.Class", "option": 1}
         if isinstance(old, str):

@@ -32,7 +32,7 @@ WRONG = [
     ),
     Wrong("moe.top_k=2", "moe.top_k", UNKNOWN, "model.moe.top_k"),
     Wrong("+train.warmup=3", "train.warmup", UNKNOWN, "schedule.warmup_steps"),
-    Wrong("data.zzz=3", "data.zzz", UNKNOWN, "data has path, sources, seq_len"),
+    Wrong("data.zzz=3", "data.zzz", UNKNOWN, "data has path, sources, mixing, seq_len"),
     Wrong("++optim.betas=[0.9,0.95]", "optim.betas", UNKNOWN, "optim.beta1"),
     Wrong("optim.lr.peak=1", "optim.lr.peak", UNKNOWN, "optim.lr is a single value"),
     Wrong("zzz=1", "zzz", UNKNOWN, "the sections are run, model"),

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.moe.compression import PLAIN, WireFormats
 from moesys.moe.deduplicated import DeduplicatingDispatcher
-from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher, WireFormats
+from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher
 from moesys.ops.wire import WireFormat
 from moesys.parallel.dims import nodes_and_rails
 from moesys.parallel.exchange import FlatExchange, RowFormats
@@ -30,15 +31,13 @@ def own_group(groups: list[list[int]]) -> dist.ProcessGroup:
     return own
 
 
-def make_dispatcher(
-    kind: str, num_experts: int, per_node: int, num_classes: int, formats: WireFormats
-) -> Dispatcher:
+def make_dispatcher(kind: str, num_experts: int, per_node: int, num_classes: int) -> Dispatcher:
     if kind == "flat":
         world = FlatExchange(dist.group.WORLD, per_node)
-        return ExpertParallelDispatcher(num_experts, world, None, num_classes, formats)
+        return ExpertParallelDispatcher(num_experts, world, None, num_classes)
     nodes, rails = nodes_and_rails(range(dist.get_world_size()), per_node)
     node, rail = (FlatExchange(own_group(groups), per_node) for groups in (nodes, rails))
-    return DeduplicatingDispatcher(num_experts, rail, node, None, num_classes, formats)
+    return DeduplicatingDispatcher(num_experts, rail, node, None, num_classes)
 
 
 def through_experts(rank: int, size: int, rows_RD: Tensor, counts_L: Tensor, places: list[int]):
@@ -58,14 +57,13 @@ def _layer(
     case: str,
     per_node: int,
     num_classes: int = 1,
-    formats: WireFormats | None = None,
+    formats: WireFormats = PLAIN,
 ) -> dict[str, Any]:
     x_TD, routing, num_experts = make_routing(rank, case)
     weights_TK = routing.topk_weights_TK.clone().requires_grad_()
     x_TD.requires_grad_()
-    formats = formats or WireFormats()
-    dispatcher = make_dispatcher(kind, num_experts, per_node, num_classes, formats)
-    plan = dispatcher.plan(routing.topk_ids_TK)
+    dispatcher = make_dispatcher(kind, num_experts, per_node, num_classes)
+    plan = dispatcher.plan(routing.topk_ids_TK, formats=formats)
     rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
     places = expert_places(num_experts, num_classes, size)
     out_RD = through_experts(rank, size, rows_RD, counts_L, places)
@@ -159,7 +157,7 @@ def test_padded_rows_are_refused() -> None:
 
 
 def _padded(rank: int, size: int) -> str:
-    dispatcher = make_dispatcher("deduplicated", 4, 1, 1, WireFormats())
+    dispatcher = make_dispatcher("deduplicated", 4, 1, 1)
     with pytest.raises(ValueError, match="capacity_policy=pad") as error:
         dispatcher.plan(torch.zeros(2, 1, dtype=torch.int64), padded_rows=3)
     return str(error.value)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesys.config.schema import BalanceConfig, ComponentConfig, MoEConfig
 from moesys.moe.codecs import LshCodec
+from moesys.moe.compression import Compression
 from moesys.moe.layer import MoELayer
 
 T, D, E, K = 60, 16, 4, 2
@@ -32,7 +33,7 @@ def make_layer(codec: LshCodec | None) -> MoELayer:
         torch.nn.init.normal_(parameter, std=0.3)
     for experts in layer.experts.classes():
         experts.backend = "loop"
-    layer.codec = codec
+    layer.compression = Compression(codec=codec)
     return layer
 
 

@@ -45,7 +45,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "profile",
         "plan",
         "ops",
-        "config.schema",
+        *("config.schema", "config.dispatch_schema"),
     ),
     "data": ("data", "parallel", "plan", "ops", "config.schema"),
     "optim": ("optim", "parallel", "plan", "ops", "config.schema"),

@@ -10,11 +10,13 @@ from tests.report.page_reader import page_of
 from tests.report.synthetic_run import train_record
 
 
-def write(folder: Path, in_train: dict, in_eval: dict) -> None:
+def write(folder: Path, in_train: dict, in_eval: dict, chosen: list[str] | None = None) -> None:
     rng = np.random.default_rng(0)
     with MetricsLog(folder) as log:
         for step in range(1, 21):
             record = train_record(step, steps=20, layers=2, experts=3, rng=rng)
+            if step == 6 and chosen:
+                log.write({"kind": "codecs", "step": 6, "codec_by_layer": chosen})
             log.write(record | (in_train if step > 5 else {}))
             if step % 10 == 0:
                 log.write({"kind": "eval", "step": step, "val_loss": 3.0} | in_eval)
@@ -30,7 +32,7 @@ def test_rows_and_errors_are_drawn(tmp_path: Path) -> None:
     assert page.series("Rows that travel", "rows")[1][5:] == pytest.approx([20] * 15)
     assert page.series("Error of compression", "codec_error") == ([10, 20], [0.05, 0.05])
     at = page.texts.index("relative error")
-    assert page.texts[at + 1 : at + 7] == ["0", "10.0", "0.0400", "1", "30.0", "0.0600"]
+    assert page.texts[at + 1 : at + 9] == ["0", "-", "10.0", "0.0400", "1", "-", "30.0", "0.0600"]
 
 
 def test_eight_bits_alone_have_an_error(tmp_path: Path) -> None:
@@ -38,7 +40,14 @@ def test_eight_bits_alone_have_an_error(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "Rows that travel" not in page.charts
     at = page.texts.index("relative error")
-    assert page.texts[at + 1 : at + 4] == ["0", "-", "0.0100"]
+    assert page.texts[at + 1 : at + 5] == ["0", "-", "-", "0.0100"]
+
+
+def test_what_each_layer_chose_is_told(tmp_path: Path) -> None:
+    write(tmp_path, {"codec_rows": 0.6, "codec_rows_by_layer": [1.0, 0.2]}, {}, ["none", "lsh"])
+    page = page_of(tmp_path)
+    at = page.texts.index("relative error")
+    assert page.texts[at + 1 : at + 9] == ["0", "none", "100.0", "-", "1", "lsh", "20.0", "-"]
 
 
 def test_a_run_without_has_no_such_section(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from moesys.config.dispatch_schema import CandidateConfig, DispatchConfig
 from moesys.config.schema import BalanceConfig, ComponentConfig
 from moesys.moe.contract import ContractError, check_configured
 from moesys.testing.small_run import small_model
@@ -58,10 +59,13 @@ def test_what_a_router_that_blends_cannot_have_is_refused(changes: dict, rule: s
 def test_a_codec_of_tokens_is_refused_where_blends_travel() -> None:
     model = small_model()
     router = ComponentConfig(target="moesys.moe.routers.SoftRouter")
-    codec = ComponentConfig(target="moesys.moe.codecs.LshCodec")
-    with pytest.raises(ContractError, match=r"LshCodec is of tokens, .*SoftRouter sends blends"):
-        check_configured(replace(model, moe=replace(model.moe, router=router)), codec)
-    check_configured(model, codec)
+    lsh = ComponentConfig(target="moesys.moe.codecs.LshCodec")
+    candidates = {"wire": CandidateConfig(), "near": CandidateConfig(codec=lsh)}
+    codecs = DispatchConfig(candidates=candidates).codecs
+    rule = r"candidates.near.codec=.*LshCodec is of tokens, .*SoftRouter sends blends"
+    with pytest.raises(ContractError, match=rule):
+        check_configured(replace(model, moe=replace(model.moe, router=router)), codecs)
+    check_configured(model, codecs)
 
 
 @pytest.mark.parametrize(("name", "fits"), [("PreGatedRouter", False), ("RecurrentRouter", True)])

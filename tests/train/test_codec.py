@@ -58,7 +58,7 @@ def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: Recompute)
     run = SmallRun(run_config, size)
     experts_of_rows: list[list[int]] = []
     for layer in run.model.moe_layers():
-        codec: Any = layer.codec
+        codec: Any = layer.compression.codec
         planned = codec.plan
 
         def watched(*arguments: Any, planned: Any = planned) -> Any:

@@ -1,0 +1,92 @@
+"""A run that chooses its layers' codecs: when it is due, within the budget, once, and the same after a resume."""
+
+import pytest
+
+from moesys.cli import main
+from tests.train.launched import overrides, records, run
+
+LSH = "_target_:moesys.moe.codecs.LshCodec,compensation:slope"
+INT8 = "dispatch_forward:int8,dispatch_backward:int8,combine_forward:int8,combine_backward:int8"
+CANDIDATES = [
+    "codec=none",
+    f"+dispatch.candidates.int8={{wire:{{{INT8}}}}}",
+    f"+dispatch.candidates.near={{codec:{{{LSH},error_bound:0.5}},wire:{{{INT8}}}}}",
+    f"+dispatch.candidates.far={{codec:{{{LSH},error_bound:1.0}}}}",
+    *("dispatch.warmup_steps=4", "model.num_layers=4", "parallel.ep=2"),
+    # Noise would be drawn again by a layer that runs again.
+    "model.moe.router._target_=moesys.moe.routers.TopKRouter",
+]
+NAMES = {"none", "int8", "near", "far"}
+
+
+def exact(folder):
+    keys = ("step", "loss", "grad_norm", "sent_bytes", "codec_rows_by_layer")
+    return [{key: record.get(key) for key in keys} for record in records(folder, "train")]
+
+
+def by_bytes(folder, data, share, *more):
+    budget = [*CANDIDATES, f"dispatch.byte_budget={share}"]
+    return overrides(folder, data, *budget, *more)
+
+
+def test_all_layers_keep_to_a_budget_of_bytes(tiny_data, tmp_path):
+    output = run(2, by_bytes(tmp_path, tiny_data, 0.4, "train.steps=12", "optim.lr=1e-7"))
+    assert "codecs from here, by MoE layers: " in output
+    (choice,) = records(tmp_path, "codecs")
+    assert choice["step"] == 5
+    taken, trials = choice["codec_by_layer"], choice["trials"]
+    assert set(trials) == NAMES
+    assert len(taken) == 3
+    plain = trials["none"]["sent_bytes_by_layer"]
+    assert trials["none"]["error_by_layer"] == [0.0] * 3
+    sent = [trials[name]["sent_bytes_by_layer"][at] for at, name in enumerate(taken)]
+    assert min(plain) > 0
+    assert sum(sent) <= 0.4 * sum(plain)
+    train = records(tmp_path, "train")
+    before, after = ([r["sent_bytes"] for r in part] for part in (train[:4], train[4:]))
+    # Other tokens than those tried, which cluster a little differently.
+    assert max(after) < 0.5 * min(before)
+    assert all("codec_rows" not in record for record in train[:4])
+    for record in train[4:]:
+        for name, rows in zip(taken, record["codec_rows_by_layer"], strict=True):
+            assert (rows < 1) == (name in ("near", "far"))
+    measured = records(tmp_path, "eval")[0]["codec_error_by_layer"]
+    for at, name in enumerate(taken):
+        tried = trials[name]["error_by_layer"][at]
+        assert measured[at] == pytest.approx(tried, rel=0.1), "the model has hardly changed"
+
+
+def test_a_resume_keeps_the_choice(tiny_data, tmp_path):
+    """Before it is due, and after."""
+    for folder, parts in (("whole", [12]), ("cut", [3, 7, 12])):
+        for steps in parts:
+            more = [f"train.steps={steps}", "schedule=constant", "schedule.warmup_steps=2"]
+            run(2, by_bytes(tmp_path / folder, tiny_data, 0.4, *more))
+    assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
+    (whole,), (cut,) = (records(tmp_path / folder, "codecs") for folder in ("whole", "cut"))
+    assert cut["codec_by_layer"] == whole["codec_by_layer"]
+    more = ["train.steps=13", "schedule=constant", "schedule.warmup_steps=2"]
+    run(2, by_bytes(tmp_path / "cut", tiny_data, 1.0, *more))
+    assert records(tmp_path / "cut", "codecs")[-1]["codec_by_layer"] == ["none"] * 3, (
+        "another budget, another choice"
+    )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("degrees", [["parallel.pp=2"], ["parallel.etp=2"], ["parallel.tp=2"]])
+def test_other_axes_choose_too(degrees, tiny_data, tmp_path):
+    """By errors alone; more axes change no routing but by rounding, and tp which tokens are together."""
+    budget = ["dispatch.error_budget=0.2", "model.mtp_depth=1", "train.steps=8"]
+    run(4, overrides(tmp_path, tiny_data, *CANDIDATES, *budget, *degrees))
+    (choice,) = records(tmp_path, "codecs")
+    assert len(choice["codec_by_layer"]) == 3
+    for at, name in enumerate(choice["codec_by_layer"]):
+        assert choice["trials"][name]["error_by_layer"][at] <= 0.2
+        assert choice["trials"]["far"]["error_by_layer"][at] > 0
+    assert len(records(tmp_path, "train")) == 8
+
+
+def test_one_rank_has_nothing_to_choose(tiny_data, tmp_path):
+    words = overrides(tmp_path, tiny_data, *CANDIDATES, "dispatch.error_budget=0.2")
+    assert main(["train", *words, "parallel.ep=1", "train.steps=6"]) == 0
+    assert records(tmp_path, "codecs") == []
