@@ -15,9 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.results import RESULTS, ROOT, Result
+from benchmarks.swept import kept_folder, sweep, variants_of
 
 DESCRIPTION = "validation loss, load and step time of routers and balance levels; oracles passed"
 RESULT = "routers"
@@ -50,7 +49,7 @@ def run(
         lines = _sweep(name, 1 if quick else seeds, quick, progress)
         rows += [_row(SWEEPS[name], line) for line in lines]
         if is_whole:
-            shutil.copyfile(_folder(name) / "table.svg", PICTURES / f"{name}_compared.svg")
+            shutil.copyfile(kept_folder(name) / "table.svg", PICTURES / f"{name}_compared.svg")
     headline: dict[str, float] = {
         "routers": len(list((ROOT / "configs" / "router").glob("*.yaml"))),
         "router_oracles_passed": oracles["passed"],
@@ -85,43 +84,18 @@ def _row(what: str, line: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _folder(name: str) -> Path:
-    return ROOT / "runs" / f"{name}.sweep"
-
-
 def _sweep(
     name: str, seeds: int, quick: bool, progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """The lines of its table. Raises ValueError where a run failed; what it said stands in its folder."""
-    variants = ROOT / "benchmarks" / "sweeps" / f"{name}.yaml"
+    """The lines of its table."""
+    variants, words = variants_of(name), ["experiment=compare"]
+    if not quick:
+        return sweep(variants, words, seeds, kept_folder(name), progress)
+    few = dict(list(variants.items())[:2]) | {
+        row: variants[row] for row in (MICRO, GLOBAL) if row in variants
+    }
     with tempfile.TemporaryDirectory() as scratch:
-        folder, more = _folder(name), list[str]()
-        if quick:
-            named = yaml.safe_load(variants.read_text())
-            few = dict(list(named.items())[:2]) | {
-                k: named[k] for k in (MICRO, GLOBAL) if k in named
-            }
-            variants, folder = Path(scratch, f"{name}.yaml"), Path(scratch, "runs")
-            variants.write_text(yaml.safe_dump(few))
-            more = QUICK
-        words = [*("sweep", "--nproc", "2", "--variants", str(variants), "--folder", str(folder))]
-        words += ["--json", "experiment=compare", *more, "--sweep"]
-        words.append("run.seed=" + ",".join(map(str, range(seeds))))
-        with subprocess.Popen(
-            [sys.executable, "-m", "moesys", *words],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            for line in process.stderr:
-                progress(f"{name}: {line.rstrip()}")
-            table = process.stdout.read()
-        if process.returncode:
-            raise ValueError(f"the sweep of {variants.name} failed, in {folder}: run it again")
-        return json.loads(table)
+        return sweep(few, [*words, *QUICK], seeds, Path(scratch, f"{name}.sweep"), progress)
 
 
 def _oracles() -> dict[str, int]:

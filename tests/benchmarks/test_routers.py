@@ -31,7 +31,7 @@ def test_one_sweep_keeps_the_rows_of_the_other(
         folder = tmp_path / f"{name}.sweep"
         folder.mkdir()
         (folder / "table.svg").touch()
-    monkeypatch.setattr(routers, "_folder", lambda name: tmp_path / f"{name}.sweep")
+    monkeypatch.setattr(routers, "kept_folder", lambda name: tmp_path / f"{name}.sweep")
     monkeypatch.setattr(routers, "_oracles", lambda: ORACLES)
     monkeypatch.setattr(routers, "RESULTS", tmp_path)
     monkeypatch.setattr(routers, "PICTURES", tmp_path)

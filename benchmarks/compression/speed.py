@@ -1,7 +1,8 @@
-"""What fewer bytes gain where the network is slow: steps of quickstart on an emulated cluster of four nodes with two ranks each.
+"""Steps of a training on an emulated cluster of four nodes with two ranks each, where the network is slow.
 
 The uplinks are shaped so that what crosses them makes up 45 %, then 70 % of a plain step, measured as the time by which the step is
-longer than on uplinks without a limit. All variants then run in one job, in turns. Needs root, as `moesys-fabric` does.
+longer than on uplinks without a limit. All variants then run in one job, in turns, from trained weights: how many rows a codec
+makes is that of a model that has learnt.
 """
 
 import json
@@ -10,25 +11,14 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from benchmarks.fabric.job import run_job
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.network import fabric
-from benchmarks.results import Cell, Result
+from benchmarks.results import Cell
 
-DESCRIPTION = (
-    "step time, bytes and rows by codec and exchange, where plain rows take 45 % and 70 % of a step"
-)
-RESULT = "compression"
 LAYOUT = Layout(name="compression", num_nodes=4, ranks_per_node=2)
-BASE = [
-    *("experiment=quickstart", "parallel.ep=8", "train.micro_batch_tokens=512"),
-    *("checkpoint.every_steps=0", "model.moe.expert_backend=loop"),
-]
-SHARES = (45, 70)
-"""Of a plain step, in percent, that crossing the uplinks takes: the mean and the worst of 2411.08446."""
 PLAIN = "none"
 VARIANTS = {
     PLAIN: [],
@@ -41,35 +31,37 @@ VARIANTS = {
     "deduplicated int8": ["dispatch.exchange=deduplicated", "codec=int8"],
     "hierarchical lsh_int8": ["dispatch.exchange=hierarchical", "codec=lsh_int8"],
 }
-QUICK_VARIANTS = (PLAIN, "lsh_int8")
-QUICK = ["model.num_layers=2", "train.global_batch_tokens=2048", "train.micro_batch_tokens=256"]
 TRIES = 3
 """To find a rate."""
 
+Numbers = Mapping[str, float]
+"""Of one variant, medians over rounds: step_ms, between_nodes_bytes, rows, codec_ms."""
 
-def run(quick: bool, progress: Callable[[str], None]) -> Result:
-    """About half an hour on two cores; quick: two variants of a smaller model at one rate."""
-    base = [*BASE, *(QUICK if quick else [])]
-    rounds, warm_steps = (1, 1) if quick else (4, 3)
-    free = _measured(LAYOUT, [*base], [PLAIN], rounds, warm_steps, progress)[PLAIN]
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained, and how long each variant is measured."""
+
+    model: str
+    words: Sequence[str]
+    """Overrides of all variants."""
+    names: Sequence[str] = tuple(VARIANTS)
+    rounds: int = 4
+    warm_steps: int = 3
+    tries: int = TRIES
+
+
+def speed_rows(
+    case: Case, shares: Sequence[int], progress: Callable[[str], None]
+) -> list[dict[str, Cell]]:
+    """A row for each share of a plain step, in percent, that crossing the uplinks takes, and variant."""
+    free = _measured(LAYOUT, case, [PLAIN], progress)[PLAIN]
     rows: list[dict[str, Cell]] = []
-    for share in SHARES[:1] if quick else SHARES:
-        layout = _shaped(base, free, share, 1 if quick else TRIES, rounds, warm_steps, progress)
-        names = QUICK_VARIANTS if quick else tuple(VARIANTS)
-        found = _measured(layout, base, names, rounds, warm_steps, progress)
-        rows += [_row(share, layout, name, found, free) for name in names]
-    return Result(headline=headlines(rows), rows=rows, is_whole=False)
-
-
-def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The best of each share, by the time of a step alone. Pure."""
-    found: dict[str, float] = {}
-    for share in sorted({row["uplinks_pct"] for row in rows}):
-        found[f"step_speedup_at_{share}pct"] = max(
-            row["speedup"] for row in rows if row["uplinks_pct"] == share
-        )
-    found["uplink_bytes_pct"] = min(row["uplink_bytes_pct"] for row in rows)
-    return found
+    for share in shares:
+        layout = _shaped(case, free, share, progress)
+        found = _measured(layout, case, case.names, progress)
+        rows += [_row(case, share, layout, name, found, free) for name in case.names]
+    return rows
 
 
 def rate_for(share_pct: float, free_ms: float, uplink_bytes: float) -> float:
@@ -84,20 +76,20 @@ def corrected(rate_bits: float, share_pct: float, free_ms: float, step_ms: float
     return rate_bits * max(step_ms - free_ms, 0.1 * wanted_ms) / wanted_ms
 
 
+def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | None:
+    """Of the time that the variant would save if its codec took none; None where it would save none. Pure."""
+    saved_ms = plain_ms - (step_ms - codec_ms)
+    return 100 * codec_ms / saved_ms if saved_ms > 0 else None
+
+
 def _shaped(
-    base: Sequence[str],
-    free: Mapping[str, float],
-    share: int,
-    tries: int,
-    rounds: int,
-    warm_steps: int,
-    progress: Callable[[str], None],
+    case: Case, free: Numbers, share: int, progress: Callable[[str], None]
 ) -> Layout:
     """With uplinks at which a plain step has the share."""
     rate = rate_for(share, free["step_ms"], free["between_nodes_bytes"] / LAYOUT.num_nodes)
-    for _ in range(tries):
+    for _ in range(case.tries):
         layout = replace(LAYOUT, inter_bits=math.ceil(rate))
-        found = _measured(layout, base, [PLAIN], rounds, warm_steps, progress)[PLAIN]
+        found = _measured(layout, case, [PLAIN], progress)[PLAIN]
         reached = 100 * (1 - free["step_ms"] / found["step_ms"])
         progress(f"uplinks of {rate / 1e6:.1f} Mbit/s take {reached:.0f} % of a plain step")
         if abs(reached - share) <= 2:
@@ -107,16 +99,10 @@ def _shaped(
 
 
 def _measured(
-    layout: Layout,
-    base: Sequence[str],
-    names: Sequence[str],
-    rounds: int,
-    warm_steps: int,
-    progress: Callable[[str], None],
-) -> dict[str, dict[str, float]]:
-    """Of each variant: the median over rounds of each number."""
-    variants = {name: [*base, *VARIANTS[name]] for name in names}
-    words = [sys.executable, "-m", "benchmarks.compressed_steps", json.dumps(variants)]
+    layout: Layout, case: Case, names: Sequence[str], progress: Callable[[str], None]
+) -> dict[str, Numbers]:
+    variants = {name: [*case.words, *VARIANTS[name]] for name in names}
+    words = [sys.executable, "-m", "benchmarks.compression.steps", json.dumps(variants)]
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     said: list[str] = []
 
@@ -130,8 +116,9 @@ def _measured(
         else:
             said.append(f"[{rank}] {line}")
 
+    words += [str(case.rounds), str(case.warm_steps)]
     with fabric(layout):
-        status = run_job(layout, [*words, str(rounds), str(warm_steps)], timeout_s=1800.0, say=say)
+        status = run_job(layout, words, timeout_s=1800.0, say=say)
     if status:
         raise RuntimeError(f"ranks ended with {status}:\n" + "\n".join(said[-20:]))
     return {
@@ -141,24 +128,28 @@ def _measured(
 
 
 def _row(
+    case: Case,
     share: int,
     layout: Layout,
     name: str,
-    found: Mapping[str, Mapping[str, float]],
-    free: Mapping[str, float],
+    found: Mapping[str, Numbers],
+    free: Numbers,
 ) -> dict[str, Cell]:
     own, plain = found[name], found[PLAIN]
     assert layout.inter_bits is not None
+    cost = codec_cost_pct(own["codec_ms"], own["step_ms"], plain["step_ms"])
     return {
+        "model": case.model,
         "uplinks_pct": share,
         "uplink_mbit": round(layout.inter_bits / 1e6, 2),
         "variant": name,
         "step_ms": round(own["step_ms"], 1),
-        "speedup": round(plain["step_ms"] / own["step_ms"], 3),
+        "step_speedup": round(plain["step_ms"] / own["step_ms"], 3),
         "uplinks_share_pct": round(100 * (1 - free["step_ms"] / plain["step_ms"]), 1),
-        "between_nodes_bytes": int(own["between_nodes_bytes"]),
         "uplink_bytes_pct": round(
             100 * own["between_nodes_bytes"] / plain["between_nodes_bytes"], 2
         ),
         "rows_pct": round(100 * own["rows"], 2),
+        "codec_ms": round(own["codec_ms"], 2),
+        "codec_cost_pct": None if cost is None or name == PLAIN else round(cost, 2),
     }

@@ -1,0 +1,132 @@
+"""Steps of several variants of one training in one job, in turns: what speed.py runs as every rank of a fabric.
+
+Each variant is a run of its own, built from a configuration as `moesys train` builds it; a round is `STEPS` steps of each. Rank 0
+prints a line of JSON for every variant and round; the last step of a variant's last round is profiled, and not timed.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moesys.config.compose import compose
+from moesys.config.validate import check
+from moesys.parallel.bootstrap import process_group
+from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.train.beginning import begin
+from moesys.train.setup import build_run
+from moesys.train.state import run_tensors
+from moesys.train.step import TrainStep
+from moesys.train.timing import SectionTimer
+
+STEPS = 2
+PLANNING = "codec.plan"
+CODEC_OPS = {
+    *("moesys::cross_polytope", "moesys::member_means", "moesys::member_means_backward"),
+    *("moesys::restore", "moesys::restore_backward", "moesys::pack", "moesys::unpack"),
+}
+"""With what is planned, all that a codec and the wire add to a step; gradients of means are an unpermute, small beside these."""
+
+
+class Variant:
+    """One run of the job."""
+
+    def __init__(self, name: str, overrides: list[str], process: Any) -> None:
+        config = compose(overrides)
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        check(config, process.world_size, per_node)
+        self.name, self.lr, self.steps = name, config.optim.lr, 0
+        self.run = run = build_run(config, process)
+        begin(config.checkpoint, run.folder, run_tensors(run.model, run.optimizer))
+        set_expert_backend(run.model, "loop")
+        self.train_step = TrainStep(
+            run.parallel, run.optimizer, run.meshes, config, SectionTimer(process.device)
+        )
+
+    def step(self) -> Any:
+        batches = self.run.loader.next_step()
+        self.steps += 1
+        return self.train_step(batches, self.lr, step=self.steps)
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """So many steps: the mean over them, in milliseconds and bytes."""
+        took_ms, sent, between, rows, slots, loss = 0.0, 0, 0, 0, 0, 0.0
+        for _ in range(steps):
+            dist.barrier()
+            began = time.perf_counter()
+            result = self.step()
+            took_ms += (time.perf_counter() - began) * 1e3
+            sent, between = sent + result.sent_bytes, between + result.between_nodes_bytes
+            rows += sum(result.coded_rows_M)
+            slots += sum(map(sum, result.expert_load_ME))
+            loss = result.loss
+        return {
+            "variant": self.name,
+            "step_ms": took_ms / steps,
+            "sent_bytes": sent // steps,
+            "between_nodes_bytes": between // steps,
+            "rows": rows / slots if rows else 1.0,
+            "loss": loss,
+        }
+
+    def codec_ms(self) -> float:
+        """Of one step, mean over ranks: hashing, ordering, means, restoring, eight bits, forward and backward."""
+        self._name_plans()
+        dist.barrier()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            self.step()
+        own_us = sum(
+            event.cpu_time_total for event in profiled.events() if _is_of_codec(event)
+        )
+        told = torch.tensor([own_us / 1e3], dtype=torch.float64)
+        dist.all_reduce(told)
+        return told.item() / dist.get_world_size()
+
+    def _name_plans(self) -> None:
+        for layer in self.run.model.moe_layers():
+            codec: Any = layer.compression.codec
+            if codec is None:
+                continue
+            planned = codec.plan
+
+            def named(*arguments: Any, planned: Any = planned) -> Any:
+                with record_function(PLANNING):
+                    return planned(*arguments)
+
+            codec.plan = named
+
+
+def _is_of_codec(event: Any) -> bool:
+    """And not within another that is."""
+    if event.name != PLANNING and event.name not in CODEC_OPS:
+        return False
+    parent = event.cpu_parent
+    while parent is not None:
+        if parent.name == PLANNING or parent.name in CODEC_OPS:
+            return False
+        parent = parent.cpu_parent
+    return True
+
+
+def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
+    """`warm_steps` of each come first, and are not told."""
+    with process_group("cpu", timeout_s=600.0) as process:
+        built = [Variant(name, overrides, process) for name, overrides in variants.items()]
+        for variant in built:
+            variant.measure(warm_steps)
+        for number in range(rounds):
+            for variant in built:
+                found = {"round": number} | variant.measure(STEPS)
+                if number == rounds - 1:
+                    found["codec_ms"] = variant.codec_ms()
+                if process.rank == 0:
+                    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
