@@ -1,6 +1,6 @@
 """The one form of a benchmark's result, and how it reaches the disk.
 
-A benchmark is a module beside this one with
+A benchmark is a module, or a package, beside this one with
 
     DESCRIPTION: str                                  # one line, shown by `moesys bench --list`
     def run(quick: bool, progress: Callable[[str], None]) -> Result

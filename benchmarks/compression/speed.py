@@ -82,9 +82,7 @@ def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | 
     return 100 * codec_ms / saved_ms if saved_ms > 0 else None
 
 
-def _shaped(
-    case: Case, free: Numbers, share: int, progress: Callable[[str], None]
-) -> Layout:
+def _shaped(case: Case, free: Numbers, share: int, progress: Callable[[str], None]) -> Layout:
     """With uplinks at which a plain step has the share."""
     rate = rate_for(share, free["step_ms"], free["between_nodes_bytes"] / LAYOUT.num_nodes)
     for _ in range(case.tries):

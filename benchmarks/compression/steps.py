@@ -81,7 +81,7 @@ class Variant:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             self.step()
         own_us = sum(
-            event.cpu_time_total for event in profiled.events() if _is_of_codec(event)
+            event.cpu_time_total for event in (profiled.events() or []) if _is_of_codec(event)
         )
         told = torch.tensor([own_us / 1e3], dtype=torch.float64)
         dist.all_reduce(told)

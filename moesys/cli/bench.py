@@ -111,13 +111,14 @@ def benchmarks_folder() -> Path:
 def descriptions(folder: Path) -> dict[str, str]:
     """Name and DESCRIPTION of each benchmark in `folder`, read without importing any."""
     found = {}
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/__init__.py")]):
+        name = path.parent.name if path.stem == "__init__" else path.stem
         for node in ast.parse(path.read_text()).body:
             match node:
                 case ast.Assign(
                     targets=[ast.Name(id="DESCRIPTION")], value=ast.Constant(value=str(text))
                 ):
-                    found[path.stem] = text
+                    found[name] = text
     return found
 
 

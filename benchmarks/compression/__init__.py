@@ -1,0 +1,184 @@
+"""What fewer bytes between ranks cost in loss, and gain in time where the network is slow.
+
+Parts, each kept when others are measured: `ratio` and `loss` are sweeps (quality.py), kept in runs/compression.sweep and
+runs/compression_loss.sweep; `speed` runs on an emulated cluster (speed.py) and needs root, as `moesys-fabric` does.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compression.picture import picture
+from benchmarks.compression.quality import (
+    LOSS_WORDS,
+    PLAIN,
+    RATIO_WORDS,
+    loss_rows,
+    ratio_rows,
+    train_all,
+)
+from benchmarks.compression.speed import Case, speed_rows
+from benchmarks.results import RESULTS, ROOT, Cell, Result
+from benchmarks.swept import kept_folder, run_folders, sweep, variants_of
+
+DESCRIPTION = "loss over the rows that travel; step time by codec and exchange where plain rows take 45 % and 70 % of a step"
+RESULT = "compression"
+SEEDS = 3
+PARTS = {"ratio": "codec, error bound", "loss": "trained with", "speed": "model"}
+"""And the first column of their rows."""
+SHARES = (45, 70)
+"""Of a plain step, in percent, that crossing the uplinks takes: the mean and the worst of 2411.08446."""
+LOSS_VARIANTS = {name: [f"codec={name}"] for name in (PLAIN, "int8", "fp8", "lsh", "lsh_int8")}
+LINES = {"moved as its expert does": "slope", "not moved": "none"}
+"""Of the picture: how a token's result is moved from its row's, and what the names of such variants begin with."""
+POINTS = ("int8", "lsh_int8")
+PICTURE = ROOT / "docs" / "compression_compared.svg"
+
+SPEED_WORDS = [
+    *("experiment=quickstart", "parallel.ep=8", "train.micro_batch_tokens=512", "optim.lr=1e-4"),
+    *("checkpoint.every_steps=0", "model.moe.expert_backend=loop", "schedule.warmup_steps=1"),
+]
+WIDE = ["model.d_model=512", "model.moe.d_expert=384", "model.d_ffn=2048"]
+WIDE_VARIANTS = (PLAIN, "int8", "lsh_int8", "hierarchical lsh_int8")
+WIDE_STEPS = 80
+QUICK_TRAINED = ["train.steps=4", "train.eval_tokens=4096", "schedule.warmup_steps=2"]
+QUICK_SPEED = [
+    "model.num_layers=2",
+    "train.global_batch_tokens=2048",
+    "train.micro_batch_tokens=256",
+]
+
+
+def run(
+    quick: bool,
+    progress: Callable[[str], None],
+    seeds: int = SEEDS,
+    only: Sequence[str] = tuple(PARTS),
+) -> Result:
+    """About three hours on two cores, of which `ratio` takes one and `loss` one and a half; quick: a few steps of some.
+
+    With `only` some parts, the rows of the others are those of the result that is there.
+    """
+    if unknown := set(only) - set(PARTS):
+        raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    seeds = 1 if quick else seeds
+    rows = [] if quick else _rows_of_before(set(PARTS) - set(only))
+    is_whole = seeds >= SEEDS and not quick
+    with tempfile.TemporaryDirectory() as scratch:
+        if "ratio" in only:
+            rows += _ratio(quick, seeds, Path(scratch), progress)
+        if "loss" in only:
+            rows += _loss(quick, seeds, Path(scratch), progress)
+    if "speed" in only:
+        rows += _speed(quick, progress)
+    if is_whole and "ratio" in only:
+        _draw(rows)
+    return Result(headline=headlines(rows), rows=rows, is_whole=is_whole)
+
+
+def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of what is there. The best of quickstart's variants at each share: to the same loss where that is known. Pure."""
+    found: dict[str, float] = {}
+    at = {row["trained with"]: row for row in rows if "trained with" in row}
+    speeds = [row for row in rows if row.get("model") == "quickstart"]
+    best: Mapping[str, Any] | None = None
+    for share in sorted({row["uplinks_pct"] for row in speeds}):
+        of_share = [row for row in speeds if row["uplinks_pct"] == share]
+        best = max(of_share, key=lambda row: speedup_to_loss(row, at))
+        found[f"speedup_at_{share}pct"] = round(speedup_to_loss(best, at), 3)
+    if best is not None:
+        found["uplink_bytes_pct"] = best["uplink_bytes_pct"]
+        if best["codec_cost_pct"] is not None:
+            found["codec_cost_pct"] = best["codec_cost_pct"]
+        if trained_as(best["variant"]) in at:
+            found["val_loss_gap_pct"] = at[trained_as(best["variant"])]["gap_pct"]
+    if "val_loss_gap_pct" not in found:
+        smaller = {row[PARTS["ratio"]]: row for row in rows if PARTS["ratio"] in row}
+        gaps = [at.get("lsh_int8"), smaller.get("lsh_int8")]
+        found |= {"val_loss_gap_pct": row["gap_pct"] for row in gaps[::-1] if row}
+    return found
+
+
+def speedup_to_loss(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]]) -> float:
+    """Of a row of `speed`: of time to the same loss, with the steps that `at` says; of a step, if it does not. Pure."""
+    trained = at.get(trained_as(row["variant"]))
+    return row["step_speedup"] / (trained["steps_ratio"] if trained else 1.0)
+
+
+def trained_as(variant: str) -> str:
+    """Whose losses it has: an exchange changes them by rounding alone."""
+    words = [word for word in variant.split() if word not in ("hierarchical", "deduplicated")]
+    return " ".join(words) or PLAIN
+
+
+def _ratio(
+    quick: bool, seeds: int, scratch: Path, progress: Callable[[str], None]
+) -> list[dict[str, Cell]]:
+    variants, words, folder = variants_of("compression"), RATIO_WORDS, kept_folder("compression")
+    if quick:
+        variants = {name: variants[name] for name in (PLAIN, *POINTS)}
+        words, folder = [*words, *QUICK_TRAINED], scratch / "compression.sweep"
+    return ratio_rows(train_all(variants, words, seeds, folder, progress))
+
+
+def _loss(
+    quick: bool, seeds: int, scratch: Path, progress: Callable[[str], None]
+) -> list[dict[str, Cell]]:
+    variants, words, folder = LOSS_VARIANTS, LOSS_WORDS, kept_folder("compression_loss")
+    if quick:
+        variants = {name: variants[name] for name in (PLAIN, "int8")}
+        words = [*words, *QUICK_TRAINED, "train.eval_every_steps=2"]
+        folder = scratch / "compression_loss.sweep"
+    return loss_rows(train_all(variants, words, seeds, folder, progress))
+
+
+def _speed(quick: bool, progress: Callable[[str], None]) -> list[dict[str, Cell]]:
+    if quick:
+        case = Case(
+            model="quickstart",
+            words=[*SPEED_WORDS, *QUICK_SPEED],
+            names=(PLAIN, "lsh_int8"),
+            rounds=1,
+            warm_steps=1,
+            tries=1,
+        )
+        return speed_rows(case, SHARES[:1], progress)
+    weights = _weights(LOSS_WORDS, kept_folder("compression_loss"), progress)
+    narrow = Case(model="quickstart", words=[*SPEED_WORDS, f"checkpoint.init_from={weights}"])
+    words = [*LOSS_WORDS, *WIDE, f"train.steps={WIDE_STEPS}"]
+    weights = _weights(words, kept_folder("compression_wide"), progress)
+    wide = Case(
+        model="wider",
+        words=[*SPEED_WORDS, *WIDE, f"checkpoint.init_from={weights}"],
+        names=WIDE_VARIANTS,
+        rounds=3,
+        warm_steps=2,
+    )
+    return [row for case in (narrow, wide) for row in speed_rows(case, SHARES, progress)]
+
+
+def _weights(words: Sequence[str], folder: Path, progress: Callable[[str], None]) -> Path:
+    """Of a plain run, trained if it was not yet."""
+    variants = {PLAIN: LOSS_VARIANTS[PLAIN]}
+    sweep(variants, words, 1, folder, progress)
+    return run_folders(variants, 1, folder)[PLAIN][0]
+
+
+def _rows_of_before(parts: Collection[str]) -> list[dict[str, Any]]:
+    path = RESULTS / f"{RESULT}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if any(PARTS[name] in row for name in parts)]
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
+    of = {row[PARTS["ratio"]]: row for row in rows if PARTS["ratio"] in row}
+    lines = {
+        title: [row for name, row in of.items() if name.startswith(f"{kind}, ")]
+        for title, kind in LINES.items()
+    }
+    points = {name: of[name] for name in POINTS}
+    PICTURE.write_text(
+        picture(lines, points, of[PLAIN], "validation loss over the share of rows that travel")
+    )
