@@ -31,6 +31,8 @@ VARIANTS = {
     "deduplicated int8": ["dispatch.exchange=deduplicated", "codec=int8"],
     "hierarchical lsh_int8": ["dispatch.exchange=hierarchical", "codec=lsh_int8"],
 }
+LAYERS = (PLAIN, "int8", "lsh_int8")
+DEEPSPEED = "deepspeed"
 TRIES = 3
 """To find a rate."""
 
@@ -54,14 +56,17 @@ class Case:
 def speed_rows(
     case: Case, shares: Sequence[int], progress: Callable[[str], None]
 ) -> list[dict[str, Cell]]:
-    """A row for each share of a plain step, in percent, that crossing the uplinks takes, and variant."""
+    """A row for each share of a plain step, in percent, that crossing the uplinks takes, and variant; then for each share and
+    layer, ours and DeepSpeed's."""
     free = _measured(LAYOUT, case, [PLAIN], progress)[PLAIN]
-    rows: list[dict[str, Cell]] = []
+    steps: list[dict[str, Cell]] = []
+    layers: list[dict[str, Cell]] = []
     for share in shares:
         layout = _shaped(case, free, share, progress)
         found = _measured(layout, case, case.names, progress)
-        rows += [_row(case, share, layout, name, found, free) for name in case.names]
-    return rows
+        steps += [_row(case, share, layout, name, found, free) for name in case.names]
+        layers += _layer_rows(case, share, layout, progress)
+    return [*steps, *layers]
 
 
 def rate_for(share_pct: float, free_ms: float, uplink_bytes: float) -> float:
@@ -99,22 +104,54 @@ def _shaped(case: Case, free: Numbers, share: int, progress: Callable[[str], Non
 def _measured(
     layout: Layout, case: Case, names: Sequence[str], progress: Callable[[str], None]
 ) -> dict[str, Numbers]:
+    """Steps of the variants."""
+    return _job(layout, "steps", case, names, [case.rounds, case.warm_steps], progress)
+
+
+def _layer_rows(
+    case: Case, share: int, layout: Layout, progress: Callable[[str], None]
+) -> list[dict[str, Cell]]:
+    """Of one MoE layer of each of `LAYERS` and of DeepSpeed's, forward and backward."""
+    names = [name for name in LAYERS if name in case.names]
+    found = _job(layout, "layers", case, names, [max(3, 2 * case.rounds)], progress)
+    theirs_ms = found[DEEPSPEED]["layer_ms"]
+    return [
+        {
+            "layer": name,
+            "of_model": case.model,
+            "uplinks_pct": share,
+            "layer_ms": round(numbers["layer_ms"], 1),
+            "speedup_over_deepspeed": round(theirs_ms / numbers["layer_ms"], 3),
+        }
+        for name, numbers in found.items()
+    ]
+
+
+def _job(
+    layout: Layout,
+    program: str,
+    case: Case,
+    names: Sequence[str],
+    numbers: Sequence[int],
+    progress: Callable[[str], None],
+) -> dict[str, Numbers]:
+    """Run a module of this folder as every rank; medians of the lines that rank 0 prints, by variant."""
     variants = {name: [*case.words, *VARIANTS[name]] for name in names}
-    words = [sys.executable, "-m", "benchmarks.compression.steps", json.dumps(variants)]
+    module = f"benchmarks.compression.{program}"
+    words = [sys.executable, "-m", module, json.dumps(variants), *map(str, numbers)]
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     said: list[str] = []
 
     def say(rank: int, line: str) -> None:
-        if rank == 0 and line.startswith("{"):
-            record = json.loads(line)
-            progress(f"{record['variant']}: {record['step_ms']:.0f} ms")
-            for key, value in record.items():
-                if key not in ("variant", "round"):
-                    found[record["variant"]][key].append(value)
-        else:
+        if rank != 0 or not line.startswith("{"):
             said.append(f"[{rank}] {line}")
+            return
+        record = json.loads(line)
+        name = record.pop("variant")
+        progress(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
+        for key, value in record.items():
+            found[name][key].append(value)
 
-    words += [str(case.rounds), str(case.warm_steps)]
     with fabric(layout):
         status = run_job(layout, words, timeout_s=1800.0, say=say)
     if status:

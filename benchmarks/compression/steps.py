@@ -121,7 +121,7 @@ def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
             variant.measure(warm_steps)
         for number in range(rounds):
             for variant in built:
-                found = {"round": number} | variant.measure(STEPS)
+                found = variant.measure(STEPS)
                 if number == rounds - 1:
                     found["codec_ms"] = variant.codec_ms()
                 if process.rank == 0:

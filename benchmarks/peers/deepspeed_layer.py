@@ -1,4 +1,4 @@
-"""DeepSpeed's MoE layer without dropping: experts padded to the fullest one, in one process.
+"""DeepSpeed's MoE layer without dropping: experts padded to the fullest one, in one process or spread over the ranks of a job.
 
 k = 2 is its top2gating with the sampling of the second expert off, k > 2 its topkgating; both normalise the
 weights. k = 1 keeps the raw probability, so it is another function than ours and refused.
@@ -17,7 +17,8 @@ from benchmarks.peers.moe_layer import LayerShape, LayerWeights, gradient
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-from deepspeed.moe.layer import MoE  # noqa: E402  (reads the variable above)
+from deepspeed.comm import init_distributed  # noqa: E402  (reads the variable above)
+from deepspeed.moe.layer import MoE  # noqa: E402
 
 
 class _SwiGLU(nn.Module):
@@ -34,19 +35,23 @@ class _SwiGLU(nn.Module):
 
 
 class DeepSpeedLayer:
-    """deepspeed.moe.layer.MoE holding a copy of `weights`."""
+    """deepspeed.moe.layer.MoE holding a copy of `weights`: of all experts, or of those of this rank of `ep_size`."""
 
-    def __init__(self, shape: LayerShape, weights: LayerWeights) -> None:
+    def __init__(self, shape: LayerShape, weights: LayerWeights, ep_size: int = 1) -> None:
         if shape.top_k < 2:
             raise ValueError(f"top_k={shape.top_k}: DeepSpeed normalises the weights from k = 2 on")
         self.moe = MoE(
             shape.d_model,
             _SwiGLU(shape.d_model, shape.d_expert),
             num_experts=shape.num_experts,
+            ep_size=ep_size,
             k=shape.top_k,
             drop_tokens=False,
             top2_2nd_expert_sampling=False,
         ).to(device=weights.router_ED.device, dtype=weights.router_ED.dtype)
+        if ep_size > 1:
+            init_distributed()
+            self.moe.set_deepspeed_parallelism()
         layer: Any = self.moe.deepspeed_moe
         self.router = layer.gate.wg.weight
         self.experts = [(e.gate_up.weight, e.down.weight) for e in layer.experts.deepspeed_experts]

@@ -149,7 +149,10 @@ def test_ranks_of_a_fabric_take_turns() -> None:
     if not (ROOT / "data" / "stdlib" / "manifest.json").exists():
         pytest.skip("no data/stdlib: make data/stdlib/manifest.json")
     result = compression.run(True, lambda line: None, only=["speed"])
-    plain, coded = result.rows
+    plain, coded, *layers = result.rows
+    assert [row["layer"] for row in layers] == ["none", "lsh_int8", "deepspeed"]
+    assert layers[-1]["speedup_over_deepspeed"] == 1.0
+    assert result.headline["speedup_over_deepspeed"] >= 1.0
     assert (plain["variant"], plain["step_speedup"], plain["rows_pct"]) == ("none", 1.0, 100.0)
     assert coded["rows_pct"] < 90
     assert coded["uplink_bytes_pct"] < coded["rows_pct"]
