@@ -9,6 +9,10 @@ from moesys.config.schema import RunConfig
 from moesys.parallel.dims import nodes_and_rails, parallel_dims
 
 
+MOST_EXPERTS_OF_NODE = 2**15
+"""Whose numbers travel with a deduplicated row, -1 being none."""
+
+
 def find_dispatch_problems(
     config: RunConfig, world_size: int, ranks_per_node: int | None
 ) -> Iterator[Problem]:
@@ -87,15 +91,25 @@ def _exchange(config: RunConfig, world_size: int, per_node: int | None) -> Itera
         groups = parallel_dims(parallel, world_size).groups("ep")
     except ValueError:
         return  # the degrees' own problem is told
+    num_nodes = 1
     try:
         for ranks in groups:
-            nodes_and_rails(ranks, per_node)
+            num_nodes = len(nodes_and_rails(ranks, per_node)[0])
     except ValueError as error:
         yield Problem(
             key="dispatch.exchange",
             given=dispatch.exchange,
             rule=f"cuts the groups of parallel.ep={parallel.ep} by nodes, and {error}",
             fix="use dispatch.exchange=flat, another parallel.ep, or a dispatch.ranks_per_node that it shares a factor with",
+        )
+        return
+    on_node = config.model.moe.num_experts // num_nodes
+    if dispatch.exchange == "deduplicated" and on_node > MOST_EXPERTS_OF_NODE:
+        yield Problem(
+            key="dispatch.exchange",
+            given=dispatch.exchange,
+            rule=f"tells a node's experts in 16 bits, at most {MOST_EXPERTS_OF_NODE}, and a node has {on_node}",
+            fix="use dispatch.exchange=hierarchical, or more nodes",
         )
 
 

@@ -52,20 +52,60 @@ def cluster_order(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> Cl
         row in order of slot: bit-equal from run to run. No device-to-host sync, so all have full length: `trimmed` by the
         caller who knows the sizes.
     """
-    num_slots = topk_ids_TK.numel()
-    places_N = torch.arange(num_slots, device=topk_ids_TK.device)
-    ids_N, codes_N = _by_slot(topk_ids_TK, codes_TK, num_experts)
-    slots_N = _by_expert_and_code(ids_N, codes_N)
-    starts_N = torch.where(_is_new(ids_N[slots_N], codes_N[slots_N]), places_N, 0).cummax(0).values
+    by_code = slots_by_code(topk_ids_TK, codes_TK, num_experts)
+    slots_N, ids_N, num_slots = by_code.slots_N, by_code.ids_N, topk_ids_TK.numel()
+    places_N = torch.arange(num_slots, device=slots_N.device)
+    starts_N = torch.where(by_code.is_new(by_code.codes_N), places_N, 0).cummax(0).values
     first_slot_N = torch.empty_like(slots_N).scatter_(0, slots_N, slots_N[starts_N])
     # That was by code; now by the first slot of each row.
-    slots_N = (ids_N * num_slots + first_slot_N).argsort(stable=True)
-    ids_N, first_slot_N = ids_N[slots_N], first_slot_N[slots_N]
+    slots_N = (by_code.ids_by_slot_N * num_slots + first_slot_N).argsort(stable=True)
+    ids_N, first_slot_N = by_code.ids_by_slot_N[slots_N], first_slot_N[slots_N]
+    return _order(topk_ids_TK, slots_N, ids_N, first_slot_N == slots_N, num_experts)
+
+
+class SlotsByCode(NamedTuple):
+    """Slots in order of expert, then code, then slot: in order of every prefix of their codes too."""
+
+    topk_ids_TK: Tensor
+    num_experts: int
+    ids_by_slot_N: Tensor
+    """The expert of each slot, `num_experts` where it has none."""
+    slots_N: Tensor
+    ids_N: Tensor
+    codes_N: Tensor
+
+    def is_new(self, prefixes_N: Tensor) -> Tensor:
+        """Where the expert or the prefix (of `codes_N`) is another than just before."""
+        is_new_N = torch.ones_like(self.ids_N, dtype=torch.bool)
+        is_new_N[1:] = (self.ids_N[1:] != self.ids_N[:-1]) | (prefixes_N[1:] != prefixes_N[:-1])
+        return is_new_N
+
+    def order(self, prefixes_N: Tensor) -> ClusterOrder:
+        """As `cluster_order` of the prefixes, but that rows and members are in order of code, not of slot. Sorts nothing."""
+        is_new_N = self.is_new(prefixes_N)
+        return _order(self.topk_ids_TK, self.slots_N, self.ids_N, is_new_N, self.num_experts)
+
+
+def slots_by_code(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> SlotsByCode:
+    """Arguments as of cluster_order."""
+    ids_N, codes_N = topk_ids_TK.flatten().long(), codes_TK.flatten()
+    ids_N = torch.where(ids_N < 0, num_experts, ids_N)
+    by_code_N = codes_N.argsort(stable=True)
+    slots_N = by_code_N[ids_N[by_code_N].argsort(stable=True)]
+    return SlotsByCode(topk_ids_TK, num_experts, ids_N, slots_N, ids_N[slots_N], codes_N[slots_N])
+
+
+def _order(
+    topk_ids_TK: Tensor, slots_N: Tensor, ids_N: Tensor, is_first_N: Tensor, num_experts: int
+) -> ClusterOrder:
+    """Of slots in order, the expert of each, and where a row begins."""
+    num_slots = slots_N.numel()
     has_row_N = ids_N < num_experts
-    is_first_N = has_row_N & (first_slot_N == slots_N)
+    is_first_N = has_row_N & is_first_N
     row_N = torch.where(has_row_N, is_first_N.cumsum(0) - 1, -1)
     # One spare entry takes what is no first member.
     first_member = has_row_N.sum().expand(num_slots + 2).clone()
+    places_N = torch.arange(num_slots, device=slots_N.device)
     first_member.scatter_(0, torch.where(is_first_N, row_N, num_slots + 1), places_N)
     rows_per_expert = ids_N.new_zeros(num_experts + 1)
     rows_per_expert.scatter_add_(0, ids_N, is_first_N.long())
@@ -85,34 +125,13 @@ def rows_by_prefix(
     Args:
         codes_TK: of `digits` digits to that base, at least 0. The rest as of cluster_order.
     """
-    ids_N, codes_N = _by_slot(topk_ids_TK, codes_TK, num_experts)
-    slots_N = _by_expert_and_code(ids_N, codes_N)
-    ids_N, codes_N = ids_N[slots_N], codes_N[slots_N]
-    has_row_N = ids_N < num_experts
+    by_code = slots_by_code(topk_ids_TK, codes_TK, num_experts)
+    has_row_N = by_code.ids_N < num_experts
     counts = [
-        (has_row_N & _is_new(ids_N, codes_N // base**digit)).sum()
+        (has_row_N & by_code.is_new(by_code.codes_N // base**digit)).sum()
         for digit in reversed(range(digits))
     ]
     return torch.stack(counts)
-
-
-def _by_slot(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The expert of each slot, `num_experts` where it has none, and its code."""
-    ids_N = topk_ids_TK.flatten().long()
-    return torch.where(ids_N < 0, num_experts, ids_N), codes_TK.flatten()
-
-
-def _by_expert_and_code(ids_N: Tensor, codes_N: Tensor) -> Tensor:
-    """Slots in order of expert, then code, then slot."""
-    by_code_N = codes_N.argsort(stable=True)
-    return by_code_N[ids_N[by_code_N].argsort(stable=True)]
-
-
-def _is_new(ids_N: Tensor, codes_N: Tensor) -> Tensor:
-    """Where, in that order, the expert or the code is another than just before."""
-    is_new_N = torch.ones_like(ids_N, dtype=torch.bool)
-    is_new_N[1:] = (ids_N[1:] != ids_N[:-1]) | (codes_N[1:] != codes_N[:-1])
-    return is_new_N
 
 
 def cross_polytope(turned_THV: Tensor) -> Tensor:

@@ -138,6 +138,7 @@ dispatch.codec._target_=moesys.moe.codecs.LshCoder | dispatch.codec._target_='mo
 parallel.ep=2 codec=lsh dispatch.codec.hashez=3 | dispatch.codec.hashez=3 | is not an option of moesys.moe.codecs.LshCodec | did you mean hashes?
 parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
 --nproc 4 parallel.ep=4 dispatch.exchange=hierarchical dispatch.ranks_per_node=3 | dispatch.exchange='hierarchical' | cuts the groups of parallel.ep=4 by nodes | use dispatch.exchange=flat
+--nproc 4 parallel.ep=4 dispatch.exchange=deduplicated dispatch.ranks_per_node=2 model.moe.num_experts=131072 | dispatch.exchange='deduplicated' | tells a node's experts in 16 bits, at most 32768, and a node has 65536 | use dispatch.exchange=hierarchical
 parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
 parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: give one | correct the options
 parallel.ep=2 codec=lsh dispatch.codec.compensation=slopes | dispatch.codec.compensation='slopes' | must be one of residual, none, slope | did you mean slope?

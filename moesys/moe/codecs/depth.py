@@ -6,7 +6,7 @@ Shapes: T tokens, K experts per token, E experts, N = T * K slots, C rows, X num
 import torch
 from torch import Tensor
 
-from moesys.ops.clusters import cluster_order, member_means, rows_by_prefix
+from moesys.ops.clusters import member_means, rows_by_prefix, slots_by_code
 
 
 def within_share(
@@ -40,13 +40,13 @@ def within_error(
     most = bound**2 * energy_T1.mean()
     found_TK = -1 - torch.arange(codes_TK.numel(), device=codes_TK.device).view_as(codes_TK)
     is_open_TK = torch.ones_like(codes_TK, dtype=torch.bool)
+    by_code = slots_by_code(topk_ids_TK, codes_TK, num_experts)
     for left in reversed(range(digits)):
         # Rows of one prefix are closed together: what is cut here is no other row's code.
-        cut_TK = codes_TK // base**left
-        order = cluster_order(topk_ids_TK, cut_TK, num_experts)
+        order = by_code.order(by_code.codes_N // base**left)
         means_CX = member_means(both_TX, order)
         spread_C = means_CX[:, -1] - means_CX[:, :-1].square().sum(1)
         closes_TK = is_open_TK & (spread_C <= most)[order.row_of_slot_TK]
-        found_TK = torch.where(closes_TK, cut_TK * base**left, found_TK)
+        found_TK = torch.where(closes_TK, codes_TK // base**left * base**left, found_TK)
         is_open_TK &= ~closes_TK
     return found_TK
