@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and a section of docs/reliability.md and docs/routers.md, from benchmarks/results/*.json; with
+"""Write docs/benchmarks.md, and a section of docs/reliability.md, docs/routers.md and docs/compression.md, from benchmarks/results/*.json; with
 --check, fail if they are not up to date."""
 
 import argparse
@@ -9,11 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measured import RELIABILITY, ROUTERS, Sections, section, with_section
+from benchmarks.measured import (
+    COMPRESSION,
+    RELIABILITY,
+    ROUTERS,
+    Sections,
+    section,
+    with_section,
+)
 from benchmarks.results import RESULTS, ROOT, cell_text, tables
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-MEASURED_PAGES: Mapping[str, Sections] = {"reliability": RELIABILITY, "routers": ROUTERS}
+MEASURED_PAGES: Mapping[str, Sections] = {
+    "reliability": RELIABILITY,
+    "routers": ROUTERS,
+    "compression": COMPRESSION,
+}
 """Benchmarks with a section in the page of docs/ of their name."""
 
 INTRODUCTION = """\

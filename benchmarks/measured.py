@@ -53,6 +53,27 @@ ROUTERS: Sections = {
     ),
     "oracle tests": ("Oracles", "Comparisons with transformers' and megatron-core's routers."),
 }
+COMPRESSION: Sections = {
+    "codec, error bound": (
+        "Loss over the rows that travel",
+        "A model of 0.8 M parameters on two ranks, 240 steps of 4096 tokens, means over seeds. `slope`, `none` and `residual` say how a token's result is moved from its row's, "
+        "the number is `error_bound`; rows and bytes are means over steps, `gap_pct` of the loss is to the run without compression and the same seed.\n\n![](compression_compared.svg)",
+    ),
+    "trained with": (
+        "Steps to the same loss",
+        "quickstart with 512 tokens on each rank and micro-step, evaluated every 20 steps. `same_loss` is what both it and the plain runs reach, `steps` and `plain_steps` after "
+        "how many steps, between evaluations by a straight line.",
+    ),
+    "model": (
+        "Steps on a slow network",
+        "Eight ranks on an emulated cluster of four nodes, all on two cores, from trained weights. `uplinks_pct`: of a plain step, what crossing the uplinks is to take; `uplinks_share_pct`: "
+        "what it took. `codec_ms`: of a step, mean over ranks, in the codec's and the wire's operators, of which `codec_cost_pct` is the share of what would be saved without them.",
+    ),
+    "layer": (
+        "Beside DeepSpeed's layer",
+        "The middle MoE layer, forward and backward, on the same cluster, with the same weights and tokens; without shared experts, which DeepSpeed's has not.",
+    ),
+}
 
 
 def section(

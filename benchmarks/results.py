@@ -170,6 +170,7 @@ def environment() -> dict[str, Any]:
         ".",
         ":!benchmarks/results",
         ":!docs/benchmarks.md",
+        ":!docs/compression.md",
         ":!docs/reliability.md",
         ":!docs/routers.md",
         ":!docs/*_compared.svg",

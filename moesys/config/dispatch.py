@@ -8,7 +8,6 @@ from moesys.config.errors import Problem
 from moesys.config.schema import RunConfig
 from moesys.parallel.dims import nodes_and_rails, parallel_dims
 
-
 MOST_EXPERTS_OF_NODE = 2**15
 """Whose numbers travel with a deduplicated row, -1 being none."""
 
