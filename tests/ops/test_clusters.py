@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moesys.ops import reference, unpermute
-from moesys.ops.clusters import ClusterOrder, cluster_order, cross_polytope, member_means, restore
+from moesys.ops.clusters import (
+    ClusterOrder,
+    cluster_order,
+    cross_polytope,
+    member_means,
+    restore,
+    slots_by_code,
+)
 from tests.ops.cases import TESTED, Case, inputs
 from tests.ops.gradients import compare
 
@@ -51,6 +60,23 @@ def obvious_order(ids_TK: Tensor, codes_TK: Tensor) -> dict[tuple[int, int], lis
     return dict(sorted(members.items(), key=lambda item: (item[0][0], item[1][0])))
 
 
+def assert_same_rows(
+    order: ClusterOrder, expected: dict[tuple[int, int], list], num_experts: int
+) -> None:
+    """Of each expert the same rows, in whatever order."""
+    bounds, members = order.first_member_X.tolist(), order.member_slots_M.tolist()
+    rows = [set(members[a:b]) for a, b in itertools.pairwise(bounds)]
+    row_of_slot_N = order.row_of_slot_TK.flatten().tolist()
+    assert [
+        {slot for slot, row in enumerate(row_of_slot_N) if row == r} for r in range(len(rows))
+    ] == rows
+    per_expert = iter(rows)
+    for expert, count in enumerate(order.rows_per_expert_E.tolist()):
+        found = {frozenset(row) for row in itertools.islice(per_expert, count)}
+        assert found == {frozenset(slots) for (e, _), slots in expected.items() if e == expert}
+    assert len(order.rows_per_expert_E) == num_experts
+
+
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_slots_of_one_expert_and_code_share_a_row(data: st.DataObject) -> None:
@@ -76,6 +102,10 @@ def test_slots_of_one_expert_and_code_share_a_row(data: st.DataObject) -> None:
     row_of_slot = {slot: row for row, slots in enumerate(expected.values()) for slot in slots}
     found = order.row_of_slot_TK.flatten().tolist()
     assert found == [row_of_slot.get(slot, -1) for slot in range(num_tokens * top_k)]
+    by_code = slots_by_code(ids_TK, codes_TK, num_experts)
+    for base in (1, 3):
+        order = trimmed(by_code.order(by_code.codes_N // base))
+        assert_same_rows(order, obvious_order(ids_TK, codes_TK // base), num_experts)
 
 
 @each_device
