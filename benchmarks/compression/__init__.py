@@ -32,7 +32,7 @@ PARTS = {"ratio": [CODEC], "loss": ["trained with"], "speed": ["model", "layer"]
 SHARES = (45, 70)
 """Of a plain step, in percent, that crossing the uplinks takes: the mean and the worst of 2411.08446."""
 LOSS_VARIANTS = {name: [f"codec={name}"] for name in (PLAIN, "int8", "fp8", "lsh", "lsh_int8")}
-LINES = {"moved as its expert does": "slope", "not moved": "none"}
+LINES = {"compensation: slope": "slope", "compensation: none": "none"}
 """Of the picture: how a token's result is moved from its row's, and what the names of such variants begin with."""
 POINTS = ("int8", "lsh_int8")
 PICTURE = ROOT / "docs" / "compression_compared.svg"
@@ -183,6 +183,4 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
         for title, kind in LINES.items()
     }
     points = {name: of[name] for name in POINTS}
-    PICTURE.write_text(
-        picture(lines, points, of[PLAIN], "validation loss over the share of rows that travel")
-    )
+    PICTURE.write_text(picture(lines, points, "validation loss over the share of rows that travel"))

@@ -76,7 +76,7 @@ def ratio_rows(found: Mapping[str, Sequence[Trained]]) -> list[dict[str, Cell]]:
             "codec, error bound": name,
             "runs": len(runs),
             "rows_pct": round(statistics.mean(run.rows_pct for run in runs), 2),
-            "bytes_pct": round(100 * _paired(runs, found[PLAIN], lambda run: run.sent_bytes), 2),
+            "bytes_pct": round(100 * _bytes_ratio(runs, found[PLAIN]), 2),
             "layer_error": round(statistics.mean(run.layer_error for run in runs), 4),
             **_losses(runs, found[PLAIN]),
         }
@@ -108,19 +108,19 @@ def loss_rows(found: Mapping[str, Sequence[Trained]]) -> list[dict[str, Cell]]:
 
 
 def _losses(runs: Sequence[Trained], plain: Sequence[Trained]) -> dict[str, Cell]:
-    losses = [run.val_loss for run in runs]
+    """The gap is to the plain run with the same seed; seeds move both."""
+    gaps_pct = [
+        100 * (run.val_loss / base.val_loss - 1) for run, base in zip(runs, plain, strict=True)
+    ]
     return {
-        "val_loss": round(statistics.mean(losses), 4),
-        "val_loss_sd": round(statistics.stdev(losses), 4) if len(losses) > 1 else None,
-        "gap_pct": round(100 * (_paired(runs, plain, lambda run: run.val_loss) - 1), 3),
+        "val_loss": round(statistics.mean(run.val_loss for run in runs), 4),
+        "gap_pct": round(statistics.mean(gaps_pct), 3),
+        "gap_sd": round(statistics.stdev(gaps_pct), 3) if len(runs) > 1 else None,
     }
 
 
-def _paired(
-    runs: Sequence[Trained], plain: Sequence[Trained], number: Callable[[Trained], float]
-) -> float:
-    """Mean over seeds of a run's number over that of the plain one."""
-    return statistics.mean(number(a) / number(b) for a, b in zip(runs, plain, strict=True))
+def _bytes_ratio(runs: Sequence[Trained], plain: Sequence[Trained]) -> float:
+    return statistics.mean(a.sent_bytes / b.sent_bytes for a, b in zip(runs, plain, strict=True))
 
 
 def mean_curve(curves: Sequence[Curve]) -> Curve:

@@ -132,10 +132,10 @@ def test_the_picture_has_every_line_and_point() -> None:
         assert sum(name.startswith(f"{kind}, ") for name in sweep) >= 5
     assert {compression.PLAIN, *compression.POINTS} <= sweep.keys()
     rows = [
-        {"rows_pct": pct, "val_loss": loss, "val_loss_sd": sd}
-        for pct, loss, sd in ((10.0, 3.5, 0.1), (50.0, 3.2, None), (100.0, 3.1, 0.05))
+        {"rows_pct": pct, "gap_pct": gap, "gap_sd": sd}
+        for pct, gap, sd in ((10.0, 3.5, 0.1), (50.0, 3.2, None), (100.0, -1.1, 0.05))
     ]
-    drawn = picture({"a < b": rows[:2], "c": rows[1:2]}, {"int8": rows[2]}, rows[2], "title")
+    drawn = picture({"a < b": rows[:2], "c": rows[1:2]}, {"int8": rows[2]}, "title")
     assert drawn.count("<circle") == 3 + 1 + 2, "each row, and two of the legend"
     assert "a &lt; b" in drawn
 
