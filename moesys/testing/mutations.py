@@ -142,7 +142,7 @@ parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: 
 parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
 parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: give one | correct the options
 parallel.ep=2 codec=lsh dispatch.codec.compensation=slopes | dispatch.codec.compensation='slopes' | must be one of residual, none, slope | did you mean slope?
-codec=auto parallel.ep=2 dispatch.byte_budget=0.1 | dispatch.error_budget=0.3 | dispatch.error_budget and dispatch.byte_budget given, and dispatch.candidates need one budget | set one of
+codec=auto parallel.ep=2 dispatch.byte_budget=0.1 | dispatch.error_budget=0.2 | dispatch.error_budget and dispatch.byte_budget given, and dispatch.candidates need one budget | set one of
 codec=auto parallel.ep=2 dispatch.error_budget=null | dispatch.error_budget | no budget given, and dispatch.candidates need one budget | set one of dispatch.error_budget and dispatch.byte_budget
 codec=auto parallel.ep=2 dispatch.error_budget=0 | dispatch.error_budget=0.0 | must be above 0 | use a value above 0
 codec=auto parallel.ep=2 dispatch.error_budget=null dispatch.byte_budget=1.5 | dispatch.byte_budget=1.5 | must be above 0 and at most 1 | use a value

@@ -122,8 +122,8 @@ def test_one_part_keeps_the_rows_of_the_others(
     result = compression.run(False, lambda line: None, only=["speed"])
     assert result.rows == [*LOSS, SPEED[0]]
     assert result.is_whole
-    with pytest.raises(ValueError, match="no part spead; there are ratio, loss, speed"):
-        compression.run(False, lambda line: None, only=["spead"])
+    with pytest.raises(ValueError, match="no part pace; there are ratio, loss, speed"):
+        compression.run(False, lambda line: None, only=["pace"])
 
 
 def test_the_picture_has_every_line_and_point() -> None:
