@@ -11,6 +11,7 @@ from moesys.cli import main
 from moesys.config.build import leaf_types, to_dict
 from moesys.config.compose import compose, load_resolved, to_yaml
 from moesys.config.data_schema import SourceConfig
+from moesys.config.dispatch_schema import CandidateConfig
 from moesys.config.schema import RunConfig
 from moesys.parallel.dims import parallel_dims
 from tests.config.prepared import prepared_data
@@ -68,10 +69,12 @@ def test_diff_of_overrides_files_and_run_folders(
 def test_keys_lists_all_or_those_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "keys", "--json"]) == 0
     listed = [info["key"] for info in json.loads(capsys.readouterr().out)]
-    of_sources = [f"data.sources.NAME.{key}" for key in leaf_types(SourceConfig)]
-    assert [key for key in listed if key in of_sources] == of_sources
-    others = [key for key in leaf_types(RunConfig) if key != "data.sources"]
-    assert [key for key in listed if key not in of_sources] == others
+    by_name = {"data.sources": SourceConfig, "dispatch.candidates": CandidateConfig}
+    expected: list[str] = []
+    for key in leaf_types(RunConfig):
+        inner = leaf_types(by_name[key]) if key in by_name else None
+        expected += [key] if inner is None else [f"{key}.NAME.{name}" for name in inner]
+    assert listed == expected
     assert main(["config", "keys", "seq_len"]) == 0
     assert capsys.readouterr().out == (
         "data.seq_len: an integer; required\n"

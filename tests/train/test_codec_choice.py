@@ -56,6 +56,7 @@ def test_all_layers_keep_to_a_budget_of_bytes(tiny_data, tmp_path):
         assert measured[at] == pytest.approx(tried, rel=0.1), "the model has hardly changed"
 
 
+@pytest.mark.parity
 def test_a_resume_keeps_the_choice(tiny_data, tmp_path):
     """Before it is due, and after."""
     for folder, parts in (("whole", [12]), ("cut", [3, 7, 12])):
