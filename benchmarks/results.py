@@ -20,7 +20,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,19 @@ def write_result(
     beside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
     os.replace(beside, path)
     return path
+
+
+def check_parts(only: Sequence[str], parts: Mapping[str, Any]) -> None:
+    """Raises ValueError for a part of `--only` that there is not."""
+    if unknown := set(only) - set(parts):
+        raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(parts)}")
+
+
+def rows_of_before(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
+    """Of the result in this file, if there is one, the rows that have any of the columns."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    wanted = set(columns)
+    return [row for row in rows if wanted & row.keys()]
 
 
 def tables(rows: Sequence[Mapping[str, Cell]]) -> list[list[Mapping[str, Cell]]]:

@@ -5,17 +5,16 @@ The runs are `moesys sweep`'s, kept in runs/routers.sweep and runs/balance.sweep
 pictures go to docs/routers.md.
 """
 
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import RESULTS, ROOT, Result
+from benchmarks.results import RESULTS, ROOT, Result, check_parts, rows_of_before
 from benchmarks.swept import kept_folder, sweep, variants_of
 
 DESCRIPTION = "validation loss, load and step time of routers and balance levels; oracles passed"
@@ -39,12 +38,12 @@ def run(
 
     With `only` one sweep, the rows of the other are those of the result that is there.
     """
-    if unknown := set(only) - set(SWEEPS):
-        raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(SWEEPS)}")
+    check_parts(only, SWEEPS)
     progress("oracles")
     oracles = _oracles()
     is_whole = seeds >= SEEDS and not quick
-    rows = [] if quick else _rows_of_before(set(SWEEPS) - set(only))
+    others = [column for name, column in SWEEPS.items() if name not in only]
+    rows = [] if quick else rows_of_before(RESULTS / f"{RESULT}.json", others)
     for name in only:
         lines = _sweep(name, 1 if quick else seeds, quick, progress)
         rows += [_row(SWEEPS[name], line) for line in lines]
@@ -64,12 +63,6 @@ def difference(rows: Sequence[Mapping[str, Any]]) -> float:
     is better, as 2501.11873 has it. Pure."""
     losses = {row.get(SWEEPS["balance"]): row["val_loss"] for row in rows if "val_loss" in row}
     return losses[GLOBAL] - losses[MICRO]
-
-
-def _rows_of_before(sweeps: Collection[str]) -> list[dict[str, Any]]:
-    path = RESULTS / f"{RESULT}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if any(SWEEPS[name] in row for name in sweeps)]
 
 
 def _row(what: str, line: Mapping[str, Any]) -> dict[str, Any]:

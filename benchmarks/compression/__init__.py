@@ -4,9 +4,8 @@ Parts, each kept when others are measured: `ratio` and `loss` are sweeps (qualit
 runs/compression_loss.sweep; `speed` runs on an emulated cluster (speed.py) and needs root, as `moesys-fabric` does.
 """
 
-import json
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from benchmarks.compression.quality import (
     train_all,
 )
 from benchmarks.compression.speed import Case, speed_rows
-from benchmarks.results import RESULTS, ROOT, Cell, Result
+from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
 from benchmarks.swept import kept_folder, run_folders, sweep, variants_of
 
 DESCRIPTION = "loss over the rows that travel; step time by codec and exchange where plain rows take 45 % and 70 % of a step"
@@ -62,10 +61,10 @@ def run(
 
     With `only` some parts, the rows of the others are those of the result that is there.
     """
-    if unknown := set(only) - set(PARTS):
-        raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    check_parts(only, PARTS)
     seeds = 1 if quick else seeds
-    rows = [] if quick else _rows_of_before(set(PARTS) - set(only))
+    others = [column for name in PARTS if name not in only for column in PARTS[name]]
+    rows = [] if quick else rows_of_before(RESULTS / f"{RESULT}.json", others)
     is_whole = seeds >= SEEDS and not quick
     with tempfile.TemporaryDirectory() as scratch:
         if "ratio" in only:
@@ -168,12 +167,6 @@ def _weights(words: Sequence[str], folder: Path, progress: Callable[[str], None]
     variants = {PLAIN: LOSS_VARIANTS[PLAIN]}
     sweep(variants, words, 1, folder, progress)
     return run_folders(variants, 1, folder)[PLAIN][0]
-
-
-def _rows_of_before(parts: Collection[str]) -> list[dict[str, Any]]:
-    path = RESULTS / f"{RESULT}.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in rows if any(column in row for name in parts for column in PARTS[name])]
 
 
 def _draw(rows: Sequence[Mapping[str, Any]]) -> None:

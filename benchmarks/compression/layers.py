@@ -21,6 +21,7 @@ from benchmarks.interleaved import relative_error
 from benchmarks.peers.deepspeed_layer import DeepSpeedLayer
 from benchmarks.peers.moe_layer import LayerShape, LayerWeights
 from moesys.moe.layer import MoELayer
+from moesys.ops.shard import local_tensor
 from moesys.parallel.bootstrap import process_group
 
 TOLERANCE = 1e-4
@@ -55,7 +56,7 @@ def tokens_of(variant: Variant) -> Tensor:
 def deepspeed_of(layer: MoELayer, num_tokens: int, ep_size: int) -> DeepSpeedLayer:
     """With copies of this rank's experts."""
     config, (experts,) = layer.config, layer.experts.classes()
-    gate_up, down = (parameter.to_local() for parameter in (experts.gate_up, experts.down))  # type: ignore[attr-defined]
+    gate_up, down = map(local_tensor, (experts.gate_up, experts.down))
     router: Any = layer.router
     shape = LayerShape(
         num_experts=config.num_experts,

@@ -27,8 +27,14 @@ from moesys.train.timing import SectionTimer
 STEPS = 2
 PLANNING = "codec.plan"
 CODEC_OPS = {
-    *("moesys::cross_polytope", "moesys::member_means", "moesys::member_means_backward"),
-    *("moesys::restore", "moesys::restore_backward", "moesys::pack", "moesys::unpack"),
+    *(
+        "moesys::cross_polytope",
+        "moesys::member_means",
+        "moesys::restore",
+        "moesys::restore_backward",
+        "moesys::pack",
+        "moesys::unpack",
+    ),
 }
 """With what is planned, all that a codec and the wire add to a step; gradients of means are an unpermute, small beside these."""
 
@@ -55,23 +61,20 @@ class Variant:
 
     def measure(self, steps: int) -> dict[str, Any]:
         """So many steps: the mean over them, in milliseconds and bytes."""
-        took_ms, sent, between, rows, slots, loss = 0.0, 0, 0, 0, 0, 0.0
+        took_ms, between, rows, slots = 0.0, 0, 0, 0
         for _ in range(steps):
             dist.barrier()
             began = time.perf_counter()
             result = self.step()
             took_ms += (time.perf_counter() - began) * 1e3
-            sent, between = sent + result.sent_bytes, between + result.between_nodes_bytes
+            between += result.between_nodes_bytes
             rows += sum(result.coded_rows_M)
             slots += sum(map(sum, result.expert_load_ME))
-            loss = result.loss
         return {
             "variant": self.name,
             "step_ms": took_ms / steps,
-            "sent_bytes": sent // steps,
             "between_nodes_bytes": between // steps,
             "rows": rows / slots if rows else 1.0,
-            "loss": loss,
         }
 
     def codec_ms(self) -> float:

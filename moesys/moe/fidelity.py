@@ -12,6 +12,12 @@ from moesys.moe.hooked import Hooked
 from moesys.moe.layer import MoELayer
 
 
+def squares_apart(coded: Tensor, plain: Tensor) -> Tensor:
+    """fp64 [2]: sums of squares of the difference and of the plain output."""
+    pair = (coded.double() - plain.double(), plain.double())
+    return torch.stack([x.square().sum() for x in pair])
+
+
 class Fidelity(Hooked):
     """While open, each of `layers` (by place) that compresses runs twice in a forward, and the second output is compared.
 
@@ -35,9 +41,7 @@ class Fidelity(Hooked):
     ) -> None:
         with layer.compressing():
             coded = layer.forward(*args, **kwargs)[0]
-        plain: Tensor = output[0]
-        pair = (coded.double() - plain.double(), plain.double())
-        self.squares_M2[at] += torch.stack([x.square().sum() for x in pair])
+        self.squares_M2[at] += squares_apart(coded, output[0])
 
     def of_all_ranks(self) -> list[float]:
         """Collective: by layer, the root mean square of the difference over that of the output."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moesys.moe.compression import UNCOMPRESSED
+from moesys.moe.fidelity import squares_apart
 from moesys.moe.hooked import Hooked
 from moesys.moe.layer import MoELayer
 from moesys.parallel.exchange import Traffic
@@ -43,12 +44,11 @@ class Trials(Hooked):
     def _try(
         self, at: int, layer: MoELayer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        plain: Tensor = output[0].double()
         for x, candidate in enumerate([UNCOMPRESSED, *layer.candidates.values()]):
             with layer.compressing(candidate):
                 again = [_timed(layer, args, kwargs) for _ in range(REPEATS)]
             coded, sent_bytes, _ = again[-1]
-            squares = [t.square().sum().item() for t in (coded.double() - plain, plain)]
+            squares = squares_apart(coded, output[0]).tolist()
             self._sums_MX3[at, x] += torch.tensor([*squares, sent_bytes], dtype=torch.float64)
             self._ms_MX[at, x] += statistics.median(ms for _, _, ms in again)
 
