@@ -19,7 +19,7 @@ from moesys.ops import tokens_per_expert
 from moesys.ops.wire import WireFormat, pack, unpack
 from moesys.profile.experts import time_expert_backends
 
-DESCRIPTION = "hashing, means, restoring and eight bits beside a layer's expert products (ms, %)"
+DESCRIPTION = "hashing, means, restoring and few bits beside a layer's expert products (ms, %)"
 GPU = True
 HASHES, DIMENSIONS = 6, 8
 NOISE = 0.5

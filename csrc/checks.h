@@ -108,27 +108,30 @@ inline void check_turned(const Tensor& turned) {
 
 // A row on the wire: D codes, then a scale of 4 bytes for each block of columns.
 struct Wire {
-  int64_t D, block, num_blocks;
+  int64_t D, block, num_blocks, codes_per_byte;
 
-  constexpr int64_t row_bytes() const { return D + 4 * num_blocks; }
+  constexpr int64_t code_bytes() const { return (D + codes_per_byte - 1) / codes_per_byte; }
+  constexpr int64_t row_bytes() const { return code_bytes() + 4 * num_blocks; }
 };
 
 // `block` 0 = the whole row.
-inline Wire wire_of(const char* op, int64_t D, int64_t block) {
+inline Wire wire_of(const char* op, int64_t D, int64_t block, int64_t codes_per_byte) {
   STD_TORCH_CHECK(D > 0 && block >= 0, op, ": rows must have columns, blocks at least 0 of them");
   if (block == 0 || block > D) block = D;
-  return {D, block, (D + block - 1) / block};
+  STD_TORCH_CHECK(block == D || block % codes_per_byte == 0, op, ": a block must be whole bytes");
+  return {D, block, (D + block - 1) / block, codes_per_byte};
 }
 
-inline Wire check_pack(const Tensor& x, const Tensor& slot_of_row, int64_t K, int64_t block) {
+inline Wire check_pack(const Tensor& x, const Tensor& slot_of_row, int64_t K, int64_t block,
+                       int64_t codes_per_byte) {
   STD_TORCH_CHECK(x.dim() == 2 && K > 0, "pack: x must be [T, D] and K positive");
   STD_TORCH_CHECK(slot_of_row.dim() == 1 && slot_of_row.scalar_type() == ScalarType::Long,
                   "pack: slot_of_row must be int64 [N]");
-  return wire_of("pack", x.size(1), block);
+  return wire_of("pack", x.size(1), block, codes_per_byte);
 }
 
-inline Wire check_unpack(const Tensor& bytes, int64_t D, int64_t block) {
-  const Wire wire = wire_of("unpack", D, block);
+inline Wire check_unpack(const Tensor& bytes, int64_t D, int64_t block, int64_t codes_per_byte) {
+  const Wire wire = wire_of("unpack", D, block, codes_per_byte);
   STD_TORCH_CHECK(bytes.dim() == 2 && bytes.scalar_type() == ScalarType::Byte &&
                       bytes.size(1) == wire.row_bytes(),
                   "unpack: rows must be uint8 [N, ", wire.row_bytes(), "]");

@@ -1,4 +1,5 @@
-// Eight-bit numbers and how they are rounded, the same for the CPU and CUDA kernels.
+// Numbers of eight and of four bits and how they are rounded, the same for the CPU and CUDA
+// kernels.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -48,21 +49,29 @@ MOESYS_INLINE float clamped(float x, float most) {
   return x < -most ? -most : x;
 }
 
-struct Int8 {
-  static constexpr float MAX = 127.0f;
+// Two's complement, in the low bits of a code.
+template <int BITS>
+struct Int {
+  static constexpr int CODES_PER_BYTE = 8 / BITS;
+  static constexpr float MAX = (1 << (BITS - 1)) - 1;
 
   // `noise` is 0 for the nearest, else uniform in [-1/2, 1/2): then the mean of the code is x.
   static MOESYS_INLINE uint8_t encode(float x, float noise) {
-    return static_cast<uint8_t>(static_cast<int8_t>(clamped(nearest(x + noise), MAX)));
+    const int8_t code = static_cast<int8_t>(clamped(nearest(x + noise), MAX));
+    return static_cast<uint8_t>(code) & ((1u << BITS) - 1u);
   }
 
-  static MOESYS_INLINE float decode(uint8_t code) { return static_cast<int8_t>(code); }
+  static MOESYS_INLINE float decode(uint8_t code) {
+    constexpr int UNUSED = 8 - BITS;
+    return static_cast<int8_t>(code << UNUSED) >> UNUSED;
+  }
 };
 
 // Sign, EXPONENT bits of bias 2^(EXPONENT-1) - 1, MANTISSA bits; no code of infinity or NaN is ever
 // made.
 template <int EXPONENT, int MANTISSA>
 struct Fp8 {
+  static constexpr int CODES_PER_BYTE = 1;
   static constexpr int BIAS = (1 << (EXPONENT - 1)) - 1;
   static constexpr int SMALLEST = 1 - BIAS - MANTISSA;  // of the numbers: 2^SMALLEST
   // e4m3fn has one NaN at the very end; e5m2 keeps the last exponent for infinity and NaN.
@@ -97,6 +106,8 @@ struct Fp8 {
   }
 };
 
+using Int8 = Int<8>;
+using Int4 = Int<4>;
 using E4m3 = Fp8<4, 3>;
 using E5m2 = Fp8<5, 2>;
 
@@ -111,10 +122,16 @@ auto for_format(const char* op, int64_t format, const Kernel& kernel) {
       return kernel.template operator()<E4m3>();
     case 2:
       return kernel.template operator()<E5m2>();
+    case 3:
+      return kernel.template operator()<Int4>();
     default:
       STD_TORCH_CHECK(false, op, ": no format ", format);
   }
   __builtin_unreachable();
+}
+
+inline int64_t codes_per_byte(const char* op, int64_t format) {
+  return for_format(op, format, []<typename Format>() { return int64_t{Format::CODES_PER_BYTE}; });
 }
 
 // A row's scale: its largest number becomes the format's. 0 for a row of (nearly) zeros.

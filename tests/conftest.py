@@ -1,7 +1,10 @@
 """Tests marked `gpu` are skipped where torch sees no GPU; fixtures that several rooms share."""
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("moesys", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("moesys")
 pytest_plugins = ["tests.tiny_data", "tests.launch.slurm"]
 
 

@@ -30,7 +30,10 @@ PARTS = {"ratio": [CODEC], "loss": ["trained with"], "speed": ["model", "layer"]
 """And the first columns of their rows."""
 SHARES = (45, 70)
 """Of a plain step, in percent, that crossing the uplinks takes: the mean and the worst of 2411.08446."""
-LOSS_VARIANTS = {name: [f"codec={name}"] for name in (PLAIN, "int8", "fp8", "lsh", "lsh_int8")}
+LOSS_VARIANTS = {
+    name: [f"codec={name}"]
+    for name in (PLAIN, "int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4")
+}
 LINES = {"compensation: slope": "slope", "compensation: none": "none"}
 """Of the picture: how a token's result is moved from its row's, and what the names of such variants begin with."""
 POINTS = ("int8", "lsh_int8")
@@ -41,7 +44,7 @@ SPEED_WORDS = [
     *("checkpoint.every_steps=0", "model.moe.expert_backend=loop", "schedule.warmup_steps=1"),
 ]
 WIDE = ["model.d_model=512", "model.moe.d_expert=384", "model.d_ffn=2048"]
-WIDE_VARIANTS = (PLAIN, "int8", "lsh_int8", "hierarchical lsh_int8")
+WIDE_VARIANTS = (PLAIN, "int8", "lsh_int8", "lsh_int4", "hierarchical lsh_int4")
 WIDE_STEPS = 80
 QUICK_TRAINED = ["train.steps=4", "train.eval_tokens=4096", "schedule.warmup_steps=2"]
 QUICK_SPEED = [

@@ -23,15 +23,18 @@ PLAIN = "none"
 VARIANTS = {
     PLAIN: [],
     "int8": ["codec=int8"],
+    "int4": ["codec=int4"],
     "fp8": ["codec=fp8"],
     "lsh": ["codec=lsh"],
     "lsh_int8": ["codec=lsh_int8"],
+    "lsh_int4": ["codec=lsh_int4"],
     "hierarchical": ["dispatch.exchange=hierarchical"],
     "deduplicated": ["dispatch.exchange=deduplicated"],
     "deduplicated int8": ["dispatch.exchange=deduplicated", "codec=int8"],
     "hierarchical lsh_int8": ["dispatch.exchange=hierarchical", "codec=lsh_int8"],
+    "hierarchical lsh_int4": ["dispatch.exchange=hierarchical", "codec=lsh_int4"],
 }
-LAYERS = (PLAIN, "int8", "lsh_int8")
+LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4")
 DEEPSPEED = "deepspeed"
 TRIES = 3
 """To find a rate."""

@@ -78,7 +78,7 @@ class Variant:
         }
 
     def codec_ms(self) -> float:
-        """Of one step, mean over ranks: hashing, ordering, means, restoring, eight bits, forward and backward."""
+        """Of one step, mean over ranks: hashing, ordering, means, restoring, few bits, forward and backward."""
         self._name_plans()
         dist.barrier()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:

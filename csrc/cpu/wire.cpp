@@ -74,6 +74,25 @@ inline __attribute__((always_inline)) void decode_block(const uint8_t* __restric
     row[d] = narrow<T>(static_cast<accumulator_t<T>>(Format::decode(codes[d]) * scale));
 }
 
+// Codes of four bits, two in a byte, the even column in its low half.
+inline __attribute__((always_inline)) void pair_codes(const uint8_t* __restrict codes,
+                                                      uint8_t* __restrict bytes, int64_t D) {
+#pragma omp simd
+  for (int64_t i = 0; i < D / 2; ++i)
+    bytes[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+  if (D % 2) bytes[D / 2] = codes[D - 1];
+}
+
+inline __attribute__((always_inline)) void part_codes(const uint8_t* __restrict bytes,
+                                                      uint8_t* __restrict codes, int64_t D) {
+#pragma omp simd
+  for (int64_t i = 0; i < D / 2; ++i) {
+    codes[2 * i] = bytes[i] & 15;
+    codes[2 * i + 1] = bytes[i] >> 4;
+  }
+  if (D % 2) codes[D - 1] = bytes[D / 2];
+}
+
 #define MOESYS_FORMAT(Format)                                                                     \
   MOESYS_SIMD void encode(Format, float* values, float scale, bool is_stochastic, uint32_t key,   \
                           uint8_t* codes, float* carry, int64_t D) {                              \
@@ -95,7 +114,15 @@ inline __attribute__((always_inline)) void decode_block(const uint8_t* __restric
 MOESYS_FORMAT(Int8)
 MOESYS_FORMAT(E4m3)
 MOESYS_FORMAT(E5m2)
+MOESYS_FORMAT(Int4)
 #undef MOESYS_FORMAT
+
+MOESYS_SIMD void pair(const uint8_t* codes, uint8_t* bytes, int64_t D) {
+  pair_codes(codes, bytes, D);
+}
+MOESYS_SIMD void part(const uint8_t* bytes, uint8_t* codes, int64_t D) {
+  part_codes(bytes, codes, D);
+}
 
 #define MOESYS_LOAD(T)                                                                 \
   MOESYS_SIMD float load(float* values, const T* row, const float* carry, int64_t D) { \
@@ -109,7 +136,7 @@ MOESYS_LOAD(c10::Half)
 
 Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
             int64_t block, bool is_stochastic, int64_t carried_rows) {
-  const Wire wire = check_pack(x_any, slot_of_row_any, K, block);
+  const Wire wire = check_pack(x_any, slot_of_row_any, K, block, codes_per_byte("pack", format));
   const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0), D = wire.D, W = wire.row_bytes(),
                 num_slots = x.size(0) * K;
@@ -126,7 +153,9 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
       const int64_t bytes_per_task = stride * D * static_cast<int64_t>(sizeof(Element));
       torch::stable::parallel_for(
           0, num_tasks, grain(bytes_per_task), [&](int64_t begin, int64_t end) {
+            constexpr int PER_BYTE = Format::CODES_PER_BYTE;
             std::vector<float> values(wire.block), carries(carried_rows > 0 ? D : 0);
+            std::vector<uint8_t> codes(PER_BYTE > 1 ? wire.block : 0);
             for (int64_t task = begin; task < end; ++task) {
               std::fill(carries.begin(), carries.end(), 0.0f);
               for (int64_t n = task * stride; n < std::min(N, (task + 1) * stride); ++n) {
@@ -146,9 +175,11 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
                   const float scale = scale_of<Format>(largest);
                   const uint32_t key =
                       noise_key(scale, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
-                  encode(Format{}, values.data(), scale, is_stochastic, key, row + start, carry,
-                         width);
-                  std::memcpy(row + D + b * 4, &scale, 4);
+                  uint8_t* bytes_of = row + start / PER_BYTE;
+                  encode(Format{}, values.data(), scale, is_stochastic, key,
+                         PER_BYTE > 1 ? codes.data() : bytes_of, carry, width);
+                  if (PER_BYTE > 1) pair(codes.data(), bytes_of, width);
+                  std::memcpy(row + wire.code_bytes() + b * 4, &scale, 4);
                 }
               }
             }
@@ -163,7 +194,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
 
 Tensor unpack(const Tensor& bytes_any, const Tensor& like, int64_t D, int64_t format,
               int64_t block) {
-  const Wire wire = check_unpack(bytes_any, D, block);
+  const Wire wire = check_unpack(bytes_any, D, block, codes_per_byte("unpack", format));
   const Tensor bytes = torch::stable::contiguous(bytes_any);
   const int64_t N = bytes.size(0), W = wire.row_bytes();
   Tensor rows = torch::stable::new_empty(like, {N, D});
@@ -172,12 +203,18 @@ Tensor unpack(const Tensor& bytes_any, const Tensor& like, int64_t D, int64_t fo
     for_float_type("unpack", like, [&]<typename Element>() {
       Element* to = rows.mutable_data_ptr<Element>();
       torch::stable::parallel_for(0, N, grain(W), [&](int64_t begin, int64_t end) {
+        constexpr int PER_BYTE = Format::CODES_PER_BYTE;
+        std::vector<uint8_t> codes(PER_BYTE > 1 ? wire.block : 0);
         for (int64_t n = begin; n < end; ++n) {
           for (int64_t b = 0; b < wire.num_blocks; ++b) {
             const int64_t start = b * wire.block, width = std::min(wire.block, D - start);
+            const uint8_t* row = in + n * W;
+            const uint8_t* bytes_of = row + start / PER_BYTE;
             float scale;
-            std::memcpy(&scale, in + n * W + D + b * 4, 4);
-            decode(Format{}, in + n * W + start, scale, to + n * D + start, width);
+            std::memcpy(&scale, row + wire.code_bytes() + b * 4, 4);
+            if (PER_BYTE > 1) part(bytes_of, codes.data(), width);
+            decode(Format{}, PER_BYTE > 1 ? codes.data() : bytes_of, scale, to + n * D + start,
+                   width);
           }
         }
       });

@@ -46,18 +46,30 @@ __global__ void pack_rows(const T* __restrict__ x, const int64_t* __restrict__ s
       const float scale = scale_of<Format>(largest);
       const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
       const uint32_t key = noise_key(scale, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
-      for (int64_t d = start + lane_index(); d < end; d += WARP) {
-        const float value = static_cast<float>(from[d]) + (carry ? carry[d] : 0.0f);
-        // Not fused with the sums that follow: the CPU rounds in between.
-        const float scaled = __fmul_rn(value, inverse);
-        const float chance = is_stochastic ? noise(key, static_cast<uint32_t>(d - start)) : 0.0f;
-        const uint8_t code = Format::encode(scaled, chance);
-        row[d] = code;
-        if (carry) carry[d] = value - __fmul_rn(Format::decode(code), scale);
+      // All lanes to the end: neighbours exchange codes.
+      for (int64_t first = start; first < end; first += WARP) {
+        const int64_t d = first + lane_index();
+        uint8_t code = 0;
+        if (d < end) {
+          const float value = static_cast<float>(from[d]) + (carry ? carry[d] : 0.0f);
+          // Not fused with the sums that follow: the CPU rounds in between.
+          const float scaled = __fmul_rn(value, inverse);
+          const float chance = is_stochastic ? noise(key, static_cast<uint32_t>(d - start)) : 0.0f;
+          code = Format::encode(scaled, chance);
+          if (carry) carry[d] = value - __fmul_rn(Format::decode(code), scale);
+        }
+        if constexpr (Format::CODES_PER_BYTE == 1) {
+          if (d < end) row[d] = code;
+        } else {
+          // Two in a byte, the even column in its low half; a block begins at an even one.
+          const uint32_t next = __shfl_down_sync(ALL_LANES, static_cast<uint32_t>(code), 1);
+          if (d < end && d % 2 == 0) row[d / 2] = static_cast<uint8_t>(code | next << 4);
+        }
       }
       if (lane_index() < 4) {
         const uint32_t bits = __float_as_uint(scale);
-        row[wire.D + b * 4 + lane_index()] = static_cast<uint8_t>(bits >> (8 * lane_index()));
+        row[wire.code_bytes() + b * 4 + lane_index()] =
+            static_cast<uint8_t>(bits >> (8 * lane_index()));
       }
     }
   }
@@ -71,17 +83,20 @@ __global__ void unpack_rows(const uint8_t* __restrict__ bytes, T* __restrict__ r
   const uint8_t* row = bytes + n * wire.row_bytes();
   for (int64_t b = 0; b < wire.num_blocks; ++b) {
     const int64_t start = b * wire.block, end = min(wire.D, start + wire.block);
-    const uint8_t* at = row + wire.D + b * 4;
+    const uint8_t* at = row + wire.code_bytes() + b * 4;
     const float scale =
         __uint_as_float(at[0] | at[1] << 8 | at[2] << 16 | static_cast<uint32_t>(at[3]) << 24);
-    for (int64_t d = start + lane_index(); d < end; d += WARP)
-      rows[n * wire.D + d] = static_cast<T>(Format::decode(row[d]) * scale);
+    for (int64_t d = start + lane_index(); d < end; d += WARP) {
+      constexpr int PER_BYTE = Format::CODES_PER_BYTE;
+      const uint8_t code = PER_BYTE == 1 ? row[d] : row[d / 2] >> (d % 2 ? 4 : 0) & 15;
+      rows[n * wire.D + d] = static_cast<T>(Format::decode(code) * scale);
+    }
   }
 }
 
 Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
             int64_t block, bool is_stochastic, int64_t carried_rows) {
-  const Wire wire = check_pack(x_any, slot_of_row_any, K, block);
+  const Wire wire = check_pack(x_any, slot_of_row_any, K, block, codes_per_byte("pack", format));
   const Launch launch(x_any);
   const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0);
@@ -103,7 +118,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
 
 Tensor unpack(const Tensor& bytes_any, const Tensor& like, int64_t D, int64_t format,
               int64_t block) {
-  const Wire wire = check_unpack(bytes_any, D, block);
+  const Wire wire = check_unpack(bytes_any, D, block, codes_per_byte("unpack", format));
   const Launch launch(bytes_any);
   const Tensor bytes = torch::stable::contiguous(bytes_any);
   const int64_t N = bytes.size(0);

@@ -18,7 +18,7 @@ def find_dispatch_problems(
     """`ranks_per_node`: as launched, where that is known."""
     dispatch, moe = config.dispatch, config.model.moe
     pads = moe.capacity_factor is not None and moe.capacity_policy == "pad"
-    yield from in_range("dispatch.wire.block", dispatch.wire.block, 0)
+    yield from _block("dispatch.wire.block", dispatch.wire)
     yield from in_range("dispatch.warmup_steps", dispatch.warmup_steps, 0)
     yield from _candidates(dispatch)
     yield from _exchange(config, world_size, dispatch.ranks_per_node or ranks_per_node)
@@ -39,13 +39,20 @@ def find_dispatch_problems(
         )
 
 
+def _block(key: str, wire: WireConfig) -> Iterator[Problem]:
+    yield from in_range(key, wire.block, 0)
+    if wire.block > 0 and wire.block % 2 and "int4" in wire.kinds:
+        rule = "must be even with int4, which has two numbers in a byte"
+        yield Problem(key=key, given=wire.block, rule=rule, fix=f"use {wire.block + 1}")
+
+
 def _candidates(dispatch: DispatchConfig) -> Iterator[Problem]:
     """What MoE layers choose from, and by what."""
     if not dispatch.candidates:
         return
     for name, candidate in dispatch.candidates.items():
         key = f"dispatch.candidates.{name}"
-        yield from in_range(f"{key}.wire.block", candidate.wire.block, 0)
+        yield from _block(f"{key}.wire.block", candidate.wire)
         if name == "none":
             rule = "is the name of leaving rows as they are, which every layer may"
             yield Problem(key=key, rule=rule, fix="give it another name")
@@ -152,4 +159,4 @@ def dispatch_warnings(
     for key, is_read in unread:
         value = getattr(wire, key)
         if not is_read and value != WireConfig.__dataclass_fields__[key].default:
-            yield f"dispatch.wire.{key}={value} has no effect where nothing is written in eight bits"
+            yield f"dispatch.wire.{key}={value} has no effect where nothing is written in fewer bits"

@@ -6,10 +6,8 @@ from typing import Literal
 
 from moesys.config.component_schema import ComponentConfig
 
-EightBit = Literal["int8", "e4m3", "e5m2"]
-Wire = Literal["none", "int8", "e4m3", "e5m2"]
-"""none = in the compute type; the others write each number in eight bits."""
-
+Wire = Literal["none", "int8", "int4", "e4m3", "e5m2"]
+"""none = in the compute type; the others write each number in eight bits, int4 in four."""
 
 Exchange = Literal["flat", "hierarchical", "deduplicated"]
 
@@ -27,7 +25,7 @@ class WireConfig:
     combine_backward: Wire = "none"
     """The gradients of these, to the experts."""
     block: int = 0
-    """Columns that share an fp32 scale; 0 = the whole row."""
+    """Columns that share an fp32 scale, an even number with int4; 0 = the whole row."""
     stochastic_backward: bool = True
     """Gradients are rounded up or down by chance, with the number as the mean; false = to the nearest."""
     error_feedback: bool = False
@@ -35,16 +33,25 @@ class WireConfig:
 
     @property
     def is_used(self) -> bool:
-        """Whether anything is written in eight bits."""
-        return self != WireConfig(
-            block=self.block,
-            stochastic_backward=self.stochastic_backward,
-            error_feedback=self.error_feedback,
-        )
+        """Whether anything is written in fewer bits."""
+        return set(self.kinds) != {"none"}
 
     def row_bytes(self, kind: Wire, d_row: int, width: int) -> int:
         """Of a row of `d_row` numbers of `width` bytes, as it travels."""
-        return d_row * width if kind == "none" else d_row + 4 * -(-d_row // (self.block or d_row))
+        if kind == "none":
+            return d_row * width
+        codes = -(-d_row // 2) if kind == "int4" else d_row
+        return codes + 4 * -(-d_row // (self.block or d_row))
+
+    @property
+    def kinds(self) -> tuple[Wire, ...]:
+        """Of the four ways."""
+        return (
+            self.dispatch_forward,
+            self.dispatch_backward,
+            self.combine_forward,
+            self.combine_backward,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def pack(
         raise RuntimeError("pack: slot_of_row has an entry that is neither -1 nor a valid index")
     rows_ND = F_.pad(x_TD.float(), (0, 0, 1, 0))[slot_of_row_N // top_k + 1]
     num_rows, width = rows_ND.shape
-    most = EIGHT_BITS[format].max
+    most = LARGEST[format]
     codes, scales = [], []
     for start in range(0, width, block or width):
         values_NB = rows_ND[:, start : start + (block or width)]
@@ -133,25 +133,42 @@ def pack(
             scales_N1[some] = scale
         codes.append(codes_NB)
         scales.append(scales_N1.contiguous().view(torch.uint8))
-    return torch.cat([*codes, *scales], dim=1)
+    return torch.cat([_paired(torch.cat(codes, dim=1), format), *scales], dim=1)
 
 
 def unpack(bytes_NW: Tensor, like: Tensor, d: int, format: int, block: int) -> Tensor:
-    scales = bytes_NW[:, d:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    code_bytes = -(-d // CODES_PER_BYTE[format])
+    codes_ND = _parted(bytes_NW[:, :code_bytes], format)[:, :d]
+    scales = (
+        bytes_NW[:, code_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    )
     scales_ND = scales.repeat_interleave(block or d, dim=1)[:, :d]
-    return (_decoded(bytes_NW[:, :d], format) * scales_ND).to(like.dtype)
+    return (_decoded(codes_ND, format) * scales_ND).to(like.dtype)
 
 
-EIGHT_BITS = (
-    torch.iinfo(torch.int8),
-    torch.finfo(torch.float8_e4m3fn),
-    torch.finfo(torch.float8_e5m2),
-)
-_FP8 = (None, torch.float8_e4m3fn, torch.float8_e5m2)
+_FP8 = (None, torch.float8_e4m3fn, torch.float8_e5m2, None)
+LARGEST = (127.0, 448.0, 57344.0, 7.0)
+CODES_PER_BYTE = (1, 1, 1, 2)
+"""By the number of a format, as the two above."""
+
+
+def _paired(codes_ND: Tensor, format: int) -> Tensor:
+    """Codes of four bits, two in a byte, the even column in its low half."""
+    if CODES_PER_BYTE[format] == 1:
+        return codes_ND
+    codes_ND = F_.pad(codes_ND & 15, (0, codes_ND.shape[1] % 2))
+    return codes_ND[:, ::2] | codes_ND[:, 1::2] << 4
+
+
+def _parted(bytes_NB: Tensor, format: int) -> Tensor:
+    if CODES_PER_BYTE[format] == 1:
+        return bytes_NB
+    codes_NB2 = torch.stack([bytes_NB & 15, bytes_NB >> 4], dim=2)
+    return ((codes_NB2 ^ 8) - 8).flatten(1)  # the sign is the highest of four bits
 
 
 def _encoded(scaled: Tensor, noise: Tensor | float, format: int) -> Tensor:
-    most, dtype = EIGHT_BITS[format].max, _FP8[format]
+    most, dtype = LARGEST[format], _FP8[format]
     if dtype is None:
         return (scaled + noise).round().clamp(-most, most).to(torch.int8).view(torch.uint8)
     # Neighbours of a number are a power of two apart, of subnormal ones always the same.

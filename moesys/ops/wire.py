@@ -1,7 +1,7 @@
-"""Rows of numbers to rows of bytes, eight bits a number, and back.
+"""Rows of numbers to rows of bytes, eight or four bits a number, and back.
 
-Shapes: T tokens, K slots per token (slot t*K+k), N rows, D numbers each, W bytes each on the wire: D codes, then the fp32 scale
-of each block of columns.
+Shapes: T tokens, K slots per token (slot t*K+k), N rows, D numbers each, W bytes each on the wire: D codes, of four bits two in
+a byte, then the fp32 scale of each block of columns.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moesys.ops import library, reference
 
-EightBit = Literal["int8", "e4m3", "e5m2"]
-_NUMBER: dict[str, int] = {"int8": 0, "e4m3": 1, "e5m2": 2}
+LowPrecision = Literal["int8", "e4m3", "e5m2", "int4"]
+_NUMBER: dict[str, int] = {"int8": 0, "e4m3": 1, "e5m2": 2, "int4": 3}
 """Of csrc/low_precision.h."""
 CARRIED_ROWS = 64
 """So many rows in a row hand on what rounding took."""
@@ -21,15 +21,15 @@ CARRIED_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class WireFormat:
-    """How a row is written in eight bits a number: each block of columns is scaled so that its largest becomes the format's.
+    """How a row is written in few bits a number: each block of columns is scaled so that its largest becomes the format's.
 
-    int8 has 127 steps on each side, all alike; e4m3 and e5m2 (2209.05433) have steps in proportion to the number, down to
+    int8 has 127 steps on each side, all alike, and int4 has 7; e4m3 and e5m2 (2209.05433) have steps in proportion to the number, down to
     2^-9 and 2^-16.
     """
 
-    kind: EightBit
+    kind: LowPrecision
     block: int = 0
-    """Columns that share a scale; 0 = the whole row."""
+    """Columns that share a scale, an even number with int4; 0 = the whole row."""
     is_stochastic: bool = False
     """Rounded up or down by chance, so that the mean of a code is the number. The chance hangs on the row's scale and place
     alone: the same rows are always rounded in the same way, and no state is kept."""
@@ -37,15 +37,23 @@ class WireFormat:
     """What rounding takes from a row is added to the next (error feedback within a message, 64 rows at a time): the sum over
     rows, which is what the gradient of an expert sees, is that of the numbers but for one row's rounding in 64."""
 
+    def __post_init__(self) -> None:
+        if self.block % reference.CODES_PER_BYTE[_NUMBER[self.kind]]:
+            raise ValueError(f"block={self.block} must be even with int4, two in a byte")
+
     def row_bytes(self, d: int) -> int:
         """W of a row of `d` numbers."""
-        return d + 4 * -(-d // (self.block or d))
+        return _row_bytes(d, _NUMBER[self.kind], self.block)
+
+
+def _row_bytes(d: int, format: int, block: int) -> int:
+    return -(-d // reference.CODES_PER_BYTE[format]) + 4 * -(-d // (block or d))
 
 
 def pack(
     x_TD: Tensor, format: WireFormat, slot_of_row_N: Tensor | None = None, top_k: int = 1
 ) -> Tensor:
-    """Write rows in eight bits a number, gathered on the way: row n is x_TD[slot_of_row_N[n] // K].
+    """Write rows in few bits a number, gathered on the way: row n is x_TD[slot_of_row_N[n] // K].
 
     Args:
         x_TD: fp32, fp64, bf16 or fp16; not differentiable.
@@ -99,8 +107,7 @@ if library.is_loaded():
     def _(
         x_TD: Tensor, slot_of_row_N: Tensor, top_k: int, format: int, block: int, *rounding: int
     ) -> Tensor:
-        d = x_TD.shape[1]
-        width = d + 4 * -(-d // (block or d))
+        width = _row_bytes(x_TD.shape[1], format, block)
         return x_TD.new_empty(slot_of_row_N.shape[0], width, dtype=torch.uint8)
 
     @torch.library.register_fake("moesys::unpack")

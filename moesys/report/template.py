@@ -105,7 +105,7 @@ TEMPLATE = """
 <tr><td class="r">{{ row.layer }}</td><td class="r">{{ row.codec }}</td><td class="r">{{ row.rows }}</td><td class="r">{{ row.error }}</td></tr>
 {% endfor %}
 </table>
-<p class="note">Rows of the last step; how far a layer's output with codec and eight bits is from that without at the last evaluation, on its first batch.</p></div>
+<p class="note">Rows of the last step; how far a layer's output with codec and wire is from that without at the last evaluation, on its first batch.</p></div>
 {% endif %}
 {% if section.id == "sources" and section.content %}
 {% set told = section.content %}

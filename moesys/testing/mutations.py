@@ -49,7 +49,7 @@ train.steps=null | train.steps=null | must be an integer | give an integer
 optim.lr=nan | optim.lr=nan | must be a finite number | give a finite number
 optim.lr=1e-3,1e-4 | optim.lr | must be one value | one run for each value
 data.shuffle=1 | data.shuffle=1 | must be true or false | write true or false
-dispatch.wire.combine_forward=int4 | dispatch.wire.combine_forward='int4' | must be one of none, int8, e4m3, e5m2 | did you mean int8?
+dispatch.wire.combine_forward=int16 | dispatch.wire.combine_forward='int16' | must be one of none, int8, int4, e4m3, e5m2 | did you mean int8?
 train.dtype=fp16 | train.dtype='fp16' | must be one of fp32, bf16 | did you mean
 train=3 | train=3 | must be a section | steps, global_batch_tokens
 train.steps | train.steps | is not a key=value override | write section.key=value
@@ -67,6 +67,7 @@ dispatch.warmup_steps=-1 | dispatch.warmup_steps=-1 | must be at least 0 | use a
 dispatch.ranks_per_node=0 | dispatch.ranks_per_node=0 | must be at least 1 | use a value at least 1
 dispatch.exchange=flatt | dispatch.exchange='flatt' | must be one of flat, hierarchical, deduplicated | did you mean flat?
 dispatch.wire.block=-1 | dispatch.wire.block=-1 | must be at least 0 | use a value at least 0
+codec=int4 parallel.ep=2 dispatch.wire.block=7 | dispatch.wire.block=7 | must be even with int4 | use 8
 parallel.tp=0 | parallel.tp=0 | must be at least 1 | at least 1
 model.head_dim=15 | model.head_dim=15 | must be even | use 14 or 16
 --nproc 0 | --nproc 0 | must be at least 1 | it is the number of ranks to start

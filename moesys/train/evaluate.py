@@ -93,7 +93,7 @@ def evaluate(
     """Collective: every rank runs as many forwards. Leaves the model in eval mode, and nothing gathered.
 
     `batches` of each source by name, and their weights. None if it was given up: `must_leave` is asked before each
-    batch, and says the same on all ranks. `compresses`: whether training uses a codec or eight bits, whose error is measured.
+    batch, and says the same on all ranks. `compresses`: whether training uses a codec or a wire, whose error is measured.
 
     bits per byte = sum of nats / ln 2 / UTF-8 bytes of the target tokens (`token_bytes_V`, int64). Ranks of tp have the
     same tokens, and only those of the last pipeline stage see the loss.

@@ -166,7 +166,7 @@ _texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.samp
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     name=_texts, lr=st.floats(min_value=1e-300, max_value=1e300), option=_texts, seed=st.integers()
 )

@@ -13,7 +13,10 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
 REQUIRED = {
     ("router", name): ["model.moe.router.run=runs/recorded"] for name in ("replay", "replay_loads")
-} | {("codec", name): ["parallel.ep=2"] for name in ("int8", "fp8", "lsh", "lsh_int8", "auto")}
+} | {
+    ("codec", name): ["parallel.ep=2"]
+    for name in ("int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4", "auto")
+}
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")
 

@@ -88,7 +88,7 @@ def test_the_key_of_a_line_can_be_chosen(tmp_path: Path) -> None:
     assert texts(read(find_inputs([str(tmp_path / "c.jsonl")]), key="content")) == ["x"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.text(st.characters(codec="utf-8"), max_size=12), max_size=12),
     part_bytes=st.integers(1, 60),

@@ -76,7 +76,7 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
     assert step([loader(tokens)]) != step([loader(tokens, seed=6)])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_steps_do_not_depend_on_ranks_or_micro_batches(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
@@ -204,7 +204,7 @@ def evaluated(tokens: IndexedTokens, dp_size: int, micro: int, eval_tokens: int)
     return targets
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     num_tokens=st.integers(2, 90),
     dp_size=st.integers(1, 4),

@@ -20,7 +20,7 @@ def counted(mix: Mix, first: int, stop: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, is_of.shape[1]), int), is_of.cumsum(0)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(WEIGHTS)
 def test_weights_become_whole_parts(weights: list[float]) -> None:
     parts = parts_of(weights)
@@ -31,7 +31,7 @@ def test_weights_become_whole_parts(weights: list[float]) -> None:
         assert abs(part - weight / sum(weights) * PARTS) < 1 + rounded_up
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(WEIGHTS, st.integers(1, 400))
 def test_every_prefix_has_the_exact_shares_within_one_sample(weights: list[float], length: int):
     mix = Mix.of(weights)
@@ -55,7 +55,7 @@ def test_the_largest_deficit_would_stray_further() -> None:
     assert np.abs(counts_KN - np.arange(2001)[:, None] * parts / PARTS).max() < 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_places_count_up_within_each_source_through_every_turn(data: st.DataObject) -> None:
     num_sources = data.draw(st.integers(1, 4))

@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn):
     return weights, loads, options
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_it_is_the_papers_formula(case) -> None:
     weights, loads, options = case
@@ -50,7 +50,7 @@ def test_it_is_the_papers_formula(case) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases(), st.randoms())
 def test_sum_floor_and_order(case, random) -> None:
     weights, loads, options = case

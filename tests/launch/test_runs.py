@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesys.cli import main
@@ -57,7 +57,6 @@ def test_what_slurm_adds(state: State, word: str | None, told: str | None) -> No
     assert (found[0] if found else None) == told
 
 
-@settings(deadline=None)
 @given(st.sampled_from(STATES), st.sampled_from(["TIMEOUT", "FAILED", "PENDING", "RUNNING", "X"]))
 def test_what_slurm_adds_is_believed(state: State, word: str) -> None:
     """Whatever it says may follow, or writing it would change nothing."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from moesys.config.compose import search_path
@@ -127,7 +127,6 @@ def test_what_is_not_known_is_not_said() -> None:
     assert "--mem=8G" in options(script(cluster("local", "cluster.memory_gib_per_node=8")))
 
 
-@settings(deadline=None)
 @example(ODD)
 @given(
     st.text(st.characters(codec="utf-8", exclude_characters="\n\r\0"), min_size=1).map("x".__add__)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moesys.launch.status import (
@@ -55,7 +55,6 @@ def test_who_follows_whom(
     assert (status.state, status.attempt, status.since_unix_s) == (state, attempt, since)
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(STATES), min_size=1, max_size=12))
 def test_attempts_are_the_times_it_ran_and_every_end_can_be_started_again(
     states: list[State],
@@ -65,7 +64,6 @@ def test_attempts_are_the_times_it_ran_and_every_end_can_be_started_again(
     assert next_state(status, "running", now_unix_s=99).attempt == status.attempt + 1
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(STATES), min_size=1, max_size=12))
 def test_a_reason_is_that_of_the_state(states: list[State]) -> None:
     status = None

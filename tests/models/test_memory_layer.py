@@ -106,7 +106,7 @@ def test_values_and_gradients_are_the_references(name: str) -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-5, msg=what)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     tokens=st.integers(0, 5),
     num_keys=st.integers(1, 9),

@@ -11,7 +11,7 @@ from tests.ops.test_permute import compare_both
 from tests.ops.test_swiglu import TYPES
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     rows=st.integers(1, 5).flatmap(
         lambda top_k: st.lists(
@@ -30,7 +30,7 @@ def test_expert_order_is_sorted_and_stable(rows: list[list[int]]) -> None:
         assert row == -1 if ids[slot] < 0 else slot_of_row_N[row] == slot
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_permute_and_unpermute(data: st.DataObject) -> None:
     num_experts = data.draw(st.integers(1, 9))
@@ -45,7 +45,7 @@ def test_permute_and_unpermute(data: st.DataObject) -> None:
     compare_both(case, data.draw(st.sampled_from(["trimmed", "tail", "gaps"])), "cpu", seed=7)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(num_rows=st.integers(0, 40), width=st.integers(0, 200), dtype=st.sampled_from(TYPES))
 def test_swiglu(num_rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up_N2F = torch.randn(num_rows, 2 * width, generator=torch.Generator().manual_seed(1))

@@ -77,7 +77,7 @@ def assert_same_rows(
     assert len(order.rows_per_expert_E) == num_experts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_slots_of_one_expert_and_code_share_a_row(data: st.DataObject) -> None:
     num_tokens, top_k = data.draw(st.integers(0, 30)), data.draw(st.integers(1, 4))

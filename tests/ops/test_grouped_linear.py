@@ -86,7 +86,7 @@ def test_each_backend(
     compare(counts, 24, 40, spare, backend, dtype)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 20), min_size=1, max_size=6),
     inputs=st.integers(1, 90),

@@ -146,13 +146,14 @@ def through_wire(rows_ND: Tensor, format: WireFormat | None) -> Tensor:
     "formats",
     [
         RowFormats(forward=WireFormat(kind="int8")),
+        RowFormats(backward=WireFormat(kind="int4", block=10)),
         RowFormats(backward=WireFormat(kind="e5m2", is_stochastic=True)),
         RowFormats(
             forward=WireFormat(kind="e4m3", block=16, hands_on=True),
             backward=WireFormat(kind="int8", is_stochastic=True),
         ),
     ],
-    ids=["int8 there", "e5m2 back", "both"],
+    ids=["int8 there", "int4 back", "e5m2 back", "both"],
 )
 def test_rows_travel_in_their_format(size, per_node, formats, is_permuted):
     """What arrives is what the format makes of what was sent, bit for bit and byte for byte, by every way."""

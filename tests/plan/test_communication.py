@@ -64,13 +64,13 @@ def balance(level: str) -> BalanceConfig:
 
 PYRAMID = {"num_experts": 12, "experts_by_layer": (4, 12, 8)}
 WIDTHS = {"expert_widths": (8, 40)}
-EIGHT_BITS = DispatchConfig(
+FEW_BITS = DispatchConfig(
     wire=WireConfig(
         dispatch_forward="int8",
         dispatch_backward="e5m2",
         combine_forward="e4m3",
-        combine_backward="int8",
-        block=5,
+        combine_backward="int4",
+        block=6,
     )
 )
 ONE_WAY = DispatchConfig(wire=WireConfig(combine_backward="int8"))
@@ -125,9 +125,9 @@ VARIANTS = [
     ("cp", {"balance": replace(balance("sequence"), global_loss_coef=0.1, micro_loss_coef=0.1)}),
     ("cp+ep", {"recompute": "layer"}),
     ("etp", {"dtype": "bf16", "recompute": "layer"}),
-    ("ep", {"dispatch": EIGHT_BITS}),
-    ("ep", {"dispatch": EIGHT_BITS, "recompute": "layer", "dtype": "bf16"}),
-    ("etp", {"dispatch": EIGHT_BITS, "d_latent": 12}),
+    ("ep", {"dispatch": FEW_BITS}),
+    ("ep", {"dispatch": FEW_BITS, "recompute": "layer", "dtype": "bf16"}),
+    ("etp", {"dispatch": FEW_BITS, "d_latent": 12}),
     ("ep", {"dispatch": ONE_WAY, "capacity_factor": 2.0}),
     ("pp", {"dtype": "bf16"}),
     ("pp+tp+ep", PYRAMID | {"balance": balance("micro")}),
@@ -158,8 +158,8 @@ def test_options_change_the_bytes_as_the_formulas_say(name, changes):
 EXCHANGES = [
     (4, {"ep": 4}, {}),
     (4, {"ep": 4}, {"recompute": "layer", "dtype": "bf16"}),
-    (4, {"ep": 4}, {"dispatch": EIGHT_BITS}),
-    (4, {"ep": 4}, {"dispatch": EIGHT_BITS, "recompute": "layer"}),
+    (4, {"ep": 4}, {"dispatch": FEW_BITS}),
+    (4, {"ep": 4}, {"dispatch": FEW_BITS, "recompute": "layer"}),
     (4, {"ep": 4}, WIDTHS),
     (8, {"ep": 4, "etp": 2, "tp": 2}, {"recompute": "moe"}),
     (8, {"ep": 4, "pp": 2}, {"d_latent": 12}),

@@ -64,7 +64,7 @@ def test_without_the_option_the_rules_judge():
     assert fit_to_world(config, 2) == (config, [])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     pp=st.sampled_from([1, 2]),
     cp=st.sampled_from([1, 2]),

@@ -311,7 +311,7 @@ layouts = st.fixed_dictionaries(
 LARGE = replace(WIDE, train=replace(WIDE.train, global_batch_tokens=64 * SEQ_LEN))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(layouts)
 def test_making_more_again_never_keeps_more(changes):
     kept = [
@@ -323,7 +323,7 @@ def test_making_more_again_never_keeps_more(changes):
         assert activations[0] > activations[-1]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(layouts)
 def test_a_higher_stage_of_zero_never_stores_more(changes):
     """dp = 8 / (pp tp) is at least 2."""
@@ -334,7 +334,7 @@ def test_a_higher_stage_of_zero_never_stores_more(changes):
     assert stages[1].unreduced >= stages[2].unreduced
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(layouts, st.sampled_from([2, 4]))
 def test_a_larger_micro_batch_keeps_proportionally_more(changes, factor):
     once, more = (
@@ -346,7 +346,7 @@ def test_a_larger_micro_batch_keeps_proportionally_more(changes, factor):
     assert more.parameters == once.parameters
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(layouts)
 def test_gpipe_holds_a_whole_step(changes):
     gpipe, one = (
@@ -357,7 +357,7 @@ def test_gpipe_holds_a_whole_step(changes):
     assert gpipe.logits % micro_steps == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(layouts, st.floats(1.0, 3.0))
 def test_an_uneven_load_keeps_more_rows(changes, load):
     config = replace(LARGE, parallel=replace(LARGE.parallel, pp=changes["pp"], ep=changes["ep"]))

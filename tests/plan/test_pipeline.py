@@ -40,7 +40,7 @@ def models(draw: st.DrawFn) -> tuple[list[int], int, int, int]:
     return costs, draw(st.integers(1, len(costs))), draw(ends), draw(ends)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(model=models())
 @example(
     model=([1, 9, 1, 9, 4, 7, 4, 3, 5], 5, 5, 18)

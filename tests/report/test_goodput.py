@@ -131,9 +131,7 @@ class Life:
             self.is_done = how == "done"
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_the_ledger_is_what_happened(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
     draw = data.draw

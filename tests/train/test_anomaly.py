@@ -67,7 +67,7 @@ def noisy(seed: int, count: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
     return losses, norms
 
 
-@settings(max_examples=3, deadline=None, derandomize=True)
+@settings(max_examples=3, derandomize=True)
 @given(seed=st.integers(0, 2**32), noise=st.sampled_from([0.001, 0.01, 0.05]))
 def test_no_false_alarm_in_100_000_steps_of_normal_noise(seed, noise):
     for values in noisy(seed, 100_000, noise):
@@ -78,7 +78,7 @@ def test_no_false_alarm_in_100_000_steps_of_normal_noise(seed, noise):
             assert (judged <= limits).all(), chunk + int(np.argmax(judged > limits))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     noise=st.floats(0.001, 0.05),

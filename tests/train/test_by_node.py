@@ -42,7 +42,7 @@ def test_two_steps_are_the_flat_exchange_bit_for_bit(recompute, flat) -> None:
 
 
 def test_two_steps_write_rows_once() -> None:
-    """In eight bits, and read once: bit for bit again."""
+    """In few bits, and read once: bit for bit again."""
     expected = parity(spread(DispatchConfig(wire=INT8)), 4, micro_steps=2)
     found = parity(spread(replace(HIERARCHICAL, wire=INT8)), 4, micro_steps=2)
     assert_equal(found, expected)

@@ -130,7 +130,7 @@ def test_wherever_the_first_is_stopped_the_second_one_s_checkpoints_stay(tmp_pat
         assert refused or when > len(calls) - 2, where
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns=st.lists(st.sampled_from(["new", 0, 1, 2]), max_size=14))
 def test_only_the_newest_of_many_starts_saves(tmp_path_factory, turns):
     folder = tmp_path_factory.mktemp("runs")

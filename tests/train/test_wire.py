@@ -1,4 +1,4 @@
-"""Training whose rows travel in eight bits: near the plain numbers, and the same ones under recomputation and pipelines."""
+"""Training whose rows travel in few bits: near the plain numbers, and the same ones under recomputation and pipelines."""
 
 from dataclasses import replace
 
@@ -14,6 +14,13 @@ from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, samples_of_step
 from tests.train.coded import INT8, assert_equal, config
 
+INT4 = WireConfig(
+    dispatch_forward="int4",
+    dispatch_backward="int4",
+    combine_forward="int4",
+    combine_backward="int4",
+    block=10,
+)
 FP8 = WireConfig(
     dispatch_forward="e4m3",
     dispatch_backward="e5m2",
@@ -42,8 +49,8 @@ def plain() -> Numbers:
 
 @pytest.mark.parametrize(
     ("wire", "most"),
-    [(INT8, 0.02), (FP8, 0.15), (WireConfig(combine_forward="int8"), 0.01)],
-    ids=["int8", "fp8", "one way"],
+    [(INT8, 0.02), (INT4, 0.25), (FP8, 0.15), (WireConfig(combine_forward="int8"), 0.01)],
+    ids=["int8", "int4", "fp8", "one way"],
 )
 def test_gradients_are_near_the_plain_ones(wire: WireConfig, most: float, plain: Numbers) -> None:
     found = compare(parity(one_moe_layer(wire), 2, micro_steps=2), plain)

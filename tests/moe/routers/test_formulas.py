@@ -183,7 +183,7 @@ def test_values_and_gradients(name):
     assert_formula(CASES[name], num_tokens=11, num_experts=6, k=2, seed=0)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 @pytest.mark.parametrize("name", CASES)
 def test_any_sizes(name, data):
