@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from moesys.config.compose import compose
+from moesys.config.schema import RunConfig
 from moesys.config.validate import check
-from moesys.parallel.bootstrap import process_group
+from moesys.parallel.bootstrap import Process, process_group
+from moesys.parallel.dims import parallel_dims
+from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.expert_backend import set_expert_backend
 from moesys.train.beginning import begin
 from moesys.train.setup import build_run
@@ -42,12 +46,9 @@ CODEC_OPS = {
 class Variant:
     """One run of the job."""
 
-    def __init__(self, name: str, overrides: list[str], process: Any) -> None:
-        config = compose(overrides)
-        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-        check(config, process.world_size, per_node)
+    def __init__(self, name: str, config: RunConfig, process: Process, meshes: Meshes) -> None:
         self.name, self.lr, self.steps = name, config.optim.lr, 0
-        self.run = run = build_run(config, process)
+        self.run = run = build_run(config, process, meshes=meshes)
         begin(config.checkpoint, run.folder, run_tensors(run.model, run.optimizer))
         set_expert_backend(run.model, "loop")
         self.train_step = TrainStep(
@@ -104,6 +105,18 @@ class Variant:
             codec.plan = named
 
 
+def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> list[Variant]:
+    """All on the same process groups, a thread of which wakes a hundred times a second on gloo. Collective."""
+    configs = {name: compose(overrides) for name, overrides in variants.items()}
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    for config in configs.values():
+        check(config, process.world_size, per_node)
+    first = next(iter(configs.values()))
+    dims = parallel_dims(first.parallel, process.world_size)
+    meshes = build_meshes(dims, process.device.type, per_node, cuts_by_node=True)
+    return [Variant(name, config, process, meshes) for name, config in configs.items()]
+
+
 def _is_of_codec(event: Any) -> bool:
     """And not within another that is."""
     if event.name != PLANNING and event.name not in CODEC_OPS:
@@ -119,7 +132,7 @@ def _is_of_codec(event: Any) -> bool:
 def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
     """`warm_steps` of each come first, and are not told."""
     with process_group("cpu", timeout_s=600.0) as process:
-        built = [Variant(name, overrides, process) for name, overrides in variants.items()]
+        built = build_variants(variants, process)
         for variant in built:
             variant.measure(warm_steps)
         for number in range(rounds):

@@ -65,12 +65,18 @@ class Run:
 
 
 def build_run(
-    config: RunConfig, process: Process, mark: Callable[[str], None] = lambda part: None
+    config: RunConfig,
+    process: Process,
+    mark: Callable[[str], None] = lambda part: None,
+    meshes: Meshes | None = None,
 ) -> Run:
-    """Collective. Data files are checked before a model is built. `mark` is told when "data" and "model" are done."""
+    """Collective. Data files are checked before a model is built. `mark` is told when "data" and "model" are done.
+
+    `meshes` of these degrees that are there already are used again.
+    """
     dims = parallel_dims(config.parallel, process.world_size)
     dispatch = config.dispatch
-    meshes = build_meshes(
+    meshes = meshes or build_meshes(
         dims,
         process.device.type,
         dispatch.ranks_per_node or process.ranks_per_node,
