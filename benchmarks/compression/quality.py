@@ -15,10 +15,7 @@ from benchmarks.swept import Variants, records_of, run_folders, sweep
 
 PLAIN = "none"
 RATIO_WORDS = ["experiment=compare", "train.steps=240"]
-LOSS_WORDS = [
-    *("experiment=quickstart", "train.micro_batch_tokens=512"),
-    *("train.eval_every_steps=20", "train.eval_tokens=65536"),
-]
+LOSS_WORDS = ["experiment=quickstart", "train.eval_every_steps=20", "train.eval_tokens=65536"]
 """As many tokens per rank and micro-step as the ranks of the emulated cluster have: rows are the same."""
 
 Curve = Sequence[tuple[int, float]]
