@@ -61,13 +61,13 @@ COMPRESSION: Sections = {
     ),
     "trained with": (
         "Steps to the same loss",
-        "quickstart with 512 tokens on each rank and micro-step, evaluated every 20 steps. `same_loss` is what both it and the plain runs reach, `steps` and `plain_steps` after "
+        "quickstart, evaluated every 20 steps. `same_loss` is what both it and the plain runs reach, `steps` and `plain_steps` after "
         "how many steps, between evaluations by a straight line.",
     ),
     "model": (
         "Steps on a slow network",
-        "Eight ranks on an emulated cluster of four nodes, all on two cores, from trained weights. `uplinks_pct`: of a plain step, what crossing the uplinks is to take; `uplinks_share_pct`: "
-        "what it took. `codec_ms`: of a step, mean over ranks, in the codec's and the wire's operators, of which `codec_cost_pct` is the share of what would be saved without them.",
+        "Eight ranks on an emulated cluster of four nodes, all on two cores, from trained weights. `exchange_pct`: of a plain step, what exchanges of rows were to take when uplinks were shaped. "
+        "`rows stay`: no row travels, which compression beats only by the work that it saves; gradients cross with all. `codec_ms`: of a step, mean over ranks, in the codec's and the wire's operators, of which `codec_cost_pct` is the share of what would be saved without them.",
     ),
     "layer": (
         "Beside DeepSpeed's layer",

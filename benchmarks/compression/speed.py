@@ -1,27 +1,32 @@
 """Steps of a training on an emulated cluster of four nodes with two ranks each, where the network is slow.
 
-The uplinks are shaped so that what crosses them makes up 45 %, then 70 % of a plain step, measured as the time by which the step is
-longer than on uplinks without a limit. All variants then run in one job, in turns, from trained weights: how many rows a codec
-makes is that of a model that has learnt.
+The uplinks are shaped so that the exchange of rows makes up 45 %, then 70 % of a plain step: by so much it is longer than one whose
+rows stay where they are, while gradients still cross. All variants then run in one job, in turns, from trained weights: how many
+rows a codec makes is that of a model that has learnt.
 """
 
 import json
 import math
+import os
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from benchmarks.fabric.job import run_job
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.network import fabric
-from benchmarks.results import Cell
+from benchmarks.results import ROOT, Cell
 
 LAYOUT = Layout(name="compression", num_nodes=4, ranks_per_node=2)
 PLAIN = "none"
+STAYING = "rows stay"
+"""What no compression beats but by the work that it saves: no row travels, and each rank computes with its own."""
 VARIANTS = {
     PLAIN: [],
+    STAYING: [],
     "int8": ["codec=int8"],
     "int4": ["codec=int4"],
     "fp8": ["codec=fp8"],
@@ -30,14 +35,14 @@ VARIANTS = {
     "lsh_int4": ["codec=lsh_int4"],
     "hierarchical": ["dispatch.exchange=hierarchical"],
     "deduplicated": ["dispatch.exchange=deduplicated"],
-    "deduplicated int8": ["dispatch.exchange=deduplicated", "codec=int8"],
-    "hierarchical lsh_int8": ["dispatch.exchange=hierarchical", "codec=lsh_int8"],
     "hierarchical lsh_int4": ["dispatch.exchange=hierarchical", "codec=lsh_int4"],
 }
 LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4")
 DEEPSPEED = "deepspeed"
 TRIES = 3
-"""To find a rate."""
+"""To find a rate,"""
+NEAR_PCT = 2
+"""which is found when the share is so near."""
 
 Numbers = Mapping[str, float]
 """Of one variant, medians over rounds: step_ms, between_nodes_bytes, rows, codec_ms."""
@@ -50,38 +55,78 @@ class Case:
     model: str
     words: Sequence[str]
     """Overrides of all variants."""
+    shares_pct: Sequence[int]
+    """Of a plain step, that exchanges of rows are to take."""
     names: Sequence[str] = tuple(VARIANTS)
-    rounds: int = 4
-    warm_steps: int = 3
+    rounds: int = 2
+    """A step of each variant."""
+    warm_steps: int = 1
     tries: int = TRIES
 
 
-def speed_rows(
-    case: Case, shares: Sequence[int], progress: Callable[[str], None]
-) -> list[dict[str, Cell]]:
-    """A row for each share of a plain step, in percent, that crossing the uplinks takes, and variant; then for each share and
-    layer, ours and DeepSpeed's."""
-    free = _measured(LAYOUT, case, [PLAIN], progress)[PLAIN]
+@dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    plain_ms: float
+    staying_ms: float
+    """With rows that stay."""
+
+    @property
+    def rows_ms(self) -> float:
+        """That exchanges of rows take."""
+        return self.plain_ms - self.staying_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """What the uplinks add to a plain step at a rate; it goes with one over the rate."""
+
+    rate_bits: float
+    rows_ms: float
+    """Of exchanges of rows."""
+    other_ms: float = 0.0
+    """Of all else, as gradients."""
+
+
+def speed_rows(case: Case, progress: Callable[[str], None]) -> list[dict[str, Cell]]:
+    """A row for each share and variant; then for each share and layer, ours and DeepSpeed's."""
+    found = _measured(LAYOUT, case, (PLAIN, STAYING), progress)
+    free = _times(found)
+    uplink_bits = 8 * found[PLAIN]["between_nodes_bytes"] / LAYOUT.num_nodes
+    crossing = Crossing(rate_bits=uplink_bits, rows_ms=1e3)
     steps: list[dict[str, Cell]] = []
     layers: list[dict[str, Cell]] = []
-    for share in shares:
-        layout = _shaped(case, free, share, progress)
+    for share_pct in case.shares_pct:
+        layout, crossing = _shaped(case, share_pct, free, crossing, progress)
         found = _measured(layout, case, case.names, progress)
-        steps += [_row(case, share, layout, name, found, free) for name in case.names]
-        layers += _layer_rows(case, share, layout, progress)
+        steps += [_row(case, share_pct, layout, name, found) for name in case.names]
+        layers += _layer_rows(case, share_pct, layout, progress)
     return [*steps, *layers]
 
 
-def rate_for(share_pct: float, free_ms: float, uplink_bytes: float) -> float:
-    """Bits per second at which so many bytes of a step take this share of it, if nothing else overlaps them. Pure."""
-    extra_ms = free_ms * share_pct / (100 - share_pct)
-    return uplink_bytes * 8 / (extra_ms / 1e3)
+def rate_for(share_pct: float, free: StepTimes, crossing: Crossing) -> float:
+    """Bits per second at which exchanges of rows take this share of a plain step. Pure.
+
+    Raises:
+        ValueError: they do so at none.
+    """
+    share = share_pct / 100
+    rows_over_ms = (1 - share) * crossing.rows_ms - share * crossing.other_ms
+    if rows_over_ms <= 0:
+        raise ValueError(
+            f"rows never take {share_pct} % of a step: where they add {crossing.rows_ms:.0f} ms, all else adds "
+            f"{crossing.other_ms:.0f}; with more tokens in a step they take more"
+        )
+    wanted_ms = share * free.staying_ms - (1 - share) * free.rows_ms
+    return crossing.rate_bits * rows_over_ms / max(wanted_ms, 0.01 * free.staying_ms)
 
 
-def corrected(rate_bits: float, share_pct: float, free_ms: float, step_ms: float) -> float:
-    """The rate after one that gave steps of `step_ms`: what is added goes with one over the rate. Pure."""
-    wanted_ms = free_ms * share_pct / (100 - share_pct)
-    return rate_bits * max(step_ms - free_ms, 0.1 * wanted_ms) / wanted_ms
+def crossing_at(rate_bits: float, found: StepTimes, free: StepTimes) -> Crossing:
+    """From steps at a rate and without a limit. Pure."""
+    return Crossing(
+        rate_bits=rate_bits,
+        rows_ms=max(found.rows_ms - free.rows_ms, 1.0),
+        other_ms=max(found.staying_ms - free.staying_ms, 0.0),
+    )
 
 
 def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | None:
@@ -90,18 +135,31 @@ def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | 
     return 100 * codec_ms / saved_ms if saved_ms > 0 else None
 
 
-def _shaped(case: Case, free: Numbers, share: int, progress: Callable[[str], None]) -> Layout:
-    """With uplinks at which a plain step has the share."""
-    rate = rate_for(share, free["step_ms"], free["between_nodes_bytes"] / LAYOUT.num_nodes)
+def _shaped(
+    case: Case,
+    share_pct: int,
+    free: StepTimes,
+    crossing: Crossing,
+    progress: Callable[[str], None],
+) -> tuple[Layout, Crossing]:
+    """With uplinks at which exchanges of rows take the share, of those tried what is nearest; and what the last added."""
+    off_by: dict[float, float] = {}
     for _ in range(case.tries):
+        rate = rate_for(share_pct, free, crossing)
         layout = replace(LAYOUT, inter_bits=math.ceil(rate))
-        found = _measured(layout, case, [PLAIN], progress)[PLAIN]
-        reached = 100 * (1 - free["step_ms"] / found["step_ms"])
-        progress(f"uplinks of {rate / 1e6:.1f} Mbit/s take {reached:.0f} % of a plain step")
-        if abs(reached - share) <= 2:
+        found = _times(_measured(layout, case, (PLAIN, STAYING), progress))
+        reached = 100 * found.rows_ms / found.plain_ms
+        progress(f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {reached:.0f} % of a step")
+        crossing = crossing_at(rate, found, free)
+        off_by[rate] = abs(reached - share_pct)
+        if off_by[rate] <= NEAR_PCT:
             break
-        rate = corrected(rate, share, free["step_ms"], found["step_ms"])
-    return replace(LAYOUT, inter_bits=math.ceil(rate))
+    nearest = min(off_by, key=off_by.__getitem__)
+    return replace(LAYOUT, inter_bits=math.ceil(nearest)), crossing
+
+
+def _times(found: Mapping[str, Numbers]) -> StepTimes:
+    return StepTimes(plain_ms=found[PLAIN]["step_ms"], staying_ms=found[STAYING]["step_ms"])
 
 
 def _measured(
@@ -112,7 +170,7 @@ def _measured(
 
 
 def _layer_rows(
-    case: Case, share: int, layout: Layout, progress: Callable[[str], None]
+    case: Case, share_pct: int, layout: Layout, progress: Callable[[str], None]
 ) -> list[dict[str, Cell]]:
     """Of one MoE layer of each of `LAYERS` and of DeepSpeed's, forward and backward."""
     names = [name for name in LAYERS if name in case.names]
@@ -122,7 +180,7 @@ def _layer_rows(
         {
             "layer": name,
             "of_model": case.model,
-            "uplinks_pct": share,
+            "exchange_pct": share_pct,
             "layer_ms": round(numbers["layer_ms"], 1),
             "speedup_over_deepspeed": round(theirs_ms / numbers["layer_ms"], 3),
         }
@@ -155,8 +213,9 @@ def _job(
         for key, value in record.items():
             found[name][key].append(value)
 
+    environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(_extensions_folder())}
     with fabric(layout):
-        status = run_job(layout, words, timeout_s=1800.0, say=say)
+        status = run_job(layout, words, timeout_s=1800.0, say=say, environ=environ)
     if status:
         raise RuntimeError(f"ranks ended with {status}:\n" + "\n".join(said[-20:]))
     return {
@@ -165,29 +224,31 @@ def _job(
     }
 
 
+def _extensions_folder() -> Path:
+    """Where DeepSpeed builds what it needs. A job that is killed meanwhile leaves a lock that every later one would wait for."""
+    folder = ROOT / "build" / "torch_extensions"
+    for lock in folder.glob("**/lock"):
+        lock.unlink()
+    return folder
+
+
 def _row(
-    case: Case,
-    share: int,
-    layout: Layout,
-    name: str,
-    found: Mapping[str, Numbers],
-    free: Numbers,
+    case: Case, share_pct: int, layout: Layout, name: str, found: Mapping[str, Numbers]
 ) -> dict[str, Cell]:
     own, plain = found[name], found[PLAIN]
     assert layout.inter_bits is not None
     cost = codec_cost_pct(own["codec_ms"], own["step_ms"], plain["step_ms"])
     return {
         "model": case.model,
-        "uplinks_pct": share,
+        "exchange_pct": share_pct,
         "uplink_mbit": round(layout.inter_bits / 1e6, 2),
         "variant": name,
         "step_ms": round(own["step_ms"], 1),
         "step_speedup": round(plain["step_ms"] / own["step_ms"], 3),
-        "uplinks_share_pct": round(100 * (1 - free["step_ms"] / plain["step_ms"]), 1),
         "uplink_bytes_pct": round(
             100 * own["between_nodes_bytes"] / plain["between_nodes_bytes"], 2
         ),
         "rows_pct": round(100 * own["rows"], 2),
         "codec_ms": round(own["codec_ms"], 2),
-        "codec_cost_pct": None if cost is None or name == PLAIN else round(cost, 2),
+        "codec_cost_pct": None if cost is None or not own["codec_ms"] else round(cost, 2),
     }

@@ -1,6 +1,6 @@
 """Steps of several variants of one training in one job, in turns: what speed.py runs as every rank of a fabric.
 
-Each variant is a run of its own, built from a configuration as `moesys train` builds it; a round is `STEPS` steps of each. Rank 0
+Each variant is a run of its own, built from a configuration as `moesys train` builds it; a round is a step of each. Rank 0
 prints a line of JSON for every variant and round; the last step of a variant's last round is profiled, and not timed.
 """
 
@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.compression.speed import STAYING
 from moesys.config.compose import compose
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
+from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.parallel.bootstrap import Process, process_group
 from moesys.parallel.dims import parallel_dims
+from moesys.parallel.exchange import FlatExchange, Route
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.expert_backend import set_expert_backend
 from moesys.train.beginning import begin
@@ -28,7 +32,6 @@ from moesys.train.state import run_tensors
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 
-STEPS = 2
 PLANNING = "codec.plan"
 CODEC_OPS = {
     *(
@@ -41,6 +44,16 @@ CODEC_OPS = {
     ),
 }
 """With what is planned, all that a codec and the wire add to a step; gradients of means are an unpermute, small beside these."""
+
+
+class StayingRows(FlatExchange):
+    """Gives a rank as many rows as would come to it, of its own: none travels."""
+
+    def send(self, rows_ND: Tensor, route: Route) -> Tensor:
+        if rows_ND.shape[0] == 0:
+            return rows_ND.new_zeros(route.num_arrivals, *rows_ND.shape[1:])
+        places = torch.arange(route.num_arrivals, device=rows_ND.device)
+        return rows_ND[places % rows_ND.shape[0]]
 
 
 class Variant:
@@ -60,21 +73,17 @@ class Variant:
         self.steps += 1
         return self.train_step(batches, self.lr, step=self.steps)
 
-    def measure(self, steps: int) -> dict[str, Any]:
-        """So many steps: the mean over them, in milliseconds and bytes."""
-        took_ms, between, rows, slots = 0.0, 0, 0, 0
-        for _ in range(steps):
-            dist.barrier()
-            began = time.perf_counter()
-            result = self.step()
-            took_ms += (time.perf_counter() - began) * 1e3
-            between += result.between_nodes_bytes
-            rows += sum(result.coded_rows_M)
-            slots += sum(map(sum, result.expert_load_ME))
+    def measure(self) -> dict[str, Any]:
+        """A step, in milliseconds and bytes."""
+        dist.barrier()
+        began = time.perf_counter()
+        result = self.step()
+        took_ms = (time.perf_counter() - began) * 1e3
+        rows, slots = sum(result.coded_rows_M), sum(map(sum, result.expert_load_ME))
         return {
             "variant": self.name,
-            "step_ms": took_ms / steps,
-            "between_nodes_bytes": between // steps,
+            "step_ms": took_ms,
+            "between_nodes_bytes": result.between_nodes_bytes,
             "rows": rows / slots if rows else 1.0,
         }
 
@@ -114,7 +123,13 @@ def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> l
     first = next(iter(configs.values()))
     dims = parallel_dims(first.parallel, process.world_size)
     meshes = build_meshes(dims, process.device.type, per_node, cuts_by_node=True)
-    return [Variant(name, config, process, meshes) for name, config in configs.items()]
+    built = [Variant(name, config, process, meshes) for name, config in configs.items()]
+    for variant in built:
+        if variant.name == STAYING:
+            for layer in variant.run.model.moe_layers():
+                assert isinstance(layer.dispatcher, ExpertParallelDispatcher)
+                layer.dispatcher.exchange = StayingRows(meshes.ep_group, per_node)
+    return built
 
 
 def _is_of_codec(event: Any) -> bool:
@@ -134,10 +149,11 @@ def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
     with process_group("cpu", timeout_s=600.0) as process:
         built = build_variants(variants, process)
         for variant in built:
-            variant.measure(warm_steps)
+            for _ in range(warm_steps):
+                variant.measure()
         for number in range(rounds):
             for variant in built:
-                found = variant.measure(STEPS)
+                found = variant.measure()
                 if number == rounds - 1:
                     found["codec_ms"] = variant.codec_ms()
                 if process.rank == 0:

@@ -10,22 +10,33 @@ from benchmarks import compression
 from benchmarks.compression import headlines, speed, trained_as
 from benchmarks.compression.picture import picture
 from benchmarks.compression.quality import loss_rows, mean_curve, ratio_rows, steps_to, trained
-from benchmarks.compression.speed import codec_cost_pct, corrected, rate_for
+from benchmarks.compression.speed import StepTimes, codec_cost_pct, crossing_at, rate_for
 from benchmarks.fabric import network
 from benchmarks.results import ROOT
 
-
-def test_a_rate_makes_the_share_where_nothing_overlaps() -> None:
-    """1 MB at 8 Mbit/s takes a second, beside one second of other things."""
-    assert rate_for(50, 1000.0, 1e6) == pytest.approx(8e6)
-    assert rate_for(75, 1000.0, 1e6) == pytest.approx(8e6 / 3)
+FREE = StepTimes(plain_ms=1100.0, staying_ms=1000.0)
 
 
-def test_a_rate_is_corrected_by_what_it_added() -> None:
-    assert corrected(8e6, 50, 1000.0, 2000.0) == pytest.approx(8e6)
-    assert corrected(8e6, 50, 1000.0, 3000.0) == pytest.approx(16e6), "too slow"
-    assert corrected(8e6, 50, 1000.0, 1500.0) == pytest.approx(4e6), "too fast"
-    assert corrected(8e6, 50, 1000.0, 900.0) == pytest.approx(0.8e6), "at most ten times slower"
+def steps_at(rate_bits: float) -> StepTimes:
+    """Where rows add 600 ms and gradients 200 at 8 Mbit/s."""
+    slower = 8e6 / rate_bits
+    return StepTimes(plain_ms=1100 + 800 * slower, staying_ms=1000 + 200 * slower)
+
+
+@pytest.mark.parametrize("share_pct", [20, 45, 70])
+def test_a_rate_makes_the_share(share_pct: int) -> None:
+    """From steps at any rate."""
+    crossing = crossing_at(5e6, steps_at(5e6), FREE)
+    found = steps_at(rate_for(share_pct, FREE, crossing))
+    assert found.rows_ms / found.plain_ms == pytest.approx(share_pct / 100)
+
+
+def test_a_share_that_no_rate_makes() -> None:
+    """Gradients, too, take longer: of what crosses, three quarters are rows."""
+    crossing = crossing_at(8e6, steps_at(8e6), FREE)
+    with pytest.raises(ValueError, match=r"never take 80 % of a step: .* all else adds 200"):
+        rate_for(80, FREE, crossing)
+    assert rate_for(5, FREE, crossing) > 1e8, "rows take more than that at any rate"
 
 
 def test_a_codec_costs_a_share_of_what_it_saves() -> None:
@@ -69,7 +80,7 @@ def test_the_same_loss_is_what_both_reach() -> None:
 SPEED = [
     {
         "model": "quickstart",
-        "uplinks_pct": share,
+        "exchange_pct": share,
         "variant": variant,
         "step_speedup": speedup,
         "uplink_bytes_pct": pct,
@@ -77,6 +88,7 @@ SPEED = [
     }
     for share, variant, speedup, pct, cost in (
         (45, "none", 1.0, 100.0, None),
+        (45, "rows stay", 1.8, 0.0, None),
         (45, "int8", 1.4, 26.0, 2.0),
         (45, "hierarchical lsh_int8", 1.6, 9.0, 8.0),
         (70, "int8", 2.0, 26.0, 1.0),
@@ -110,7 +122,8 @@ def test_headlines_are_of_time_to_the_same_loss() -> None:
 def test_an_exchange_has_the_losses_of_what_travels() -> None:
     assert trained_as("hierarchical lsh_int8") == "lsh_int8"
     assert trained_as("deduplicated") == "none"
-    assert {trained_as(name) for name in speed.VARIANTS} <= compression.LOSS_VARIANTS.keys()
+    trained = {trained_as(name) for name in speed.VARIANTS if name != speed.STAYING}
+    assert trained <= compression.LOSS_VARIANTS.keys()
 
 
 def test_one_part_keeps_the_rows_of_the_others(
@@ -149,7 +162,8 @@ def test_ranks_of_a_fabric_take_turns() -> None:
     if not (ROOT / "data" / "stdlib" / "manifest.json").exists():
         pytest.skip("no data/stdlib: make data/stdlib/manifest.json")
     result = compression.run(True, lambda line: None, only=["speed"])
-    plain, coded, *layers = result.rows
+    plain, staying, coded, *layers = result.rows
+    assert (staying["variant"], staying["uplink_bytes_pct"]) == ("rows stay", 0.0)
     assert [row["layer"] for row in layers] == ["none", "lsh_int8", "deepspeed"]
     assert layers[-1]["speedup_over_deepspeed"] == 1.0
     assert result.headline["speedup_over_deepspeed"] >= 1.0
