@@ -56,7 +56,7 @@ def measured_page(name: str, text: str, records: Sequence[Mapping[str, Any]]) ->
     """The page as it is, with what its benchmark has measured. Pure."""
     record = next((record for record in records if record["name"] == name), None)
     sections = MEASURED_PAGES[name]
-    return with_section(text, section(name, sections, record, _table, _where, tables))
+    return with_section(text, section(name, sections, record, _table, _where, tables, _source))
 
 
 def _section(record: Mapping[str, Any]) -> str:
@@ -65,8 +65,15 @@ def _section(record: Mapping[str, Any]) -> str:
         f"    {record['command']}\n",
         f"{_where(record['env'])}\n",
     ]
-    parts.extend(_table(rows) for rows in tables(record["rows"]))
+    for rows in tables(record["rows"]):
+        parts += [*_source(record, rows), _table(rows)]
     return "\n".join(parts)
+
+
+def _source(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What gave this table, where it is not what gave the others."""
+    source = record.get("sources", {}).get(next(iter(rows[0])))
+    return [f"`{source['command']}`. {_where(source['env'])}\n"] if source else []
 
 
 def _where(env: Mapping[str, Any]) -> str:

@@ -83,6 +83,7 @@ def section(
     table: Callable[[Sequence[Row]], str],
     where: Callable[[Mapping[str, Any]], str],
     tables: Callable[[Sequence[Row]], Sequence[Sequence[Row]]],
+    source: Callable[[Mapping[str, Any], Sequence[Row]], list[str]],
 ) -> str:
     """What stands between the marks: a table for each kind of row, and where all was measured."""
     if record is None:
@@ -93,7 +94,7 @@ def section(
     ]
     for rows in tables(record["rows"]):
         title, text = sections[next(iter(rows[0]))]
-        parts += [f"### {title}\n", f"{text}\n", table(rows)]
+        parts += [f"### {title}\n", f"{text}\n", *source(record, rows), table(rows)]
     return "\n".join(parts)
 
 

@@ -23,6 +23,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import moesys
@@ -35,6 +36,9 @@ PACKAGES = ("torch", "triton", "numpy", "megatron-core", "deepspeed", "transform
 """Whose versions decide a figure: the engine and the peers it is compared to."""
 
 Cell = str | int | float | bool | None
+Sources = Mapping[str, Mapping[str, Any]]
+"""By the first column of a table, the `command` and `env` that gave its rows, where these are not the result's."""
+NO_SOURCES: Sources = MappingProxyType({})
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 # fmt: off
 _ENV_KEYS = {"cpu", "cores", "memory_gib", "gpus", "driver", "os", "python", "moesys", "packages",
@@ -52,6 +56,8 @@ class Result:
     """Every measurement. Rows with the same columns form one table of docs/benchmarks.md."""
     is_whole: bool = True
     """False: parts of it, or fewer tries than count. Kept apart as a smoke run's figures are."""
+    sources: Sources = field(default_factory=dict)
+    """Of rows that were measured before."""
 
 
 def write_result(
@@ -62,6 +68,7 @@ def write_result(
     *,
     quick: bool,
     folder: Path | None = None,
+    sources: Sources = NO_SOURCES,
 ) -> Path:
     """Write NAME.json into `folder` (None: where full, or quick, results live) in one step; return its path.
 
@@ -74,6 +81,7 @@ def write_result(
         "headline": dict(headline),
         "rows": [dict(row) for row in rows],
         "env": environment(),
+        **({"sources": dict(sources)} if sources else {}),
     }
     if faults := form_faults(record):
         raise ValueError(
@@ -94,11 +102,16 @@ def check_parts(only: Sequence[str], parts: Mapping[str, Any]) -> None:
         raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(parts)}")
 
 
-def rows_of_before(path: Path, columns: Iterable[str]) -> list[dict[str, Any]]:
-    """Of the result in this file, if there is one, the rows that have any of the columns."""
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+def rows_of_before(path: Path, columns: Iterable[str]) -> tuple[list[dict[str, Any]], Sources]:
+    """Of the result in this file, if there is one, the rows that have any of the columns, and what gave them."""
+    if not path.exists():
+        return [], NO_SOURCES
+    record = json.loads(path.read_text())
     wanted = set(columns)
-    return [row for row in rows if wanted & row.keys()]
+    rows = [row for row in record["rows"] if wanted & row.keys()]
+    own = {"command": record["command"], "env": record["env"]}
+    earlier = record.get("sources", {})
+    return rows, {(first := next(iter(row))): earlier.get(first, own) for row in rows}
 
 
 def tables(rows: Sequence[Mapping[str, Cell]]) -> list[list[Mapping[str, Cell]]]:
@@ -126,7 +139,7 @@ def form_faults(record: Any) -> list[str]:
     if not isinstance(record, dict):
         return ["a result is a JSON object"]
     keys = {"name", "command", "quick", "headline", "rows", "env"}
-    if set(record) != keys:
+    if set(record) - {"sources"} != keys:
         return [f"keys are {sorted(record)}, must be {sorted(keys)}"]
     faults: list[str] = []
     for key, kind in {
@@ -165,8 +178,9 @@ def form_faults(record: Any) -> list[str]:
                 faults.append(
                     f"rows[{index}].{key} = {value!r} is neither text, a finite number, a bool nor null"
                 )
-    if set(record["env"]) != _ENV_KEYS:
-        faults.append(f"env has {sorted(record['env'])}, must have {sorted(_ENV_KEYS)}")
+    for env in (record["env"], *(source["env"] for source in record.get("sources", {}).values())):
+        if set(env) != _ENV_KEYS:
+            faults.append(f"env has {sorted(env)}, must have {sorted(_ENV_KEYS)}")
     return faults
 
 

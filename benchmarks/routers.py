@@ -43,7 +43,7 @@ def run(
     oracles = _oracles()
     is_whole = seeds >= SEEDS and not quick
     others = [column for name, column in SWEEPS.items() if name not in only]
-    rows = [] if quick else rows_of_before(RESULTS / f"{RESULT}.json", others)
+    rows, sources = rows_of_before(RESULTS / f"{RESULT}.json", [] if quick else others)
     for name in only:
         lines = _sweep(name, 1 if quick else seeds, quick, progress)
         rows += [_row(SWEEPS[name], line) for line in lines]
@@ -55,7 +55,7 @@ def run(
     }
     if any(SWEEPS["balance"] in row for row in rows):
         headline["global_minus_micro_val_loss"] = difference(rows)
-    return Result(headline=headline, rows=[*rows, oracles], is_whole=is_whole)
+    return Result(headline=headline, rows=[*rows, oracles], is_whole=is_whole, sources=sources)
 
 
 def difference(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -19,7 +19,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "bench",
         help="run benchmarks and write their results",
-        description="Run benchmarks. Results go to benchmarks/results, with --quick or in part to build/bench-quick.",
+        description="Run benchmarks. Results go to benchmarks/results, with --quick or fewer seeds than count to build/bench-quick; parts that are not run again are kept.",
     )
     parser.add_argument(
         "names", metavar="NAME", nargs="*", help="which ones; 'all' = every one there is"
@@ -70,7 +70,12 @@ def run(args: argparse.Namespace) -> int:
         quick = args.quick or not result.is_whole
         result_name = getattr(benchmark, "RESULT", f"{name}_{_device(benchmark)}")
         path = write_result(
-            result_name, result.headline, result.rows, shlex.join(words), quick=quick
+            result_name,
+            result.headline,
+            result.rows,
+            shlex.join(words),
+            quick=quick,
+            sources=result.sources,
         )
         if args.json:
             print(json.dumps(json.loads(path.read_text())), flush=True)

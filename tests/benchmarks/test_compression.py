@@ -119,6 +119,15 @@ def test_headlines_are_of_time_to_the_same_loss() -> None:
     }
 
 
+def test_a_variant_that_costs_loss_is_no_headline() -> None:
+    """However few steps it takes to the loss that it reaches."""
+    costly = {"trained with": "lsh_int8", "steps_ratio": 1.0, "gap_pct": 0.31}
+    assert headlines([*SPEED, LOSS[0], costly, LOSS[2]])["speedup_at_45pct"] == 1.4
+    assert (
+        headlines([*SPEED, LOSS[0], costly | {"gap_pct": 0.3}, LOSS[2]])["speedup_at_45pct"] == 1.6
+    )
+
+
 def test_an_exchange_has_the_losses_of_what_travels() -> None:
     assert trained_as("hierarchical lsh_int8") == "lsh_int8"
     assert trained_as("deduplicated") == "none"
@@ -129,11 +138,14 @@ def test_an_exchange_has_the_losses_of_what_travels() -> None:
 def test_one_part_keeps_the_rows_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "compression.json").write_text(json.dumps({"rows": [*LOSS, *SPEED]}))
+    before = {"rows": [*LOSS, *SPEED], "command": "moesys bench compression", "env": {"cpu": "old"}}
+    (tmp_path / "compression.json").write_text(json.dumps(before))
     monkeypatch.setattr(compression, "RESULTS", tmp_path)
     monkeypatch.setattr(compression, "_speed", lambda *_: SPEED[:1])
     result = compression.run(False, lambda line: None, only=["speed"])
     assert result.rows == [*LOSS, SPEED[0]]
+    source = {"command": before["command"], "env": before["env"]}
+    assert result.sources == {"trained with": source}
     assert result.is_whole
     with pytest.raises(ValueError, match="no part pace; there are ratio, loss, speed"):
         compression.run(False, lambda line: None, only=["pace"])
@@ -167,6 +179,7 @@ def test_ranks_of_a_fabric_take_turns() -> None:
     assert [row["layer"] for row in layers] == ["none", "lsh_int8", "deepspeed"]
     assert layers[-1]["speedup_over_deepspeed"] == 1.0
     assert result.headline["speedup_over_deepspeed"] >= 1.0
+    assert result.headline["plain_over_deepspeed"] == layers[0]["speedup_over_deepspeed"]
     assert (plain["variant"], plain["step_speedup"], plain["rows_pct"]) == ("none", 1.0, 100.0)
     assert coded["rows_pct"] < 90
     assert coded["uplink_bytes_pct"] < coded["rows_pct"]

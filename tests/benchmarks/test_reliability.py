@@ -117,11 +117,13 @@ def test_the_page_has_a_section_for_each_kind_of_row() -> None:
     first = [{column: 1} for column in ("fault", "ranks", "faults", "requeues", "mutations")]
     rows = [{"saves": 1}, *first, {"fault": 2}, {"left_out": "x", "why": "y"}]
     record = {"command": "moesys bench", "headline": {"goodput_pct": 93.5}, "rows": rows, "env": {}}
-    text = section("reliability", RELIABILITY, record, str, lambda env: "here", tables)
+    text = section(
+        "reliability", RELIABILITY, record, str, lambda env: "here", tables, lambda *_: []
+    )
     assert text.count("### ") == 7
     assert "[{'fault': 1}, {'fault': 2}]" in text
     assert "[{'figure': 'goodput_pct', 'value': 93.5}]" in text
-    unmeasured = section("reliability", RELIABILITY, None, str, str, tables)
+    unmeasured = section("reliability", RELIABILITY, None, str, str, tables, lambda *_: [])
     assert unmeasured == "Not measured yet: `moesys bench reliability`.\n"
 
 

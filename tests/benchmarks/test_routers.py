@@ -42,8 +42,8 @@ def test_one_sweep_keeps_the_rows_of_the_other(
     assert first.is_whole
     assert "global_minus_micro_val_loss" not in first.headline
     assert [row.get("router") for row in first.rows] == ["a", "b", None]
-    before = json.dumps({"rows": [*BALANCE, ROUTER, ORACLES]})
-    (tmp_path / "routers.json").write_text(before)
+    before = {"rows": [*BALANCE, ROUTER, ORACLES], "command": "before", "env": {}}
+    (tmp_path / "routers.json").write_text(json.dumps(before))
     second = routers.run(False, lambda line: None, only=["routers"])
     assert second.headline["global_minus_micro_val_loss"] == -0.25
     assert [row.get("router") for row in second.rows] == [None, None, "a", "b", None]
@@ -71,7 +71,7 @@ def test_the_page_has_each_table() -> None:
         "rows": rows,
         "env": {},
     }
-    text = section("routers", ROUTERS, record, str, lambda env: "here", tables)
+    text = section("routers", ROUTERS, record, str, lambda env: "here", tables, lambda *_: [])
     assert text.count("### ") == 3
     assert "routers_compared.svg" in text
 

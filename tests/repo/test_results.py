@@ -128,6 +128,29 @@ def test_page_shows_headline_rows_and_machine() -> None:
     assert "000000000000 with local changes" in text
 
 
+def test_rows_of_another_run_say_which(tmp_path: Path) -> None:
+    """Also after a third run, which measures neither."""
+    first = results.write_result(
+        "step", {"step_ms": 1}, ROWS, "first", quick=False, folder=tmp_path
+    )
+    for command in ("second", "third"):
+        rows, sources = results.rows_of_before(first, ["test"])
+        assert (rows, sources["test"]["command"]) == (ROWS[1:], "first")
+        assert not results.form_faults(record(rows=rows, sources=sources))
+        results.write_result(
+            *("step", {"step_ms": 1}, [{"ranks": 1}, *rows], command),
+            quick=False,
+            folder=tmp_path,
+            sources=sources,
+        )
+    text = docs.page([json.loads(first.read_text())])
+    assert text.index("    third\n") < text.index("| ranks |") < text.index("`first`. ")
+    assert text.index("`first`. ") < text.index("| test |")
+    assert "second" not in text
+    broken = {"test": {"command": "first", "env": {"cpu": "x"}}}
+    assert any("env has ['cpu']" in f for f in results.form_faults(record(sources=broken)))
+
+
 @pytest.fixture
 def source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The real benchmarks folder with one more benchmark, `tiny`, whose quick results go to tmp_path."""
