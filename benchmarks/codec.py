@@ -77,8 +77,6 @@ def _measured(shape: LayerShape, device: torch.device, budget_s: float) -> dict[
         d_model=shape.d_model,
         hashes=HASHES,
         dimensions=DIMENSIONS,
-        error_bound=0.5,
-        compensation="slope",
     )
     code = codec.plan(x_TD.detach(), ids_TK, shape.num_experts)
     rows_CD = code.encode(x_TD)

@@ -38,7 +38,7 @@ LOSS_VARIANTS = {
 }
 LINES = {"compensation: slope": "slope", "compensation: none": "none"}
 """Of the picture: how a token's result is moved from its row's, and what the names of such variants begin with."""
-POINTS = ("int8", "lsh_int8")
+POINTS = ("int8", "int4", "lsh_int8, 0.35", "lsh_int4, 0.35")
 PICTURE = ROOT / "docs" / "compression_compared.svg"
 
 SPEED_WORDS = [
@@ -116,7 +116,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         (plain,) = (row for row in at_least if row["layer"] == PLAIN)
         found["plain_over_deepspeed"] = plain["speedup_over_deepspeed"]
     smaller = {row[CODEC]: row for row in rows if CODEC in row}
-    if row := at.get("lsh_int8") or smaller.get("lsh_int8"):
+    if row := at.get("lsh_int4") or smaller.get("lsh_int4, 0.35"):
         found.setdefault("val_loss_gap_pct", row["gap_pct"])
     return found
 

@@ -96,11 +96,14 @@ def _show(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from moesys.config.compose import compose, config_hash
     from moesys.config.validate import check
+    from moesys.moe.contract import check_run_config
 
     mesh.check_counts(args)
     import_from_working_folder()
     config = compose(args.overrides, args.config_dir)
-    for warning in check(config, args.world_size, args.ranks_per_node):
+    warnings = check(config, args.world_size, args.ranks_per_node)
+    check_run_config(config)
+    for warning in warnings:
         print(f"warning: {warning}")
     print(f"ok on {args.world_size} ranks, sha256 {config_hash(config)}")
     return 0

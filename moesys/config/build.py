@@ -259,14 +259,24 @@ def _build_sections_by_name(
     return _INVALID if any(inner is _INVALID for inner in built.values()) else built
 
 
+_EXAMPLES = types.MappingProxyType(
+    {
+        "router": "moesys.moe.routers.TopKRouter, or choose one of configs/router: router=NAME",
+        "codec": "moesys.moe.codecs.LshCodec, or choose one of configs/codec: codec=NAME",
+    }
+)
+"""By the last part of a key."""
+
+
 def _build_component(value: Any, key: str, problems: list[Problem]) -> Any:
     before = len(problems)
     if not isinstance(value, Mapping) or "_target_" not in value:
+        example = _EXAMPLES.get(key.rpartition(".")[2], "package.module.ClassName")
         problems.append(
             Problem(
                 key=f"{key}._target_",
                 rule="is required",
-                fix="name a class by its import path, e.g. moesys.moe.routers.TopKRouter",
+                fix=f"name a class by its import path, e.g. {example}",
             )
         )
         return _INVALID

@@ -68,12 +68,16 @@ def _candidates(dispatch: DispatchConfig) -> Iterator[Problem]:
         "dispatch.byte_budget": (dispatch.byte_budget, 1),
     }
     given = {key: budget for key, budget in budgets.items() if budget[0] is not None}
-    if len(given) != 1:
-        rule = (
-            f"{' and '.join(given) or 'no budget'} given, and dispatch.candidates need one budget"
+    if not given:
+        rule = "or dispatch.byte_budget must be given with dispatch.candidates, which layers choose from by it"
+        yield Problem(key="dispatch.error_budget", rule=rule, fix="use e.g. 0.2")
+    if len(given) > 1:
+        yield Problem(
+            key="dispatch.byte_budget",
+            given=dispatch.byte_budget,
+            rule=f"and dispatch.error_budget={dispatch.error_budget}: layers choose by one of them",
+            fix="add dispatch.error_budget=null, or dispatch.byte_budget=null",
         )
-        fix = f"set one of {' and '.join(budgets)}"
-        yield Problem(key="dispatch.error_budget", given=dispatch.error_budget, rule=rule, fix=fix)
     for key, (value, most) in given.items():
         assert value is not None
         yield from in_range(key, value, above=0, at_most=most)
@@ -151,6 +155,10 @@ def dispatch_warnings(
             yield f"dispatch.{key}={getattr(dispatch, key)} has no effect without dispatch.candidates"
     if dispatch.warmup_steps and not dispatch.compresses:
         yield f"dispatch.warmup_steps={dispatch.warmup_steps} has no effect without codec and wire"
+    if dispatch.compresses and not why and dispatch.warmup_steps >= config.train.steps:
+        yield (
+            f"dispatch.warmup_steps={dispatch.warmup_steps}: none of train.steps={config.train.steps} has codec or wire"
+        )
     unread = [
         ("block", wire.is_used),
         ("error_feedback", wire.is_used),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig
+from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig, RunConfig
 from moesys.moe.component import build_router, takes
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Tokens
@@ -47,6 +47,11 @@ def check_configured(model: ModelConfig, codecs: Mapping[str, ComponentConfig] =
                 f"experts, {first.num_experts} in MoE layer 0 and {moe.num_experts} in MoE layer {place}: use "
                 "model.moe.experts_by_layer=null, or another router"
             )
+
+
+def check_run_config(config: RunConfig) -> None:
+    """`check_configured` of a whole configuration."""
+    check_configured(config.model, config.dispatch.codecs if config.parallel.ep > 1 else NO_CODECS)
 
 
 def handed_on(router: nn.Module) -> tuple[int, list[torch.Size]]:

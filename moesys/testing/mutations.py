@@ -141,10 +141,10 @@ parallel.ep=2 codec=lsh dispatch.codec.hashes=20 | dispatch.codec | is refused: 
 --nproc 4 parallel.ep=4 dispatch.exchange=hierarchical dispatch.ranks_per_node=3 | dispatch.exchange='hierarchical' | cuts the groups of parallel.ep=4 by nodes | use dispatch.exchange=flat
 --nproc 4 parallel.ep=4 dispatch.exchange=deduplicated dispatch.ranks_per_node=2 model.moe.num_experts=131072 | dispatch.exchange='deduplicated' | tells a node's experts in 16 bits, at most 32768, and a node has 65536 | use dispatch.exchange=hierarchical
 parallel.ep=2 dispatch.exchange=deduplicated model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | and dispatch.exchange=deduplicated one to every node | use model.moe.capacity_policy=drop
-parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: give one | correct the options
+parallel.ep=2 codec=lsh dispatch.codec.error_bound=0.2 dispatch.codec.most_rows=0.5 | dispatch.codec | both say how many hashes count: add error_bound=null | correct the options
 parallel.ep=2 codec=lsh dispatch.codec.compensation=slopes | dispatch.codec.compensation='slopes' | must be one of residual, none, slope | did you mean slope?
-codec=auto parallel.ep=2 dispatch.byte_budget=0.1 | dispatch.error_budget=0.2 | dispatch.error_budget and dispatch.byte_budget given, and dispatch.candidates need one budget | set one of
-codec=auto parallel.ep=2 dispatch.error_budget=null | dispatch.error_budget | no budget given, and dispatch.candidates need one budget | set one of dispatch.error_budget and dispatch.byte_budget
+codec=auto parallel.ep=2 dispatch.byte_budget=0.1 | dispatch.byte_budget=0.1 | and dispatch.error_budget=0.2: layers choose by one of them | add dispatch.error_budget=null
+codec=auto parallel.ep=2 dispatch.error_budget=null | dispatch.error_budget | or dispatch.byte_budget must be given with dispatch.candidates | use e.g. 0.2
 codec=auto parallel.ep=2 dispatch.error_budget=0 | dispatch.error_budget=0.0 | must be above 0 | use a value above 0
 codec=auto parallel.ep=2 dispatch.error_budget=null dispatch.byte_budget=1.5 | dispatch.byte_budget=1.5 | must be above 0 and at most 1 | use a value
 codec=auto parallel.ep=2 dispatch.warmup_steps=0 | dispatch.warmup_steps=0 | must be at least 1 with dispatch.candidates | use e.g. 20

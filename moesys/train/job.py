@@ -15,7 +15,7 @@ from moesys.config.schema import RunConfig
 from moesys.config.validate import check
 from moesys.launch.status import State
 from moesys.models.transformer import Transformer
-from moesys.moe.contract import check_configured
+from moesys.moe.contract import check_run_config
 from moesys.parallel.bootstrap import process_group
 from moesys.parallel.flight import record_flights
 from moesys.parallel.measured import addresses_in
@@ -58,7 +58,7 @@ def main(
     warnings = told + check(config, place.world_size, place.ranks_per_node)
     with torch.device("meta"):  # what only a constructor can refuse is refused before ranks meet
         Transformer(config.model)
-    check_configured(config.model, config.dispatch.codecs if config.parallel.ep > 1 else {})
+    check_run_config(config)
     longest_s = config.train.timeout_s or LONGEST_S
     record_flights()
     start_up.mark("configuration")

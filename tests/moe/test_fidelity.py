@@ -2,14 +2,13 @@
 
 import torch
 
-from moesys.moe.codecs import LshCodec
 from moesys.moe.fidelity import Fidelity
 from moesys.moe.listening import Listening
-from tests.moe.test_lsh import D, T, make_layer, tokens
+from tests.moe.test_lsh import D, T, as_in_paper, make_layer, tokens
 
 
 def test_the_error_is_that_of_the_coded_output_and_nothing_else_changes() -> None:
-    codec = LshCodec(d_model=D, hashes=1)
+    codec = as_in_paper(d_model=D, hashes=1)
     layer, plain = make_layer(codec).eval(), make_layer(None).eval()
     coded = make_layer(codec).train()
     x_TD, heard = tokens("random").detach(), []

@@ -3,6 +3,7 @@
 Shapes: T tokens, D model, E experts, K experts per token.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moesys.config.schema import BalanceConfig, ComponentConfig, MoEConfig
 from moesys.moe.codecs import LshCodec
+from moesys.moe.codecs.slopes import mean_square_residual
 from moesys.moe.compression import Compression
 from moesys.moe.layer import MoELayer
 
@@ -24,6 +26,8 @@ CONFIG = MoEConfig(
     router=ComponentConfig(target="moesys.moe.routers.TopKRouter"),
     balance=BalanceConfig(global_loss_coef=0.01),
 )
+as_in_paper = functools.partial(LshCodec, error_bound=None, compensation="residual")
+"""All hashes for every row, unless said otherwise."""
 
 
 def make_layer(codec: LshCodec | None) -> MoELayer:
@@ -64,7 +68,7 @@ def run(layer: MoELayer, x_TD: Tensor) -> Iterator[Tensor]:
 @pytest.mark.parametrize("compensation", ["residual", "none"])
 def test_rows_of_one_token_each_are_exact(compensation: str) -> None:
     """Output bit for bit."""
-    codec = LshCodec(d_model=D, hashes=8, dimensions=16, compensation=compensation)
+    codec = as_in_paper(d_model=D, hashes=8, dimensions=16, compensation=compensation)
     coded = list(run(make_layer(codec), tokens("random")))
     plain = list(run(make_layer(None), tokens("random")))
     code = codec.plan(tokens("random"), torch.zeros(T, 1, dtype=torch.int64), 1)
@@ -77,7 +81,7 @@ def test_rows_of_one_token_each_are_exact(compensation: str) -> None:
 @pytest.mark.parametrize("kind", ["equal in groups", "all equal"])
 def test_equal_tokens_lose_nothing(kind: str) -> None:
     """One row for all of an expert's that are equal, the numbers of each by itself."""
-    codec = LshCodec(d_model=D, hashes=4)
+    codec = as_in_paper(d_model=D, hashes=4)
     coded = list(run(make_layer(codec), tokens(kind)))
     plain = list(run(make_layer(None), tokens(kind)))
     torch.testing.assert_close(coded[0], plain[0], rtol=1e-4, atol=1e-4)
@@ -87,54 +91,103 @@ def test_equal_tokens_lose_nothing(kind: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def obvious(layer: MoELayer, x_TD: Tensor, codec: LshCodec, slope: float, detach: bool) -> Tensor:
-    """Equation by equation, a cluster at a time (papers: 3.2), differentiable by autograd."""
-    routed = layer.router(x_TD)
-    code = codec.plan(x_TD, routed.topk_ids_TK, E)
-    y_TD = torch.zeros_like(x_TD)
+def result(layer: MoELayer, expert: int, row_D: Tensor) -> Tensor:
     (experts,) = layer.experts.classes()
+    gate, up = experts.gate_up[expert].unbind(0)
+    return experts.down[expert] @ (torch.nn.functional.silu(gate @ row_D) * (up @ row_D))
+
+
+def obvious(
+    layer: MoELayer,
+    x_TD: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    codec: LshCodec,
+    slope: float | None,
+    detach: bool,
+) -> Tensor:
+    """Equation by equation, a cluster at a time (papers: 3.2), differentiable by autograd. A slope that is None is fitted for
+    each expert, where the two of a pair are far enough apart."""
+    code = codec.plan(x_TD, ids_TK, E)
+    y_TD = torch.zeros_like(x_TD)
     row_of_slot = code.order.row_of_slot_TK.flatten()
-    for row in range(code.ids_C1.shape[0]):
+    members_C = [(row_of_slot == row).nonzero()[:, 0] // K for row in range(len(code.ids_C1))]
+    middles_C = [x_TD[members].mean(0) for members in members_C]
+
+    shared = [
+        (x_TD[members] - middle_D).square().sum(1)
+        for members, middle_D in zip(members_C, middles_C, strict=True)
+        if len(members) > 1
+    ]
+    nearest = torch.cat(shared).mean().sqrt().detach() / 2
+    slopes_E = [slope or 0.0] * E
+    if slope is None:
+        assert code.pairs_E2 is not None
+        for expert, (alone, others) in enumerate(code.pairs_E2.tolist()):
+            if alone < 0:
+                continue
+            apart_D = (middles_C[alone] - middles_C[others]).detach()
+            moved_D = result(layer, expert, middles_C[alone]) - result(
+                layer, expert, middles_C[others]
+            )
+            if apart_D.norm() >= nearest:
+                slopes_E[expert] = float(moved_D.detach() @ apart_D / (apart_D @ apart_D))
+        assert any(slopes_E)
+    for row, (members, middle_D) in enumerate(zip(members_C, middles_C, strict=True)):
         slots = (row_of_slot == row).nonzero()[:, 0]
-        members = slots // K
         expert = int(code.ids_C1[row])
-        middle_D = x_TD[members].mean(0)
-        gate, up = experts.gate_up[expert].unbind(0)
-        hidden = torch.nn.functional.silu(gate @ middle_D) * (up @ middle_D)
-        out_D = experts.down[expert] @ hidden
         fixed_D = middle_D.detach() if detach else middle_D
-        moved = out_D + slope * (x_TD[members] - fixed_D)
-        weights = routed.topk_weights_TK.flatten()[slots, None]
+        moved = result(layer, expert, middle_D) + slopes_E[expert] * (x_TD[members] - fixed_D)
+        weights = weights_TK.flatten()[slots, None]
         y_TD = y_TD.index_add(0, members, weights * moved)
     return y_TD
 
 
 @pytest.mark.parametrize("kind", ["random", "clustered"])
 @pytest.mark.parametrize("detach", [False, True])
-@pytest.mark.parametrize(("compensation", "slope"), [("residual", 1.0), ("none", 0.0)])
+@pytest.mark.parametrize(
+    ("compensation", "slope"), [("residual", 1.0), ("none", 0.0), ("slope", None)]
+)
 def test_gradients_are_those_of_the_equations(
-    kind: str, detach: bool, compensation: str, slope: float
+    kind: str, detach: bool, compensation: str, slope: float | None
 ) -> None:
-    codec = LshCodec(
+    codec = as_in_paper(
         d_model=D, hashes=2, dimensions=2, compensation=compensation, detach_residual=detach
     )
     layer = make_layer(codec)
     x_TD = tokens(kind)
     y_TD, _, _ = layer(x_TD, seq_len=T)
-    expected_TD = obvious(layer, x_TD, codec, slope, detach)
+    routed = layer.router(x_TD)
+    ids_TK, weights_TK = routed.topk_ids_TK, routed.topk_weights_TK
+    expected_TD = obvious(layer, x_TD, ids_TK, weights_TK, codec, slope, detach)
     torch.testing.assert_close(y_TD, expected_TD, rtol=1e-5, atol=1e-6)
     grad_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(4))
     leaves = [x_TD, *layer.parameters()]
     found = torch.autograd.grad(y_TD, leaves, grad_TD)
     expected = torch.autograd.grad(expected_TD, leaves, grad_TD)
     for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    # And in fp64, which a router's weights are not.
+    layer, x_TD, grad_TD = layer.double(), x_TD.detach().double().requires_grad_(), grad_TD.double()
+    weights_TK = weights_TK.detach().double().requires_grad_()
+    code = codec.plan(x_TD, ids_TK, E)
+    rows_CD = code.encode(x_TD)
+    of_rows = zip(code.ids_C1[:, 0].tolist(), rows_CD, strict=True)
+    out_CD = torch.stack([result(layer, expert, row_D) for expert, row_D in of_rows])
+    y_TD = code.decode(out_CD, rows_CD, x_TD, weights_TK)
+    expected_TD = obvious(layer, x_TD, ids_TK, weights_TK, codec, slope, detach)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=1e-11, atol=1e-12)
+    leaves = [x_TD, weights_TK, *layer.experts.parameters()]
+    found = torch.autograd.grad(y_TD, leaves, grad_TD)
+    expected = torch.autograd.grad(expected_TD, leaves, grad_TD)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
 def test_more_hashes_make_more_rows() -> None:
     x_TD, ids_TK = tokens("random"), torch.randint(0, E, (T, K))
     counts = [
-        LshCodec(d_model=D, hashes=hashes, dimensions=2).plan(x_TD, ids_TK, E).ids_C1.shape[0]
+        as_in_paper(d_model=D, hashes=hashes, dimensions=2).plan(x_TD, ids_TK, E).ids_C1.shape[0]
         for hashes in range(1, 7)
     ]
     assert counts == sorted(counts)
@@ -145,7 +198,7 @@ def test_more_hashes_make_more_rows() -> None:
 def test_most_rows_is_kept_to_with_as_many_hashes_as_it_allows(most_rows: float) -> None:
     x_TD, ids_TK = tokens("random"), torch.randint(-1, E, (T, K))
     slots = int((ids_TK >= 0).sum())
-    codec = LshCodec(d_model=D, hashes=6, dimensions=2, most_rows=most_rows)
+    codec = as_in_paper(d_model=D, hashes=6, dimensions=2, most_rows=most_rows)
     found = codec.plan(x_TD, ids_TK, E)
     codec.most_rows = 1.0
     codes_T = codec._codes(x_TD, ids_TK, E)[:, 0]
@@ -163,7 +216,7 @@ def test_what_all_tokens_have_in_common_does_not_hide_what_they_differ_in() -> N
     common_D = 100 * torch.randn(D, generator=torch.Generator().manual_seed(5))
     x_TD, ids_T1 = tokens("random").detach() + common_D, torch.zeros(T, 1, dtype=torch.int64)
     plain, centered = (
-        LshCodec(d_model=D, hashes=2, centered=c).plan(x_TD, ids_T1, 1).ids_C1.shape[0]
+        as_in_paper(d_model=D, hashes=2, centered=c).plan(x_TD, ids_T1, 1).ids_C1.shape[0]
         for c in (False, True)
     )
     assert plain <= 5
@@ -172,7 +225,7 @@ def test_what_all_tokens_have_in_common_does_not_hide_what_they_differ_in() -> N
 
 def test_a_fitted_slope_makes_experts_that_scale_exact() -> None:
     """E(x) = a x of a factor for each expert: then tokens get what they would have had, however few rows there are."""
-    codec = LshCodec(d_model=D, hashes=1, dimensions=2, compensation="slope")
+    codec = as_in_paper(d_model=D, hashes=1, dimensions=2, compensation="slope")
     x_TD, ids_TK = tokens("random").detach(), torch.randint(-1, E, (T, K))
     code = codec.plan(x_TD, ids_TK, E)
     assert code.ids_C1.shape[0] <= 5 * E
@@ -186,8 +239,8 @@ def test_a_fitted_slope_makes_experts_that_scale_exact() -> None:
 
 @pytest.mark.parametrize("kind", ["random", "clustered", "all equal"])
 def test_a_pair_is_a_token_and_the_others_of_its_row(kind: str) -> None:
-    codec = LshCodec(d_model=D, hashes=1, dimensions=2, compensation="slope")
-    plain = LshCodec(d_model=D, hashes=1, dimensions=2)
+    codec = as_in_paper(d_model=D, hashes=1, dimensions=2, compensation="slope")
+    plain = as_in_paper(d_model=D, hashes=1, dimensions=2)
     x_TD = tokens(kind).detach()
     ids_TK = torch.randint(-1, E - 1, (T, K))  # none for the last expert
     before, after = (c.plan(x_TD, ids_TK, E) for c in (plain, codec))
@@ -206,8 +259,37 @@ def test_a_pair_is_a_token_and_the_others_of_its_row(kind: str) -> None:
         assert members[0] == slot
 
 
+def test_two_that_are_near_give_no_slope() -> None:
+    """Rounding of 1 % of a result, over a thousandth of what tokens are apart, would be a slope of ten."""
+    x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(5))
+    x_TD[: T // 2] = x_TD[0] + 1e-3 * x_TD[: T // 2]  # the largest row
+    ids_T1 = torch.zeros(T, 1, dtype=torch.int64)
+    codec = as_in_paper(d_model=D, hashes=2, dimensions=4, compensation="slope")
+    code = codec.plan(x_TD, ids_T1, 1)
+    rows_CD = code.encode(x_TD)
+    first, second = code.pairs_E2[0].tolist()
+    apart_D = rows_CD[first] - rows_CD[second]
+    out_CD = rows_CD.clone()
+    out_CD[first] += 0.05 * apart_D / apart_D.norm()
+    found_TD = code.decode(out_CD, rows_CD, x_TD, torch.ones(T, 1))
+    assert torch.equal(found_TD, out_CD[code.order.row_of_slot_TK[:, 0]])
+    slope = (out_CD[first] - out_CD[second]) @ apart_D / (apart_D @ apart_D)
+    assert slope > 5, "what it would have been"
+
+
+def test_mean_square_residual_is_that_of_the_slots_that_share_a_row() -> None:
+    x_TD, ids_TK = tokens("random").detach().double(), torch.randint(-1, E, (T, K))
+    code = as_in_paper(d_model=D, hashes=2, dimensions=2).plan(x_TD, ids_TK, E)
+    means_CD, row_N = code.encode(x_TD), code.order.row_of_slot_TK.flatten()
+    sizes_C = code.order.first_member_X.diff()
+    shared = [n for n in range(T * K) if row_N[n] >= 0 and sizes_C[row_N[n]] > 1]
+    expected = sum(float((x_TD[n // K] - means_CD[row_N[n]]).square().sum()) for n in shared)
+    found = mean_square_residual(x_TD, means_CD, code.order, torch.float64)
+    assert float(found) == pytest.approx(expected / len(shared))
+
+
 def test_without_a_row_of_two_there_is_no_slope() -> None:
-    codec = LshCodec(d_model=D, hashes=8, dimensions=16, compensation="slope")
+    codec = as_in_paper(d_model=D, hashes=8, dimensions=16, compensation="slope")
     coded, plain = (list(run(make_layer(c), tokens("random"))) for c in (codec, None))
     assert torch.equal(coded[0], plain[0])
     empty = codec.plan(torch.zeros(0, D), torch.zeros(0, K, dtype=torch.int64), E)
@@ -218,7 +300,7 @@ def test_without_a_row_of_two_there_is_no_slope() -> None:
 def test_an_error_bound_is_kept_with_the_fewest_hashes(bound: float) -> None:
     """Of the mapped tokens, row by row; a row has no more hashes than its parent, which was too wide."""
     x_TD, ids_TK = tokens("random").detach(), torch.randint(-1, E, (T, K))
-    codec = LshCodec(d_model=D, hashes=4, dimensions=2, error_bound=bound)
+    codec = as_in_paper(d_model=D, hashes=4, dimensions=2, error_bound=bound)
     order = codec.plan(x_TD, ids_TK, E).order
     sketch_TX = x_TD @ codec._turn(x_TD)
     sketch_TX = sketch_TX - sketch_TX.mean(0)
@@ -248,10 +330,24 @@ def test_an_error_bound_is_kept_with_the_fewest_hashes(bound: float) -> None:
                 break
 
 
+def test_what_tokens_have_in_common_changes_no_rows_in_bf16() -> None:
+    generator = torch.Generator().manual_seed(6)
+    middles_ND, common_D = (
+        torch.randn(20, D, generator=generator),
+        torch.randn(D, generator=generator),
+    )
+    apart_TD = middles_ND.repeat(20, 1) + 0.35 * torch.randn(400, D, generator=generator)
+    x_TD, ids_T1 = (apart_TD + 64 * common_D).bfloat16().float(), torch.zeros(400, 1).long()
+    codec = LshCodec(d_model=D, error_bound=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = (codec.plan(x, ids_T1, 1).order for x in (x_TD, x_TD - x_TD.mean(0)))
+    assert torch.equal(first.row_of_slot_TK, second.row_of_slot_TK)
+
+
 def test_rows_by_an_error_bound() -> None:
     x_TD, ids_TK = tokens("clustered").detach(), torch.rand(T, E).argsort(1)[:, :K]
     counts = [
-        LshCodec(d_model=D, hashes=6, error_bound=b).plan(x_TD, ids_TK, E).ids_C1.shape[0]
+        as_in_paper(d_model=D, hashes=6, error_bound=b).plan(x_TD, ids_TK, E).ids_C1.shape[0]
         for b in (0.0, 0.05, 2.0)
     ]
     assert counts == sorted(counts, reverse=True)
@@ -263,7 +359,7 @@ def test_tokens_of_other_lengths_do_not_share_a_row() -> None:
     x_TD = tokens("all equal").detach() * torch.tensor([1.0, 1.1, 8.0]).repeat(T // 3)[:, None]
     ids_T1 = torch.zeros(T, 1, dtype=torch.int64)
     alike, apart = (
-        LshCodec(d_model=D, hashes=2, norm_factor=factor, centered=False)
+        as_in_paper(d_model=D, hashes=2, norm_factor=factor, centered=False)
         .plan(x_TD, ids_T1, 1)
         .order
         for factor in (None, 4.0)
@@ -276,7 +372,7 @@ def test_tokens_of_other_lengths_do_not_share_a_row() -> None:
 
 def test_a_recomputation_recalls_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """And counts nothing again."""
-    codec = LshCodec(d_model=D, hashes=2)
+    codec = as_in_paper(d_model=D, hashes=2)
     layer, again = make_layer(codec), make_layer(codec)
     x_TD, y_TD = tokens("clustered"), tokens("clustered")
     plain = list(run(layer, x_TD))
@@ -297,7 +393,7 @@ def test_a_recomputation_recalls_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_evaluation_has_each_slots_own_row() -> None:
-    layer, plain = make_layer(LshCodec(d_model=D, hashes=1)), make_layer(None)
+    layer, plain = make_layer(as_in_paper(d_model=D, hashes=1)), make_layer(None)
     x_TD = tokens("clustered")
     assert not torch.equal(layer(x_TD, seq_len=T)[0], plain(x_TD, seq_len=T)[0])
     layer.eval()
@@ -306,7 +402,7 @@ def test_an_evaluation_has_each_slots_own_row() -> None:
 
 
 def test_the_load_counts_tokens() -> None:
-    layer, plain = make_layer(LshCodec(d_model=D, hashes=1)), make_layer(None)
+    layer, plain = make_layer(as_in_paper(d_model=D, hashes=1)), make_layer(None)
     for each in (layer, plain):
         each(tokens("clustered"), seq_len=T)
     assert torch.equal(*(each.load.take(torch.device("cpu")) for each in (layer, plain)))
@@ -315,7 +411,7 @@ def test_the_load_counts_tokens() -> None:
 def test_the_same_rows_in_every_process_and_others_in_every_layer() -> None:
     x_TD, ids_TK = tokens("random"), torch.zeros(T, 1, dtype=torch.int64)
     rows = [
-        LshCodec(d_model=D, hashes=1, layer=layer, seed=seed).plan(x_TD, ids_TK, 1).order
+        as_in_paper(d_model=D, hashes=1, layer=layer, seed=seed).plan(x_TD, ids_TK, 1).order
         for layer, seed in ((0, 0), (0, 0), (1, 0), (0, 1))
     ]
     same, other_layer, other_seed = (
@@ -328,20 +424,20 @@ def test_the_same_rows_in_every_process_and_others_in_every_layer() -> None:
 
 def test_wrong_options() -> None:
     with pytest.raises(ValueError, match="hashes=0 and dimensions=8 must be at least 1"):
-        LshCodec(d_model=D, hashes=0)
+        as_in_paper(d_model=D, hashes=0)
     with pytest.raises(ValueError, match="codes of 64 bits"):
-        LshCodec(d_model=D, hashes=16, dimensions=8)
+        as_in_paper(d_model=D, hashes=16, dimensions=8)
     with pytest.raises(ValueError, match="most_rows=0 must be above 0"):
-        LshCodec(d_model=D, most_rows=0)
+        as_in_paper(d_model=D, most_rows=0)
     with pytest.raises(ValueError, match="codes of 66 bits"):
-        LshCodec(d_model=D, hashes=15, dimensions=8, norm_factor=2.0)
+        as_in_paper(d_model=D, hashes=15, dimensions=8, norm_factor=2.0)
     with pytest.raises(ValueError, match="both say how many hashes count"):
-        LshCodec(d_model=D, most_rows=0.5, error_bound=0.1)
+        LshCodec(d_model=D, most_rows=0.5)
     with pytest.raises(ValueError, match="norm_factor=1 must be above 1"):
-        LshCodec(d_model=D, norm_factor=1)
+        as_in_paper(d_model=D, norm_factor=1)
     with pytest.raises(ValueError, match="error_bound=-1 must be at least 0"):
-        LshCodec(d_model=D, error_bound=-1)
+        as_in_paper(d_model=D, error_bound=-1)
     x_TD = tokens("random").detach()
     x_TD[7, 3] = float("nan")
     with pytest.raises(RuntimeError, match="row 7 is not finite"):
-        LshCodec(d_model=D).plan(x_TD, torch.zeros(T, 1, dtype=torch.int64), 1)
+        as_in_paper(d_model=D).plan(x_TD, torch.zeros(T, 1, dtype=torch.int64), 1)

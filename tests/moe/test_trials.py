@@ -2,13 +2,12 @@
 
 import torch
 
-from moesys.moe.codecs import LshCodec
 from moesys.moe.compression import Compression
 from moesys.moe.trials import Trials
 from moesys.testing.ranks import run_ranks
-from tests.moe.test_lsh import D, T, make_layer, tokens
+from tests.moe.test_lsh import D, T, as_in_paper, make_layer, tokens
 
-NEAR, FAR = LshCodec(d_model=D, hashes=3), LshCodec(d_model=D, hashes=1)
+NEAR, FAR = as_in_paper(d_model=D, hashes=3), as_in_paper(d_model=D, hashes=1)
 
 
 def _try(rank: int, size: int) -> dict:

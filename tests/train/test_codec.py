@@ -12,7 +12,10 @@ from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests.train.coded import INT8, PLAIN, assert_equal, config
 
-LSH = ComponentConfig(target="moesys.moe.codecs.LshCodec", options={"hashes": 2, "dimensions": 2})
+LSH = ComponentConfig(
+    target="moesys.moe.codecs.LshCodec",
+    options={"hashes": 2, "dimensions": 2, "error_bound": None},
+)
 
 
 @pytest.mark.parametrize("recompute", ["moe", "layer"])

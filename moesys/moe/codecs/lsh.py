@@ -12,13 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from moesys.moe.codecs.depth import within_error, within_share
-from moesys.moe.codecs.slopes import fitted_slopes, rows_of_pairs, with_probes
+from moesys.moe.codecs.slopes import (
+    fitted_slopes,
+    mean_square_residual,
+    rows_of_pairs,
+    with_probes,
+)
 from moesys.ops.clusters import ClusterOrder, cluster_order, cross_polytope, member_means, restore
 
 _MOST_BITS = 62
 """Of a code, an int64 that is not negative."""
 _NORM_BITS = 6
 _SLOPES = {"residual": 1.0, "none": 0.0}
+_NEAREST = 0.5
+"""Of the root mean square of residuals: what is nearer than that gives no slope."""
 
 Compensation = Literal["residual", "none", "slope"]
 
@@ -44,7 +51,8 @@ class LshCode:
         if self.pairs_E2 is None:
             slopes_C = weights_TK.new_full(rows_CD.shape[:1], _SLOPES[self.compensation])
         else:
-            slopes_E = fitted_slopes(out_CD, rows_CD, self.pairs_E2, weights_TK.dtype)
+            mean_square = mean_square_residual(x_TD, rows_CD, self.order, weights_TK.dtype)
+            slopes_E = fitted_slopes(out_CD, rows_CD, self.pairs_E2, _NEAREST**2 * mean_square)
             slopes_C = slopes_E[self.ids_C1[:, 0]]
         return restore(out_CD, means_CD, x_TD, weights_TK, slopes_C, self.order)
 
@@ -66,9 +74,9 @@ class LshCodec(nn.Module):
         dimensions: int = 8,
         centered: bool = True,
         most_rows: float = 1.0,
-        error_bound: float | None = None,
+        error_bound: float | None = 0.35,
         norm_factor: float | None = None,
-        compensation: Compensation = "residual",
+        compensation: Compensation = "slope",
         detach_residual: bool = False,
         seed: int = 0,
     ) -> None:
@@ -104,7 +112,8 @@ class LshCodec(nn.Module):
             raise ValueError(f"error_bound={error_bound} must be at least 0")
         if error_bound is not None and most_rows < 1:
             raise ValueError(
-                f"error_bound={error_bound} and most_rows={most_rows} both say how many hashes count: give one"
+                f"error_bound={error_bound} and most_rows={most_rows} both say how many hashes count: "
+                "add error_bound=null, or leave most_rows at 1"
             )
         if norm_factor is not None and norm_factor <= 1:
             raise ValueError(f"norm_factor={norm_factor} must be above 1")
@@ -141,12 +150,13 @@ class LshCodec(nn.Module):
 
     def _codes(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
         """int64 [T, K], of as many hashes as `most_rows` or `error_bound` say."""
-        turned_TX = x_TD @ self._turn(x_TD)
-        if self.centered and len(turned_TX):
-            # A row that is not finite is to be named, and not all of them.
-            turned_TX = turned_TX - turned_TX.float().nan_to_num(0, 0, 0).mean(0).to(turned_TX)
-        base = 2 * self.dimensions
         codes_T = self._lengths(x_TD)
+        if self.centered and len(x_TD):
+            # Before the product, whose rounding in bf16 is of what all have in common. A row that is not finite is to be
+            # named, and not all of them.
+            x_TD = (x_TD - x_TD.float().nan_to_num(0, 0, 0).mean(0)).to(x_TD.dtype)
+        turned_TX = x_TD @ self._turn(x_TD)
+        base = 2 * self.dimensions
         vertices_TH = cross_polytope(turned_TX.unflatten(1, (self.hashes, self.dimensions)))
         for code_T in vertices_TH.unbind(1):
             codes_T = codes_T * base + code_T

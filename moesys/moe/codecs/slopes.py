@@ -2,7 +2,8 @@
 
     slope = <E(x) - E(c), x - c> / |x - c|^2,    c the mean of the row's other tokens
 
-is the least-squares fit of E(x) = E(c) + slope (x - c) along that line. Of a linear expert that only scales, it is the scale.
+is the least-squares fit of E(x) = E(c) + slope (x - c) along that line. Of a linear expert that only scales, it is the scale. What
+rounding on the wire does to E is divided by |x - c|: two that are much nearer than tokens are to their rows give no slope.
 
 Shapes: T tokens, K experts per token, E experts, N = T * K slots, C rows, D model; a pair is a token's row and the others'.
 """
@@ -49,17 +50,33 @@ def rows_of_pairs(pairs_E2: Tensor, order: ClusterOrder) -> Tensor:
 
 
 @torch.no_grad()
-def fitted_slopes(out_CD: Tensor, rows_CD: Tensor, pairs_E2: Tensor, dtype: torch.dtype) -> Tensor:
-    """[E], of `dtype`, no gradient: 0 for an expert without a pair of rows.
+def fitted_slopes(
+    out_CD: Tensor, rows_CD: Tensor, pairs_E2: Tensor, least_square: Tensor
+) -> Tensor:
+    """[E], of least_square's type, no gradient: 0 for an expert without a pair of rows, or whose two are too near.
 
     Args:
         out_CD: what the experts made of `rows_CD`.
         pairs_E2: rows; -1 = none.
+        least_square: of |x - c| of a pair, one number.
     """
+    dtype = least_square.dtype
     if rows_CD.shape[0] == 0:
         return rows_CD.new_zeros(pairs_E2.shape[0], dtype=dtype)
     first_E, second_E = pairs_E2.clamp(min=0).unbind(1)
     moved_ED, apart_ED = (x[first_E].to(dtype) - x[second_E].to(dtype) for x in (out_CD, rows_CD))
     squares_E = apart_ED.square().sum(1)
     slopes_E = (moved_ED * apart_ED).sum(1) / squares_E
-    return torch.where(squares_E > 0, slopes_E, 0.0)
+    return torch.where((squares_E > 0) & (squares_E >= least_square), slopes_E, 0.0)
+
+
+@torch.no_grad()
+def mean_square_residual(
+    x_TD: Tensor, means_CD: Tensor, order: ClusterOrder, dtype: torch.dtype
+) -> Tensor:
+    """Of |x - c|^2, over the slots that share a row; one number of `dtype`, 0 where none does."""
+    sizes_C = order.first_member_X.diff()
+    slots_T = (order.row_of_slot_TK >= 0).sum(1)
+    squares_T, squares_C = (x.to(dtype).square().sum(1) for x in (x_TD, means_CD))
+    total = (slots_T * squares_T).sum() - (sizes_C * squares_C).sum()
+    return total.clamp(min=0) / torch.where(sizes_C > 1, sizes_C, 0).sum().clamp(min=1)
