@@ -235,12 +235,13 @@ def _extensions_folder() -> Path:
 def _row(
     case: Case, share_pct: int, layout: Layout, name: str, found: Mapping[str, Numbers]
 ) -> dict[str, Cell]:
-    own, plain = found[name], found[PLAIN]
+    own, plain, times = found[name], found[PLAIN], _times(found)
     assert layout.inter_bits is not None
     cost = codec_cost_pct(own["codec_ms"], own["step_ms"], plain["step_ms"])
     return {
         "model": case.model,
         "exchange_pct": share_pct,
+        "reached_pct": round(100 * times.rows_ms / times.plain_ms, 1),
         "uplink_mbit": round(layout.inter_bits / 1e6, 2),
         "variant": name,
         "step_ms": round(own["step_ms"], 1),

@@ -41,9 +41,11 @@ CODEC_OPS = {
         "moesys::restore_backward",
         "moesys::pack",
         "moesys::unpack",
+        "GeneratedBackwardFor_moesys_member_means_defaultBackward",
+        "GeneratedBackwardFor_moesys_restore_defaultBackward",
     ),
 }
-"""With what is planned, all that a codec and the wire add to a step; gradients of means are an unpermute, small beside these."""
+"""With what is planned, all that a codec and the wire add to a step."""
 
 
 class StayingRows(FlatExchange):

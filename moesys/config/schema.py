@@ -212,6 +212,11 @@ class ModelConfig:
         decoder = tuple(layer for layer in layers if layer not in self.memory_layers.layers)
         return decoder and (*decoder, *range(self.num_layers, self.total_layers))
 
+    @property
+    def decoder_moe_layers(self) -> tuple[int, ...]:
+        """Those that an evaluation runs, too."""
+        return tuple(layer for layer in self.moe_layers if layer < self.num_layers)
+
     def moe_of(self, layer: int) -> MoEConfig:
         """Of one MoE layer, with its own number of experts."""
         numbers = self.moe.experts_by_layer

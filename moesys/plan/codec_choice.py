@@ -3,6 +3,7 @@
 Shapes: M MoE layers, X candidates, of which the first is to leave rows as they are.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -40,12 +41,16 @@ def within_bytes(trials_MX: Sequence[Sequence[Trial]], byte_budget: float) -> li
 
     A multiple-choice knapsack by dynamic programming over layers: what was taken so far, from fewer bytes to less error.
     """
+    allowed_MX = [
+        {x: trial for x, trial in enumerate(trials_X) if x == 0 or math.isfinite(trial.error)}
+        for trials_X in trials_MX
+    ]
     plain_bytes = sum(trials_X[0].sent_bytes for trials_X in trials_MX)
     most_bytes = byte_budget * plain_bytes
     step_bytes = most_bytes / (STEPS_PER_LAYER * max(1, len(trials_MX)))
     front = [_Taken(0, 0.0, ())]
-    for left, trials_X in enumerate(trials_MX, 1):
-        least_bytes = sum(min(t.sent_bytes for t in rest_X) for rest_X in trials_MX[left:])
+    for left, allowed_X in enumerate(allowed_MX, 1):
+        least_bytes = sum(min(t.sent_bytes for t in rest.values()) for rest in allowed_MX[left:])
         front = _front(
             (
                 _Taken(
@@ -54,7 +59,7 @@ def within_bytes(trials_MX: Sequence[Sequence[Trial]], byte_budget: float) -> li
                     (*taken.choice, x),
                 )
                 for taken in front
-                for x, trial in enumerate(trials_X)
+                for x, trial in allowed_X.items()
             ),
             most_bytes - least_bytes,
             step_bytes,

@@ -49,7 +49,7 @@ train.steps=null | train.steps=null | must be an integer | give an integer
 optim.lr=nan | optim.lr=nan | must be a finite number | give a finite number
 optim.lr=1e-3,1e-4 | optim.lr | must be one value | one run for each value
 data.shuffle=1 | data.shuffle=1 | must be true or false | write true or false
-dispatch.wire.combine_forward=int16 | dispatch.wire.combine_forward='int16' | must be one of none, int8, int4, e4m3, e5m2 | did you mean int8?
+dispatch.wire.combine_forward=int16 | dispatch.wire.combine_forward='int16' | must be one of none, int8, int4, e4m3, e5m2 | did you mean int8 or int4?
 train.dtype=fp16 | train.dtype='fp16' | must be one of fp32, bf16 | did you mean
 train=3 | train=3 | must be a section | steps, global_batch_tokens
 train.steps | train.steps | is not a key=value override | write section.key=value

@@ -103,7 +103,8 @@ def evaluate(
         len(batches), 3, dtype=torch.float64, device=device
     )  # nats, tokens, bytes
     loads = _Loads(parallel, len(batches), device)
-    fidelity = Fidelity(parallel.whole.moe_places(), len(parallel.whole.config.moe_layers), device)
+    num_layers = len(parallel.whole.config.decoder_moe_layers)
+    fidelity = Fidelity(parallel.whole.moe_places(), num_layers, device)
     during_first = fidelity if compresses else NOTHING
     done = 0
     for index, output, target_ids_BS in _forwards(
@@ -161,9 +162,8 @@ def try_candidates(
     eval mode and nothing gathered, and changes nothing else.
     """
     device = next(parallel.whole.parameters()).device
-    config, places = parallel.whole.config, parallel.whole.moe_places()
-    num_layers = sum(layer < config.num_layers for layer in config.moe_layers)
-    trials = Trials(places, num_layers, num_candidates)
+    num_layers = len(parallel.whole.config.decoder_moe_layers)
+    trials = Trials(parallel.whole.moe_places(), num_layers, num_candidates)
     parallel.whole.eval()
     batch = next(iter(batches))
     input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
@@ -179,7 +179,7 @@ class _Loads:
 
     def __init__(self, parallel: ParallelModel, num_sources: int, device: torch.device) -> None:
         config = parallel.whole.config
-        layers = [layer for layer in config.moe_layers if layer < config.num_layers]
+        layers = config.decoder_moe_layers
         self.choices_M = [config.moe_of(layer).num_choices for layer in layers]
         shape = (num_sources, len(self.choices_M), config.moe.num_choices)
         self.counts_NME = torch.zeros(shape, dtype=torch.int64, device=device)

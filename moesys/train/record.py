@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moesys.config.schema import RunConfig
+from moesys.config.schema import ModelConfig, RunConfig
 from moesys.moe.similarity import divergence
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.dims import ParallelDims
@@ -73,7 +73,7 @@ def train_record(
         "router_entropy": sum(entropies) / len(entropies) if entropies else 0.0,
         "sent_bytes": result.sent_bytes,
         "between_nodes_bytes": result.between_nodes_bytes,
-        **_codec_fields(result),
+        **_codec_fields(config.model, result),
         "step_ms": step_s * 1e3,
         **{
             f"{name}_ms": sections_ms.get(name, 0.0)
@@ -86,13 +86,16 @@ def train_record(
     }
 
 
-def _codec_fields(result: StepResult) -> dict[str, Any]:
-    """Rows that travelled over the slots that they are of, where a codec makes fewer."""
+def _codec_fields(model: ModelConfig, result: StepResult) -> dict[str, Any]:
+    """Rows that travelled over the slots that they are of, where a codec makes fewer. Null experts' never travel."""
     if not result.coded_rows_M:
         return {}
+    experts_M = [model.moe_of(layer).num_experts for layer in model.moe_layers]
     slots_M = [
-        sum(load_E) - dropped
-        for load_E, dropped in zip(result.expert_load_ME, result.dropped_slots_M, strict=True)
+        sum(load_E[:experts]) - dropped
+        for load_E, experts, dropped in zip(
+            result.expert_load_ME, experts_M, result.dropped_slots_M, strict=True
+        )
     ]
     rows_M = [
         rows or slots for rows, slots in zip(result.coded_rows_M, slots_M, strict=True)

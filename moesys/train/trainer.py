@@ -254,6 +254,7 @@ class Trainer:
         found = load_latest_good(self.run.folder / "checkpoints", self._tensors())
         if found is not None:
             self.step, self.last_eval = found.state["step"], found.state["last_eval"]
+            self.codec_choice.rewind(found.state.get("codecs"))
             if self.log is not None:
                 self.log.rewind(self.step)
         return found is not None

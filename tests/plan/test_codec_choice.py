@@ -84,3 +84,15 @@ def test_nothing_to_choose(choose):
 def test_layers_that_send_nothing():
     """One rank has all experts that its tokens go to."""
     assert within_bytes([[Trial(0.0, 0, 1.0), Trial(0.1, 0, 1.0)]], 0.5) == [0]
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.5, 1.0])
+def test_what_has_no_finite_error_is_never_taken(budget):
+    trials_X = [
+        NONE,
+        Trial(float("nan"), 10, 1.0),
+        Trial(float("inf"), 5, 1.0),
+        Trial(0.1, 20, 9.0),
+    ]
+    assert within_bytes([trials_X], budget) == ([3] if budget < 1 else [0])
+    assert within_error([trials_X], budget) == ([0] if budget < 0.1 else [3])

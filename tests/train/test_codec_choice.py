@@ -1,9 +1,19 @@
 """A run that chooses its layers' codecs: when it is due, within the budget, once, and the same after a resume."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from moesys.cli import main
-from tests.train.launched import overrides, records, run
+from moesys.config.build import config_hash
+from moesys.config.dispatch_schema import CandidateConfig, DispatchConfig
+from moesys.config.schema import ComponentConfig
+from moesys.moe.compression import UNCOMPRESSED, Compression
+from moesys.train.codec_choice import CodecChoice
+from tests.moe.test_lsh import D, as_in_paper, make_layer
+from tests.train.launched import overrides, records
+from tests.train.launched import run as run_ranks
 
 LSH = "_target_:moesys.moe.codecs.LshCodec,compensation:slope"
 INT8 = "dispatch_forward:int8,dispatch_backward:int8,combine_forward:int8,combine_backward:int8"
@@ -30,7 +40,7 @@ def by_bytes(folder, data, share, *more):
 
 
 def test_all_layers_keep_to_a_budget_of_bytes(tiny_data, tmp_path):
-    output = run(2, by_bytes(tmp_path, tiny_data, 0.4, "train.steps=12", "optim.lr=1e-7"))
+    output = run_ranks(2, by_bytes(tmp_path, tiny_data, 0.4, "train.steps=12", "optim.lr=1e-7"))
     assert "codecs from here, by MoE layers: " in output
     (choice,) = records(tmp_path, "codecs")
     assert choice["step"] == 5
@@ -62,12 +72,12 @@ def test_a_resume_keeps_the_choice(tiny_data, tmp_path):
     for folder, parts in (("whole", [12]), ("cut", [3, 7, 12])):
         for steps in parts:
             more = [f"train.steps={steps}", "schedule=constant", "schedule.warmup_steps=2"]
-            run(2, by_bytes(tmp_path / folder, tiny_data, 0.4, *more))
+            run_ranks(2, by_bytes(tmp_path / folder, tiny_data, 0.4, *more))
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
     (whole,), (cut,) = (records(tmp_path / folder, "codecs") for folder in ("whole", "cut"))
     assert cut["codec_by_layer"] == whole["codec_by_layer"]
     more = ["train.steps=13", "schedule=constant", "schedule.warmup_steps=2"]
-    run(2, by_bytes(tmp_path / "cut", tiny_data, 1.0, *more))
+    run_ranks(2, by_bytes(tmp_path / "cut", tiny_data, 1.0, *more))
     assert records(tmp_path / "cut", "codecs")[-1]["codec_by_layer"] == ["none"] * 3, (
         "another budget, another choice"
     )
@@ -78,13 +88,46 @@ def test_a_resume_keeps_the_choice(tiny_data, tmp_path):
 def test_other_axes_choose_too(degrees, tiny_data, tmp_path):
     """By errors alone; more axes change no routing but by rounding, and tp which tokens are together."""
     budget = ["dispatch.error_budget=0.2", "model.mtp_depth=1", "train.steps=8"]
-    run(4, overrides(tmp_path, tiny_data, *CANDIDATES, *budget, *degrees))
+    run_ranks(4, overrides(tmp_path, tiny_data, *CANDIDATES, *budget, *degrees))
     (choice,) = records(tmp_path, "codecs")
     assert len(choice["codec_by_layer"]) == 3
     for at, name in enumerate(choice["codec_by_layer"]):
         assert choice["trials"][name]["error_by_layer"][at] <= 0.2
         assert choice["trials"]["far"]["error_by_layer"][at] > 0
     assert len(records(tmp_path, "train")) == 8
+    (evaluated,) = (record["codec_error_by_layer"] for record in records(tmp_path, "eval")[:1])
+    assert len(evaluated) == 3, "no evaluation runs the layer for multi-token prediction"
+
+
+def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
+    """Or to having to choose."""
+    layer = make_layer(None)
+    layer.candidates = {"near": Compression(codec=as_in_paper(d_model=D))}
+    codec = ComponentConfig(target="moesys.moe.codecs.LshCodec")
+    dispatch = DispatchConfig(
+        candidates={"near": CandidateConfig(codec=codec)}, error_budget=0.2, warmup_steps=4
+    )
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(
+            dispatch=dispatch,
+            parallel=SimpleNamespace(ep=2),
+            model=SimpleNamespace(moe_layers=(0,)),
+        ),
+        model=SimpleNamespace(moe_places=lambda: {0: layer}, moe_layers=lambda: [layer]),
+    )
+    choice = CodecChoice(run)
+    choice.rewind(None)
+    assert choice.state is None
+    of_four = {"by_layer": ["near"], "of": config_hash(dispatch)}
+    choice.rewind(of_four)
+    assert choice.state == of_four
+    assert layer.compression is layer.candidates["near"]
+    choice.rewind(None)
+    assert choice.state is None
+    assert layer.compression is UNCOMPRESSED
+    assert choice.before(4) is None, "not yet"
+    with pytest.raises(AttributeError, match="eval_batches"):
+        choice.before(5)  # due again
 
 
 def test_one_rank_has_nothing_to_choose(tiny_data, tmp_path):
