@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.compression.quality import PLAIN
 from benchmarks.fabric.job import run_job
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.network import fabric
 from benchmarks.results import ROOT, Cell
 
 LAYOUT = Layout(name="compression", num_nodes=4, ranks_per_node=2)
-PLAIN = "none"
 STAYING = "rows stay"
 """What no compression beats but by the work that it saves: no row travels, and each rank computes with its own."""
 VARIANTS = {
@@ -60,7 +60,6 @@ class Case:
     names: Sequence[str] = tuple(VARIANTS)
     rounds: int = 2
     """A step of each variant."""
-    warm_steps: int = 1
     tries: int = TRIES
 
 
@@ -74,6 +73,11 @@ class StepTimes:
     def rows_ms(self) -> float:
         """That exchanges of rows take."""
         return self.plain_ms - self.staying_ms
+
+    @property
+    def share_pct(self) -> float:
+        """Of a plain step."""
+        return 100 * self.rows_ms / self.plain_ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +152,11 @@ def _shaped(
         rate = rate_for(share_pct, free, crossing)
         layout = replace(LAYOUT, inter_bits=math.ceil(rate))
         found = _times(_measured(layout, case, (PLAIN, STAYING), progress))
-        reached = 100 * found.rows_ms / found.plain_ms
-        progress(f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {reached:.0f} % of a step")
+        progress(
+            f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {found.share_pct:.0f} % of a step"
+        )
         crossing = crossing_at(rate, found, free)
-        off_by[rate] = abs(reached - share_pct)
+        off_by[rate] = abs(found.share_pct - share_pct)
         if off_by[rate] <= NEAR_PCT:
             break
     nearest = min(off_by, key=off_by.__getitem__)
@@ -166,7 +171,7 @@ def _measured(
     layout: Layout, case: Case, names: Sequence[str], progress: Callable[[str], None]
 ) -> dict[str, Numbers]:
     """Steps of the variants."""
-    return _job(layout, "steps", case, names, [case.rounds, case.warm_steps], progress)
+    return _job(layout, "steps", case, names, [case.rounds], progress)
 
 
 def _layer_rows(
@@ -235,13 +240,13 @@ def _extensions_folder() -> Path:
 def _row(
     case: Case, share_pct: int, layout: Layout, name: str, found: Mapping[str, Numbers]
 ) -> dict[str, Cell]:
-    own, plain, times = found[name], found[PLAIN], _times(found)
+    own, plain = found[name], found[PLAIN]
     assert layout.inter_bits is not None
     cost = codec_cost_pct(own["codec_ms"], own["step_ms"], plain["step_ms"])
     return {
         "model": case.model,
         "exchange_pct": share_pct,
-        "reached_pct": round(100 * times.rows_ms / times.plain_ms, 1),
+        "reached_pct": round(_times(found).share_pct, 1),
         "uplink_mbit": round(layout.inter_bits / 1e6, 2),
         "variant": name,
         "step_ms": round(own["step_ms"], 1),

@@ -34,16 +34,14 @@ from moesys.train.timing import SectionTimer
 
 PLANNING = "codec.plan"
 CODEC_OPS = {
-    *(
-        "moesys::cross_polytope",
-        "moesys::member_means",
-        "moesys::restore",
-        "moesys::restore_backward",
-        "moesys::pack",
-        "moesys::unpack",
-        "GeneratedBackwardFor_moesys_member_means_defaultBackward",
-        "GeneratedBackwardFor_moesys_restore_defaultBackward",
-    ),
+    "moesys::cross_polytope",
+    "moesys::member_means",
+    "moesys::restore",
+    "moesys::restore_backward",
+    "moesys::pack",
+    "moesys::unpack",
+    "GeneratedBackwardFor_moesys_member_means_defaultBackward",
+    "GeneratedBackwardFor_moesys_restore_defaultBackward",
 }
 """With what is planned, all that a codec and the wire add to a step."""
 
@@ -146,13 +144,12 @@ def _is_of_codec(event: Any) -> bool:
     return True
 
 
-def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
-    """`warm_steps` of each come first, and are not told."""
+def main(variants: dict[str, list[str]], rounds: int) -> None:
+    """A step of each comes first, and is not told."""
     with process_group("cpu", timeout_s=600.0) as process:
         built = build_variants(variants, process)
         for variant in built:
-            for _ in range(warm_steps):
-                variant.measure()
+            variant.measure()
         for number in range(rounds):
             for variant in built:
                 found = variant.measure()
@@ -163,4 +160,4 @@ def main(variants: dict[str, list[str]], rounds: int, warm_steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(json.loads(sys.argv[1]), int(sys.argv[2]))

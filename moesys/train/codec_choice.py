@@ -38,13 +38,12 @@ class CodecChoice:
             self._take(state["by_layer"])
 
     def rewind(self, state: dict[str, Any] | None) -> None:
-        """As it was in a checkpoint of this run: chosen, or due again."""
-        if state is not None:
-            self._take(state["by_layer"])
-        elif self._made:
+        """As a resume from a checkpoint of this run would have it: chosen, or due again."""
+        if self._made:
             self._made, self._is_due = [], True
             for layer in self._run.model.moe_layers():
                 layer.compression = UNCOMPRESSED
+        self.at_resume(state)
 
     def before(self, step: int) -> dict[str, Any] | None:
         """Collective, and the same on all ranks: choose, where that is due before `step`; the record of it.

@@ -4,18 +4,24 @@ from dataclasses import replace
 
 import torch
 
-from moesys.config.dispatch_schema import DispatchConfig, WireConfig
+from moesys.config.dispatch_schema import DispatchConfig, Wire, WireConfig
 from moesys.config.schema import OptimConfig, ParallelConfig, Recompute, RunConfig
 from moesys.testing.parity import Numbers
 from moesys.testing.small_run import small_config, small_model
 
-INT8 = WireConfig(
-    dispatch_forward="int8",
-    dispatch_backward="int8",
-    combine_forward="int8",
-    combine_backward="int8",
-    block=10,
-)
+
+def all_four(kind: Wire) -> WireConfig:
+    """Ways in one format."""
+    return WireConfig(
+        dispatch_forward=kind,
+        dispatch_backward=kind,
+        combine_forward=kind,
+        combine_backward=kind,
+        block=10,
+    )
+
+
+INT8 = all_four("int8")
 PLAIN = small_config(
     small_model(num_layers=4),
     seq_len=16,

@@ -122,6 +122,10 @@ def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
     choice.rewind(of_four)
     assert choice.state == of_four
     assert layer.compression is layer.candidates["near"]
+    choice.rewind(of_four | {"by_layer": ["far"], "of": "other candidates"})
+    assert choice.state is None
+    assert layer.compression is UNCOMPRESSED
+    choice.rewind(of_four)
     choice.rewind(None)
     assert choice.state is None
     assert layer.compression is UNCOMPRESSED

@@ -12,15 +12,8 @@ from moesys.parallel.mesh import build_meshes
 from moesys.testing.parity import Numbers, compare, parity
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, samples_of_step
-from tests.train.coded import INT8, assert_equal, config
+from tests.train.coded import INT8, all_four, assert_equal, config
 
-INT4 = WireConfig(
-    dispatch_forward="int4",
-    dispatch_backward="int4",
-    combine_forward="int4",
-    combine_backward="int4",
-    block=10,
-)
 FP8 = WireConfig(
     dispatch_forward="e4m3",
     dispatch_backward="e5m2",
@@ -49,7 +42,12 @@ def plain() -> Numbers:
 
 @pytest.mark.parametrize(
     ("wire", "most"),
-    [(INT8, 0.02), (INT4, 0.25), (FP8, 0.15), (WireConfig(combine_forward="int8"), 0.01)],
+    [
+        (INT8, 0.02),
+        (all_four("int4"), 0.25),
+        (FP8, 0.15),
+        (WireConfig(combine_forward="int8"), 0.01),
+    ],
     ids=["int8", "int4", "fp8", "one way"],
 )
 def test_gradients_are_near_the_plain_ones(wire: WireConfig, most: float, plain: Numbers) -> None:
