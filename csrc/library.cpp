@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(moesys, m) {
   // wire
   m.def(
       "pack(Tensor x, Tensor slot_of_row, int top_k, int format, int block, bool is_stochastic,"
-      " int carried_rows) -> Tensor");
+      " int carried_rows, bool is_checked) -> Tensor");
   m.def("unpack(Tensor bytes, Tensor like, int d, int format, int block) -> Tensor");
   // grouped_linear
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor");

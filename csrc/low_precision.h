@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "exponential.h"
 
@@ -65,6 +66,9 @@ struct Int {
     constexpr int UNUSED = 8 - BITS;
     return static_cast<int8_t>(code << UNUSED) >> UNUSED;
   }
+
+  // Between the codes around x, in units of x.
+  static MOESYS_INLINE float step(float, float scale) { return scale; }
 };
 
 // Sign, EXPONENT bits of bias 2^(EXPONENT-1) - 1, MANTISSA bits; no code of infinity or NaN is ever
@@ -104,6 +108,9 @@ struct Fp8 {
     const float value = magnitude >> MANTISSA ? normal : subnormal;
     return code & 0x80u ? -value : value;
   }
+
+  // At most that between the codes around x.
+  static MOESYS_INLINE float step(float x, float) { return std::abs(x) * (1.0f / (1 << MANTISSA)); }
 };
 
 using Int8 = Int<8>;
@@ -134,11 +141,24 @@ inline int64_t codes_per_byte(const char* op, int64_t format) {
   return for_format(op, format, []<typename Format>() { return int64_t{Format::CODES_PER_BYTE}; });
 }
 
+constexpr float LARGEST = std::numeric_limits<float>::max();
+// The scale of a block that has a number that is not finite: all of it is read as NaN.
+constexpr float NO_SCALE = std::numeric_limits<float>::quiet_NaN();
+
 // A row's scale: its largest number becomes the format's. 0 for a row of (nearly) zeros.
 template <typename Format>
 MOESYS_INLINE float scale_of(float largest) {
   const float scale = largest / Format::MAX;
   return scale < 0x1p-120f ? 0.0f : scale;
+}
+
+// x and so much of `carry`, which rounding took from rows before, as is at most a step between x's
+// own codes: more would be worse for x than its own rounding. The rest waits in `carry`.
+template <typename Format>
+MOESYS_INLINE float with_carry(float x, float& carry, float scale) {
+  const float given = clamped(carry, Format::step(x, scale));
+  carry -= given;
+  return clamped(x + given, LARGEST);
 }
 
 }  // namespace moesys

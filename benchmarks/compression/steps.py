@@ -49,7 +49,7 @@ CODEC_OPS = {
 class StayingRows(FlatExchange):
     """Gives a rank as many rows as would come to it, of its own: none travels."""
 
-    def send(self, rows_ND: Tensor, route: Route) -> Tensor:
+    def send(self, rows_ND: Tensor, route: Route, plain_row_bytes: int | None = None) -> Tensor:
         if rows_ND.shape[0] == 0:
             return rows_ND.new_zeros(route.num_arrivals, *rows_ND.shape[1:])
         places = torch.arange(route.num_arrivals, device=rows_ND.device)

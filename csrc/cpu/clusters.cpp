@@ -187,18 +187,19 @@ Tensor cross_polytope(const Tensor& turned_any) {
   const int64_t T = turned.size(0), H = turned.size(1), V = turned.size(2);
   Tensor codes = torch::stable::new_empty(turned, {T, H}, ScalarType::Long);
   int64_t* code = codes.mutable_data_ptr<int64_t>();
-  std::atomic<int64_t> bad{-1};
+  std::atomic<int64_t> first_bad{T};
   for_float_type("cross_polytope", turned, [&]<typename Element>() {
     const Element* from = turned.const_data_ptr<Element>();
     torch::stable::parallel_for(0, T * H, grain(V * sizeof(Element)),
                                 [&](int64_t begin, int64_t end) {
                                   for (int64_t i = begin; i < end; ++i) {
                                     code[i] = vertex<Element>(from + i * V, V);
-                                    if (code[i] < 0) bad = i / H;
+                                    if (code[i] < 0) keep_least(first_bad, i / H);
                                   }
                                 });
   });
-  STD_TORCH_CHECK(bad.load() < 0, "cross_polytope: row ", bad.load(), " is not finite");
+  STD_TORCH_CHECK(first_bad.load() == T, "cross_polytope: row ", first_bad.load(),
+                  " is not finite");
   return codes;
 }
 

@@ -17,38 +17,38 @@
 namespace moesys {
 namespace {
 
-// values = row + carry; returns the largest magnitude, or infinity where one is not finite.
+// values = row; returns the largest magnitude, or infinity where one is not finite.
 template <typename T>
 inline __attribute__((always_inline)) float load_row(float* __restrict values,
-                                                     const T* __restrict row,
-                                                     const float* __restrict carry, int64_t D) {
+                                                     const T* __restrict row, int64_t D) {
   float largest = 0;
   int bad = 0;
-  if (carry) {
 #pragma omp simd
-    for (int64_t d = 0; d < D; ++d) values[d] = static_cast<float>(widen(row[d])) + carry[d];
-  } else {
-#pragma omp simd
-    for (int64_t d = 0; d < D; ++d) values[d] = static_cast<float>(widen(row[d]));
-  }
+  for (int64_t d = 0; d < D; ++d) values[d] = static_cast<float>(widen(row[d]));
 #pragma omp simd reduction(max : largest) reduction(| : bad)
   for (int64_t d = 0; d < D; ++d) {
     const float size = std::abs(values[d]);
-    bad |= !(size <= std::numeric_limits<float>::max());
+    bad |= !(size <= LARGEST);
     largest = size > largest ? size : largest;
   }
   return bad ? std::numeric_limits<float>::infinity() : largest;
 }
 
-// Codes of one block, whose `values` are lost; with `carry`, what rounding took from it. A loop for
-// each product: were it fused with the sum that follows, results would hang on the instruction set.
+// Codes of one block, whose `values` are lost; with `carry`, what is waiting there is given to it,
+// and what rounding takes from it added (`kept`: room for D numbers). A loop for each product: were
+// it fused with the sum that follows, results would hang on the instruction set.
 template <typename Format>
 inline __attribute__((always_inline)) void encode_block(float* __restrict values, float scale,
                                                         bool is_stochastic, uint32_t key,
                                                         uint8_t* __restrict codes,
-                                                        float* __restrict carry, int64_t D) {
+                                                        float* __restrict carry,
+                                                        float* __restrict kept, int64_t D) {
   const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
-  if (carry) std::memcpy(carry, values, D * sizeof(float));
+  if (carry) {
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) values[d] = with_carry<Format>(values[d], carry[d], scale);
+    std::memcpy(kept, values, D * sizeof(float));
+  }
 #pragma omp simd
   for (int64_t d = 0; d < D; ++d) values[d] *= inverse;
   if (is_stochastic) {
@@ -63,7 +63,7 @@ inline __attribute__((always_inline)) void encode_block(float* __restrict values
 #pragma omp simd
   for (int64_t d = 0; d < D; ++d) values[d] = Format::decode(codes[d]) * scale;
 #pragma omp simd
-  for (int64_t d = 0; d < D; ++d) carry[d] -= values[d];
+  for (int64_t d = 0; d < D; ++d) carry[d] += kept[d] - values[d];
 }
 
 template <typename T, typename Format>
@@ -95,8 +95,8 @@ inline __attribute__((always_inline)) void part_codes(const uint8_t* __restrict 
 
 #define MOESYS_FORMAT(Format)                                                                     \
   MOESYS_SIMD void encode(Format, float* values, float scale, bool is_stochastic, uint32_t key,   \
-                          uint8_t* codes, float* carry, int64_t D) {                              \
-    encode_block<Format>(values, scale, is_stochastic, key, codes, carry, D);                     \
+                          uint8_t* codes, float* carry, float* kept, int64_t D) {                 \
+    encode_block<Format>(values, scale, is_stochastic, key, codes, carry, kept, D);               \
   }                                                                                               \
   MOESYS_SIMD void decode(Format, const uint8_t* codes, float scale, float* row, int64_t D) {     \
     decode_block<float, Format>(codes, scale, row, D);                                            \
@@ -124,9 +124,9 @@ MOESYS_SIMD void part(const uint8_t* bytes, uint8_t* codes, int64_t D) {
   part_codes(bytes, codes, D);
 }
 
-#define MOESYS_LOAD(T)                                                                 \
-  MOESYS_SIMD float load(float* values, const T* row, const float* carry, int64_t D) { \
-    return load_row<T>(values, row, carry, D);                                         \
+#define MOESYS_LOAD(T)                                             \
+  MOESYS_SIMD float load(float* values, const T* row, int64_t D) { \
+    return load_row<T>(values, row, D);                            \
   }
 MOESYS_LOAD(float)
 MOESYS_LOAD(double)
@@ -135,7 +135,7 @@ MOESYS_LOAD(c10::Half)
 #undef MOESYS_LOAD
 
 Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
-            int64_t block, bool is_stochastic, int64_t carried_rows) {
+            int64_t block, bool is_stochastic, int64_t carried_rows, bool is_checked) {
   const Wire wire = check_pack(x_any, slot_of_row_any, K, block, codes_per_byte("pack", format));
   const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
   const int64_t N = slot_of_row.size(0), D = wire.D, W = wire.row_bytes(),
@@ -143,7 +143,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
   Tensor bytes = torch::stable::new_empty(x, {N, W}, ScalarType::Byte);
   const int64_t* slot_of = slot_of_row.const_data_ptr<int64_t>();
   uint8_t* out = bytes.mutable_data_ptr<uint8_t>();
-  std::atomic<int64_t> bad_slot{-2}, bad_row{-1};
+  std::atomic<int64_t> bad_slot{-2}, first_bad_row{N};
   // Rows that hand on what rounding took are one task.
   const int64_t stride = carried_rows > 0 ? carried_rows : 1;
   const int64_t num_tasks = (N + stride - 1) / stride;
@@ -154,7 +154,8 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
       torch::stable::parallel_for(
           0, num_tasks, grain(bytes_per_task), [&](int64_t begin, int64_t end) {
             constexpr int PER_BYTE = Format::CODES_PER_BYTE;
-            std::vector<float> values(wire.block), carries(carried_rows > 0 ? D : 0);
+            std::vector<float> values(wire.block), carries(carried_rows > 0 ? D : 0),
+                kept(carried_rows > 0 ? wire.block : 0);
             std::vector<uint8_t> codes(PER_BYTE > 1 ? wire.block : 0);
             for (int64_t task = begin; task < end; ++task) {
               std::fill(carries.begin(), carries.end(), 0.0f);
@@ -168,18 +169,23 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
                 }
                 for (int64_t b = 0; b < wire.num_blocks; ++b) {
                   const int64_t start = b * wire.block, width = std::min(wire.block, D - start);
-                  float* carry = carries.empty() ? nullptr : carries.data() + start;
-                  const float largest =
-                      load(values.data(), from + slot / K * D + start, carry, width);
-                  if (largest > std::numeric_limits<float>::max()) bad_row = n;
+                  const float largest = load(values.data(), from + slot / K * D + start, width);
+                  uint8_t* bytes_of = row + start / PER_BYTE;
+                  uint8_t* scale_bytes = row + wire.code_bytes() + b * 4;
+                  if (largest > LARGEST) {
+                    keep_least(first_bad_row, n);
+                    std::memset(bytes_of, 0, (width + PER_BYTE - 1) / PER_BYTE);
+                    std::memcpy(scale_bytes, &NO_SCALE, 4);
+                    continue;
+                  }
                   const float scale = scale_of<Format>(largest);
                   const uint32_t key =
                       noise_key(scale, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
-                  uint8_t* bytes_of = row + start / PER_BYTE;
                   encode(Format{}, values.data(), scale, is_stochastic, key,
-                         PER_BYTE > 1 ? codes.data() : bytes_of, carry, width);
+                         PER_BYTE > 1 ? codes.data() : bytes_of,
+                         carries.empty() ? nullptr : carries.data() + start, kept.data(), width);
                   if (PER_BYTE > 1) pair(codes.data(), bytes_of, width);
-                  std::memcpy(row + wire.code_bytes() + b * 4, &scale, 4);
+                  std::memcpy(scale_bytes, &scale, 4);
                 }
               }
             }
@@ -188,7 +194,8 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
   });
   STD_TORCH_CHECK(bad_slot.load() == -2,
                   "pack: slot_of_row has an entry that is neither -1 nor a valid index");
-  STD_TORCH_CHECK(bad_row.load() < 0, "pack: row ", bad_row.load(), " is not finite");
+  STD_TORCH_CHECK(!is_checked || first_bad_row.load() == N, "pack: row ", first_bad_row.load(),
+                  " is not finite");
   return bytes;
 }
 

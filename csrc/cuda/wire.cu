@@ -18,8 +18,8 @@ namespace {
 template <typename T, typename Format>
 __global__ void pack_rows(const T* __restrict__ x, const int64_t* __restrict__ slot_of_row,
                           uint8_t* __restrict__ out, float* __restrict__ carries, Wire wire,
-                          int64_t K, int64_t num_slots, bool is_stochastic, int64_t stride,
-                          int64_t N, int64_t num_tasks) {
+                          int64_t K, int64_t num_slots, bool is_stochastic, bool is_checked,
+                          int64_t stride, int64_t N, int64_t num_tasks) {
   const int64_t task = warp_index();
   if (task >= num_tasks) return;
   const int64_t W = wire.row_bytes();
@@ -36,27 +36,31 @@ __global__ void pack_rows(const T* __restrict__ x, const int64_t* __restrict__ s
     for (int64_t b = 0; b < wire.num_blocks; ++b) {
       const int64_t start = b * wire.block, end = min(wire.D, start + wire.block);
       float largest = 0;
+      bool is_finite = true;
       for (int64_t d = start + lane_index(); d < end; d += WARP) {
-        const float value = static_cast<float>(from[d]) + (carry ? carry[d] : 0.0f);
-        assert(isfinite(value));
+        const float value = static_cast<float>(from[d]);
+        is_finite = is_finite && isfinite(value);
         largest = fmaxf(largest, fabsf(value));
       }
+      is_finite = __all_sync(ALL_LANES, is_finite);
+      assert(is_finite || !is_checked);
       for (int offset = WARP / 2; offset > 0; offset /= 2)
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, offset));
-      const float scale = scale_of<Format>(largest);
+      const float scale = is_finite ? scale_of<Format>(largest) : NO_SCALE;
       const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
       const uint32_t key = noise_key(scale, static_cast<uint32_t>(n), static_cast<uint32_t>(b));
       // All lanes to the end: neighbours exchange codes.
       for (int64_t first = start; first < end; first += WARP) {
         const int64_t d = first + lane_index();
         uint8_t code = 0;
-        if (d < end) {
-          const float value = static_cast<float>(from[d]) + (carry ? carry[d] : 0.0f);
+        if (d < end && is_finite) {
+          const float own = static_cast<float>(from[d]);
+          const float value = carry ? with_carry<Format>(own, carry[d], scale) : own;
           // Not fused with the sums that follow: the CPU rounds in between.
           const float scaled = __fmul_rn(value, inverse);
           const float chance = is_stochastic ? noise(key, static_cast<uint32_t>(d - start)) : 0.0f;
           code = Format::encode(scaled, chance);
-          if (carry) carry[d] = value - __fmul_rn(Format::decode(code), scale);
+          if (carry) carry[d] += value - __fmul_rn(Format::decode(code), scale);
         }
         if constexpr (Format::CODES_PER_BYTE == 1) {
           if (d < end) row[d] = code;
@@ -95,7 +99,7 @@ __global__ void unpack_rows(const uint8_t* __restrict__ bytes, T* __restrict__ r
 }
 
 Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64_t format,
-            int64_t block, bool is_stochastic, int64_t carried_rows) {
+            int64_t block, bool is_stochastic, int64_t carried_rows, bool is_checked) {
   const Wire wire = check_pack(x_any, slot_of_row_any, K, block, codes_per_byte("pack", format));
   const Launch launch(x_any);
   const auto [x, slot_of_row] = contiguous(x_any, slot_of_row_any);
@@ -110,7 +114,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
     for_float_type("pack", x, [&]<typename Element>() {
       launch.warp_per_item(&pack_rows<Element, Format>, num_tasks, x.const_data_ptr<Element>(),
                            slot_of_row.const_data_ptr<int64_t>(), bytes.mutable_data_ptr<uint8_t>(),
-                           carry, wire, K, x.size(0) * K, is_stochastic, stride, N);
+                           carry, wire, K, x.size(0) * K, is_stochastic, is_checked, stride, N);
     });
   });
   return bytes;

@@ -159,12 +159,13 @@ def dispatch_warnings(
         yield (
             f"dispatch.warmup_steps={dispatch.warmup_steps}: none of train.steps={config.train.steps} has codec or wire"
         )
-    unread = [
-        ("block", wire.is_used),
-        ("error_feedback", wire.is_used),
-        ("stochastic_backward", {wire.dispatch_backward, wire.combine_backward} != {"none"}),
+    has_gradients = {wire.dispatch_backward, wire.combine_backward} != {"none"}
+    readers = [
+        ("block", wire.is_used, "nothing"),
+        ("error_feedback", has_gradients, "no gradient"),
+        ("stochastic_backward", has_gradients, "no gradient"),
     ]
-    for key, is_read in unread:
+    for key, is_read, what in readers:
         value = getattr(wire, key)
         if not is_read and value != WireConfig.__dataclass_fields__[key].default:
-            yield f"dispatch.wire.{key}={value} has no effect where nothing is written in fewer bits"
+            yield f"dispatch.wire.{key}={value} has no effect where {what} is written in fewer bits"

@@ -29,7 +29,8 @@ class WireConfig:
     stochastic_backward: bool = True
     """Gradients are rounded up or down by chance, with the number as the mean; false = to the nearest."""
     error_feedback: bool = False
-    """What rounding takes from a row is given to the next one of the message, 64 rows at a time."""
+    """What rounding takes from a gradient's row is given to the next one of the message, 64 rows at a time, to each number at
+    most its own step."""
 
     @property
     def is_used(self) -> bool:

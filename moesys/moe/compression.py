@@ -16,30 +16,37 @@ class WireFormats:
     combine: RowFormats = UNCHANGED
 
     @classmethod
-    def of(cls, config: WireConfig) -> "WireFormats":
-        """As a configuration says."""
+    def of(cls, config: WireConfig, is_checked: bool = True) -> "WireFormats":
+        """As a configuration says; `is_checked`: rows that are not finite are an error."""
 
-        def format(kind: Wire, is_stochastic: bool) -> WireFormat | None:
-            if kind == "none":
-                return None
-            return WireFormat(
-                kind=kind,
-                block=config.block,
-                is_stochastic=is_stochastic,
-                hands_on=config.error_feedback,
+        def ways(forward: Wire, backward: Wire) -> RowFormats:
+            return RowFormats(
+                forward=format(forward),
+                backward=format(
+                    backward,
+                    is_stochastic=config.stochastic_backward,
+                    hands_on=config.error_feedback,
+                ),
             )
 
-        by_chance = config.stochastic_backward
+        def format(kind: Wire, **rounding: bool) -> WireFormat | None:
+            if kind == "none":
+                return None
+            return WireFormat(kind=kind, block=config.block, is_checked=is_checked, **rounding)
+
         return cls(
-            dispatch=RowFormats(
-                forward=format(config.dispatch_forward, False),
-                backward=format(config.dispatch_backward, by_chance),
-            ),
-            combine=RowFormats(
-                forward=format(config.combine_forward, False),
-                backward=format(config.combine_backward, by_chance),
-            ),
+            dispatch=ways(config.dispatch_forward, config.dispatch_backward),
+            combine=ways(config.combine_forward, config.combine_backward),
         )
+
+    def row_bytes(self, d: int, width: int) -> tuple[int, int]:
+        """Of a row of `d` numbers of `width` bytes, there and back: in forward, and in backward."""
+
+        def bytes_of(*formats: WireFormat | None) -> int:
+            return sum(d * width if one is None else one.row_bytes(d) for one in formats)
+
+        forward = bytes_of(self.dispatch.forward, self.combine.forward)
+        return forward, bytes_of(self.dispatch.backward, self.combine.backward)
 
 
 PLAIN = WireFormats()
@@ -53,6 +60,8 @@ class Compression:
     """None = a row for each slot."""
     formats: WireFormats = PLAIN
     """Of rows between ranks."""
+    is_checked: bool = True
+    """Tokens that are not finite are an error; otherwise they share rows as zeros would, which they make not finite."""
 
 
 UNCOMPRESSED = Compression()

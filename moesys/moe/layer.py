@@ -161,7 +161,10 @@ class MoELayer(nn.Module):
         compression = self.compression if compresses else UNCOMPRESSED
         if compression.codec is not None:
             assert routed.blend is None, "moe/contract.py refuses blends with a codec"
-            code = compression.codec.plan(x_TD.detach(), sent_ids_TK, self.config.num_experts)
+            seen_TD = x_TD.detach()
+            if not compression.is_checked:
+                seen_TD = seen_TD.nan_to_num(0, 0, 0)
+            code = compression.codec.plan(seen_TD, sent_ids_TK, self.config.num_experts)
             self.coded_rows += code.ids_C1.shape[0] * self.training
         rows_ids = sent_ids_TK if code is None else code.ids_C1
         plan = self.dispatcher.plan(rows_ids, padded_rows, compression.formats)

@@ -14,6 +14,7 @@ from moesys.moe.compression import UNCOMPRESSED
 from moesys.moe.fidelity import squares_apart
 from moesys.moe.hooked import Hooked
 from moesys.moe.layer import MoELayer
+from moesys.ops.autocast import compute_type
 from moesys.parallel.exchange import Traffic
 from moesys.plan.codec_choice import Trial
 
@@ -47,7 +48,11 @@ class Trials(Hooked):
         for x, candidate in enumerate([UNCOMPRESSED, *layer.candidates.values()]):
             with layer.compressing(candidate):
                 again = [_timed(layer, args, kwargs) for _ in range(REPEATS)]
-            coded, sent_bytes, _ = again[-1]
+            coded, forward_bytes, _ = again[-1]
+            d_row = layer.config.d_latent or layer.d_model
+            width = compute_type(coded[:0]).element_size()
+            there, back = candidate.formats.row_bytes(d_row, width)
+            sent_bytes = forward_bytes * (1 + back / there)
             squares = squares_apart(coded, output[0]).tolist()
             self._sums_MX3[at, x] += torch.tensor([*squares, sent_bytes], dtype=torch.float64)
             self._ms_MX[at, x] += statistics.median(ms for _, _, ms in again)

@@ -6,6 +6,8 @@ N rows, D model, F expert hidden, E experts; V classes; R rows in expert order, 
 rank, I inputs, O outputs.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F_
 from torch import Tensor
@@ -95,11 +97,16 @@ def pack(
     block: int,
     is_stochastic: bool,
     carried_rows: int,
+    is_checked: bool,
 ) -> Tensor:
     bad_N = (slot_of_row_N < -1) | (slot_of_row_N >= x_TD.shape[0] * top_k)
     if bad_N.any():
         raise RuntimeError("pack: slot_of_row has an entry that is neither -1 nor a valid index")
+    # A row that serves no slot is zeros.
     rows_ND = F_.pad(x_TD.float(), (0, 0, 1, 0))[slot_of_row_N // top_k + 1]
+    bad_rows = (~rows_ND.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad_rows and is_checked:
+        raise RuntimeError(f"pack: row {bad_rows[0]} is not finite")
     num_rows, width = rows_ND.shape
     most = LARGEST[format]
     codes, scales = [], []
@@ -112,15 +119,17 @@ def pack(
         carry = torch.zeros_like(values_NB[::stride])
         for place in range(stride):
             some = slice(place, None, stride)
-            # A row that serves no slot is zeros; what it is given it hands on.
-            has_slot = (slot_of_row_N[some] >= 0)[:, None]
-            carry = carry[: has_slot.shape[0]]
-            values = torch.where(has_slot, values_NB[some] + carry, 0.0)
-            if not values.isfinite().all():
-                bad = int((~values.isfinite().all(dim=1)).nonzero()[0]) * stride + place
-                raise RuntimeError(f"pack: row {bad} is not finite")
+            is_finite = values_NB[some].isfinite().all(dim=1, keepdim=True)
+            values = torch.where(is_finite, values_NB[some], 0.0)
+            carry = carry[: values.shape[0]]
             scale = values.abs().amax(dim=1, keepdim=True) / most
             scale = torch.where(scale < 2.0**-120, 0.0, scale)
+            if carried_rows:
+                # More than a step would be worse for a row than its own rounding; the rest waits.
+                step = _step(values, scale, format)
+                given = carry.clamp(-step, step)
+                carry = carry - given
+                values = (values + given).clamp(-_FLOAT_MAX, _FLOAT_MAX)
             scaled = values * torch.where(scale > 0, 1 / scale, 0.0)
             noise: Tensor | float = 0.0
             if is_stochastic:
@@ -128,9 +137,8 @@ def pack(
                 noise = _noise(scale[:, 0], rows, len(scales), values.shape[1])
             codes_NB[some] = _encoded(scaled, noise, format)
             if carried_rows:
-                taken = values - _decoded(codes_NB[some], format) * scale
-                carry = torch.where(has_slot, taken, carry)
-            scales_N1[some] = scale
+                carry = carry + (values - _decoded(codes_NB[some], format) * scale)
+            scales_N1[some] = torch.where(is_finite, scale, math.nan)
         codes.append(codes_NB)
         scales.append(scales_N1.contiguous().view(torch.uint8))
     return torch.cat([_paired(torch.cat(codes, dim=1), format), *scales], dim=1)
@@ -146,6 +154,7 @@ def unpack(bytes_NW: Tensor, like: Tensor, d: int, format: int, block: int) -> T
     return (_decoded(codes_ND, format) * scales_ND).to(like.dtype)
 
 
+_FLOAT_MAX = torch.finfo(torch.float32).max
 _FP8 = (None, torch.float8_e4m3fn, torch.float8_e5m2, None)
 LARGEST = (127.0, 448.0, 57344.0, 7.0)
 CODES_PER_BYTE = (1, 1, 1, 2)
@@ -178,6 +187,12 @@ def _encoded(scaled: Tensor, noise: Tensor | float, format: int) -> Tensor:
     rounded = (scaled / quantum + noise).round() * quantum
     rounded = rounded.clamp(-most, most) + 0.0  # zero has no sign
     return rounded.to(dtype).view(torch.uint8)
+
+
+def _step(values: Tensor, scale: Tensor, format: int) -> Tensor:
+    """Between the codes around each of `values`, or less."""
+    dtype = _FP8[format]
+    return scale.expand_as(values) if dtype is None else values.abs() * torch.finfo(dtype).eps
 
 
 def _decoded(codes: Tensor, format: int) -> Tensor:

@@ -34,8 +34,11 @@ class WireFormat:
     """Rounded up or down by chance, so that the mean of a code is the number. The chance hangs on the row's scale and place
     alone: the same rows are always rounded in the same way, and no state is kept."""
     hands_on: bool = False
-    """What rounding takes from a row is added to the next (error feedback within a message, 64 rows at a time): the sum over
-    rows, which is what the gradient of an expert sees, is that of the numbers but for one row's rounding in 64."""
+    """What rounding takes from a row is given to the next (error feedback within a message, 64 rows at a time), to each number
+    at most its own step, and what is more to those that follow: the sum over rows of like size is that of the numbers but
+    for one row's rounding in 64."""
+    is_checked: bool = True
+    """A row that is not finite is an error that names it; otherwise its block is read as NaN."""
 
     def __post_init__(self) -> None:
         if self.block % reference.CODES_PER_BYTE[_NUMBER[self.kind]]:
@@ -65,8 +68,8 @@ def pack(
 
     Raises:
         ValueError: another shape or type.
-        RuntimeError: a row that is not finite, by its number, or an index out of range, on the CPU. On a GPU that is a
-            device-side assertion.
+        RuntimeError: the first row that is not finite, by its number (if the format checks), or an index out of range, on
+            the CPU. On a GPU that is a device-side assertion.
     """
     if x_TD.dim() != 2 or x_TD.shape[1] == 0 or not x_TD.is_floating_point():
         raise ValueError(f"rows must be floating point [T, D], got {x_TD.dtype} {list(x_TD.shape)}")
@@ -77,10 +80,11 @@ def pack(
             f"slot_of_row must be int64 [N], got {slot_of_row_N.dtype} {list(slot_of_row_N.shape)}"
         )
     carried_rows = CARRIED_ROWS if format.hands_on else 0
-    how = (_NUMBER[format.kind], format.block, format.is_stochastic, carried_rows)
+    rounding = (format.is_stochastic, carried_rows, format.is_checked)
+    how = (top_k, _NUMBER[format.kind], format.block, *rounding)
     if library.runs_on(x_TD):
-        return torch.ops.moesys.pack(x_TD.detach(), slot_of_row_N, top_k, *how)
-    return reference.pack(x_TD.detach(), slot_of_row_N, top_k, *how)
+        return torch.ops.moesys.pack(x_TD.detach(), slot_of_row_N, *how)
+    return reference.pack(x_TD.detach(), slot_of_row_N, *how)
 
 
 def unpack(bytes_NW: Tensor, format: WireFormat, d: int, dtype: torch.dtype) -> Tensor:

@@ -26,8 +26,10 @@ class ExchangeMeter:
     """
 
     sent_bytes: int = 0
+    plain_bytes: int = 0
+    """That the same rows would have as they are, not written in few bits."""
     between_nodes_bytes: int = 0
-    """Of these, to ranks on other nodes."""
+    """Of those sent, to ranks on other nodes."""
     wall_s: float = 0.0
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
@@ -37,8 +39,9 @@ class ExchangeMeter:
         for start, end in self.events:
             end.synchronize()
             seconds += start.elapsed_time(end) / 1e3
-        traffic = Traffic(self.sent_bytes, self.between_nodes_bytes, seconds)
-        self.sent_bytes, self.between_nodes_bytes, self.wall_s, self.events = 0, 0, 0.0, []
+        traffic = Traffic(self.sent_bytes, self.plain_bytes, self.between_nodes_bytes, seconds)
+        self.sent_bytes, self.plain_bytes, self.between_nodes_bytes = 0, 0, 0
+        self.wall_s, self.events = 0.0, []
         return traffic
 
 
@@ -46,6 +49,7 @@ class Traffic(NamedTuple):
     """Of one rank."""
 
     sent_bytes: int
+    plain_bytes: int
     between_nodes_bytes: int
     seconds: float
 
@@ -54,6 +58,7 @@ class Traffic(NamedTuple):
         parts = list(parts)
         return cls(
             sum(part.sent_bytes for part in parts),
+            sum(part.plain_bytes for part in parts),
             sum(part.between_nodes_bytes for part in parts),
             sum(part.seconds for part in parts),
         )
@@ -144,13 +149,13 @@ class FlatExchange:
             return self.rows(permute(x_TD, slot_of_row_N, row_of_slot_TK), route, formats)
         return _ExchangePermuted.apply(x_TD, slot_of_row_N, row_of_slot_TK, self, route, formats)
 
-    def send(self, rows_ND: Tensor, route: Route) -> Tensor:
-        """`rows` of any type, without autograd."""
+    def send(self, rows_ND: Tensor, route: Route, plain_row_bytes: int | None = None) -> Tensor:
+        """`rows` of any type, without autograd. `plain_row_bytes`: of a row as it is, where it was written in few bits."""
         send, recv = route.send_splits_list, route.recv_splits_list
         if route.is_back:
             send, recv = recv, send
         received_RD = self._send(rows_ND, send, recv, self.group)
-        self._count(rows_ND, send, self.rank, self.is_away_P)
+        self._count(rows_ND, send, self.rank, self.is_away_P, plain_row_bytes)
         return received_RD
 
     def _send(
@@ -166,12 +171,18 @@ class FlatExchange:
         return received_RD
 
     def _count(
-        self, rows_ND: Tensor, send_splits_list: list[int], own: int, is_away: list[bool]
+        self,
+        rows_ND: Tensor,
+        send_splits_list: list[int],
+        own: int,
+        is_away: list[bool],
+        plain_row_bytes: int | None,
     ) -> None:
         row_bytes = rows_ND.element_size() * rows_ND[:1].numel() if rows_ND.shape[0] else 0
         sent = sum(send_splits_list) - send_splits_list[own]
         away = sum(rows for rows, far in zip(send_splits_list, is_away, strict=True) if far)
         self.meter.sent_bytes += sent * row_bytes
+        self.meter.plain_bytes += sent * (plain_row_bytes or row_bytes)
         self.meter.between_nodes_bytes += away * row_bytes
 
     def _all_to_all(
@@ -224,7 +235,7 @@ class _ExchangePermuted(torch.autograd.Function):
         format = formats.forward
         assert format is not None
         bytes_NW = pack(x_TD, format, slot_of_row_N, row_of_slot_TK.shape[1])
-        return unpack(exchange.send(bytes_NW, route), format, x_TD.shape[1], x_TD.dtype)
+        return _sent_written(bytes_NW, x_TD, exchange, route, format)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
@@ -243,8 +254,15 @@ def _sent(
     """Rows sent in `format`; what arrives is as near to the numbers as that is."""
     if format is None:
         return exchange.send(rows_ND, route)
-    received_RW = exchange.send(pack(rows_ND, format), route)
-    return unpack(received_RW, format, rows_ND.shape[1], rows_ND.dtype)
+    return _sent_written(pack(rows_ND, format), rows_ND, exchange, route, format)
+
+
+def _sent_written(
+    bytes_NW: Tensor, like_XD: Tensor, exchange: FlatExchange, route: Route, format: WireFormat
+) -> Tensor:
+    d = like_XD.shape[1]
+    received_RW = exchange.send(bytes_NW, route, d * like_XD.element_size())
+    return unpack(received_RW, format, d, like_XD.dtype)
 
 
 def swap(x: Tensor, group: dist.ProcessGroup) -> Tensor:

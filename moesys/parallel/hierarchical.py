@@ -42,26 +42,27 @@ class HierarchicalExchange(FlatExchange):
         all_gather_single(gathered, send_rows_P.contiguous(), group=self.node_group)
         return gathered.view(self.num_places, self.num_nodes, -1)[:, :, self.place].flatten()
 
-    def send(self, rows_ND: Tensor, route: Route) -> Tensor:
+    def send(self, rows_ND: Tensor, route: Route, plain_row_bytes: int | None = None) -> Tensor:
         send_mj = _cut(route.send_splits_list, self.num_places)
         recv_mi = _cut(route.recv_splits_list, self.num_places)
         through_im = _cut(route.through_list, self.num_nodes)
         inside = [sum(column) for column in zip(*send_mj, strict=True)], [*map(sum, through_im)]
         across = [sum(column) for column in zip(*through_im, strict=True)], [*map(sum, recv_mi)]
         if not route.is_back:
-            rows = self._inside(_transposed(rows_ND, send_mj), *inside)
-            return self._across(_transposed(rows, through_im), *across)
-        rows = self._across(rows_ND, *reversed(across))
-        rows = self._inside(_transposed(rows, _flipped(through_im)), *reversed(inside))
+            rows = self._inside(_transposed(rows_ND, send_mj), *inside, plain=plain_row_bytes)
+            return self._across(_transposed(rows, through_im), *across, plain=plain_row_bytes)
+        rows = self._across(rows_ND, *reversed(across), plain=plain_row_bytes)
+        rows = _transposed(rows, _flipped(through_im))
+        rows = self._inside(rows, *reversed(inside), plain=plain_row_bytes)
         return _transposed(rows, _flipped(send_mj))
 
-    def _inside(self, rows: Tensor, send: list[int], recv: list[int]) -> Tensor:
-        self._count(rows, send, self.place, [False] * self.num_places)
+    def _inside(self, rows: Tensor, send: list[int], recv: list[int], plain: int | None) -> Tensor:
+        self._count(rows, send, self.place, [False] * self.num_places, plain)
         return self._send(rows, send, recv, self.node_group)
 
-    def _across(self, rows: Tensor, send: list[int], recv: list[int]) -> Tensor:
+    def _across(self, rows: Tensor, send: list[int], recv: list[int], plain: int | None) -> Tensor:
         is_other = [node != self.node for node in range(self.num_nodes)]
-        self._count(rows, send, self.node, is_other)
+        self._count(rows, send, self.node, is_other, plain)
         return self._send(rows, send, recv, self.rail_group)
 
 

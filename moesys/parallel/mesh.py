@@ -37,6 +37,12 @@ class Meshes:
     """Of the ep group, the ranks of this rank's place in all its nodes."""
 
     @property
+    def nodes(self) -> tuple[int, int]:
+        """How many there are, and which is this rank's."""
+        per_node = self.ranks_per_node or self.dims.world_size
+        return -(-self.dims.world_size // per_node), dist.get_rank() // per_node
+
+    @property
     def pp_group(self) -> dist.ProcessGroup:
         return self.dense.get_group("pp")
 

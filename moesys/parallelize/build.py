@@ -60,7 +60,9 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
         _tie(parts)
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
-    _shard_with_experts(whole, meshes, config.dispatch)
+    # Otherwise the step is judged by its loss, and dropped.
+    is_checked = config.anomaly.policy == "stop"
+    _shard_with_experts(whole, meshes, config.dispatch, is_checked)
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -97,9 +99,11 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     )
 
 
-def _shard_with_experts(model: Transformer, meshes: Meshes, dispatch: DispatchConfig) -> None:
+def _shard_with_experts(
+    model: Transformer, meshes: Meshes, dispatch: DispatchConfig, is_checked: bool = True
+) -> None:
     for layer in modules_of(model, MoELayer):
-        shard_experts(layer, meshes, dispatch)
+        shard_experts(layer, meshes, dispatch, is_checked)
     for table in modules_of(model, MemoryTable):
         shard_memory(table, meshes)
 

@@ -24,8 +24,13 @@ HIDDEN_DIM = {"gate_up": 2, "down": 2}
 """Of [E, 2, F, D] and [E, D, F]: where F is."""
 
 
-def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS_IT_IS) -> None:
-    """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens."""
+def shard_experts(
+    layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS_IT_IS, is_checked: bool = True
+) -> None:
+    """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens.
+
+    `is_checked`: what is to be compressed and is not finite is an error.
+    """
     dims = meshes.dims
     layer.balance.group = meshes.stage_group
     if dims.cp * dims.tp > 1:
@@ -36,9 +41,9 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
         return
     layer.dispatcher = _dispatcher(layer.config, meshes, dispatch)
     if dims.ep > 1:
-        layer.compression = _compression(layer, dispatch.codec, dispatch.wire)
+        layer.compression = _compression(layer, dispatch.codec, dispatch.wire, is_checked)
         layer.candidates = {
-            name: _compression(layer, candidate.codec, candidate.wire)
+            name: _compression(layer, candidate.codec, candidate.wire, is_checked)
             for name, candidate in dispatch.candidates.items()
         }
     for experts in layer.experts.classes():
@@ -48,10 +53,13 @@ def shard_experts(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
 
 
-def _compression(layer: MoELayer, codec: ComponentConfig | None, wire: WireConfig) -> Compression:
+def _compression(
+    layer: MoELayer, codec: ComponentConfig | None, wire: WireConfig, is_checked: bool
+) -> Compression:
     return Compression(
         codec=codec and build_codec(codec, layer.d_model, layer.layer),
-        formats=WireFormats.of(wire),
+        formats=WireFormats.of(wire, is_checked),
+        is_checked=is_checked,
     )
 
 

@@ -14,13 +14,14 @@ STEPS_PER_LAYER = 64
 
 
 class Trial(NamedTuple):
-    """What one candidate does in a forward of one layer, over all ranks."""
+    """What one candidate does in one layer, over all ranks."""
 
     error: float
     """Of the layer's output, relative: root mean square of the difference over that of the output."""
     sent_bytes: int
+    """Forward and backward."""
     ms: float
-    """Of the slowest rank."""
+    """Of the slowest rank's forward."""
 
 
 def within_error(trials_MX: Sequence[Sequence[Trial]], error_budget: float) -> list[int]:

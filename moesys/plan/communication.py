@@ -49,8 +49,15 @@ class CommunicationCase(RankOfRun):
     @property
     def ep_per_node(self) -> int:
         """Ranks of an ep group on a node."""
-        ranks = self.config.dispatch.ranks_per_node or self.ranks_per_node or self.world_size
-        return min(self.axes["ep"], max(1, ranks // self.axes["etp"]))
+        return min(self.axes["ep"], max(1, self._per_node // self.axes["etp"]))
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self._per_node)
+
+    @property
+    def _per_node(self) -> int:
+        return self.config.dispatch.ranks_per_node or self.ranks_per_node or self.world_size
 
     def size(self, group: str) -> int:
         inside = self.ep_per_node
@@ -378,4 +385,5 @@ def _step(case: CommunicationCase) -> Iterator[Sent]:
     yield case.all_reduce("world", "expert load", INT64 * num_moe * (model.moe.num_choices + 1))
     has_codec = bool(case.config.dispatch.codecs) and case.axes["ep"] > 1
     numbers = 8 + num_moe * (2 if has_codec else 1)
+    numbers += case.num_nodes if case.num_nodes > 1 else 0
     yield case.all_reduce("world", "the step's numbers", numbers * FP64)

@@ -26,7 +26,8 @@ COLUMNS = (
     "step", "tokens", "loss", "bits_per_byte", "aux_loss", "z_loss", "mtp_loss", "lr", "grad_norm", "tokens_per_s",
     "tflops_per_rank", "mfu", "load_imbalance", "max_load_imbalance", "dead_experts", "dropped_slots",
     "router_entropy",
-    "sent_bytes", "between_nodes_bytes", "codec_rows", "step_ms", "exchange_ms", *(f"{part}_ms" for part in PARTS),
+    "sent_bytes", "between_nodes_bytes", "codec_rows", "compression_ratio", "step_ms", "exchange_ms",
+    *(f"{part}_ms" for part in PARTS),
 )  # fmt: skip
 """The numbers kept of each train record."""
 

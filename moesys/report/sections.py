@@ -22,6 +22,7 @@ from moesys.report.run import PARTS, Run
 from moesys.report.sources import preferences
 
 _MOST_MARKS = 200
+_MOST_NODES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Sec
         _section("sources", "Sources of text", _sources(lines), preferences(run.last_eval)),
         _section("time", "Where the time goes", [lines.step_time()], _time_table(run)),
         _section("goodput", "Goodput", [], goodput_content(run)),
-        _section("throughput", "Throughput", _throughput(lines)),
+        _section("throughput", "Throughput", _throughput(lines), _uplinks(run)),
         _section("compression", "Compression", _compression(lines), _compressed_layers(run)),
         _section("documents", "Training documents", _documents(run)),
     )
@@ -235,9 +236,27 @@ def _throughput(lines: _Lines) -> list[Chart | None]:
     ]
 
 
+def _uplinks(run: Run) -> list[dict[str, str]]:
+    """What each node sent to others in the last step, the busiest first."""
+    sent_N = run.last_train.get("between_nodes_bytes_by_node") or []
+    names = run.starts[-1].get("nodes", []) if run.starts else []
+    mean = sum(sent_N) / max(1, len(sent_N))
+    order = sorted(range(len(sent_N)), key=lambda node: -sent_N[node])
+    return [
+        {
+            "node": names[node] if len(names) == len(sent_N) else str(node),
+            "sent": number(sent_N[node] / 2**20, ".2f"),
+            "over_mean": number(sent_N[node] / mean if mean else None, ".3f"),
+        }
+        for node in order[:_MOST_NODES]
+    ]
+
+
 def _compression(lines: _Lines) -> list[Chart | None]:
     rows = lines.of("codec_rows", "rows", 1, scale=100)
+    ratio = lines.of("compression_ratio", "ratio", 3)
     return [
+        lines.chart_unless_zero("Compression ratio", "plain bytes over those sent", ratio),
         lines.chart_unless_zero("Rows that travel", "% of the slots that they are of", rows),
         lines.of_evals(
             "Error of compression",

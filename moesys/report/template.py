@@ -98,6 +98,15 @@ TEMPLATE = """
 </table>
 <p class="note">Load, entropy and dropped slots of the last step; similarity of weights and divergence of sources at the last evaluation.</p></div>
 {% endif %}
+{% if section.id == "throughput" and section.content %}
+<div class="card scroll"><table>
+<tr><th>node</th><th class="r">MiB to other nodes</th><th class="r">over the mean</th></tr>
+{% for row in section.content %}
+<tr><td>{{ row.node }}</td><td class="r">{{ row.sent }}</td><td class="r">{{ row.over_mean }}</td></tr>
+{% endfor %}
+</table>
+<p class="note">Rows that the ranks of a node sent in the last step, the busiest nodes first.</p></div>
+{% endif %}
 {% if section.id == "compression" and section.content %}
 <div class="card scroll"><table>
 <tr><th class="r">layer</th><th class="r">chosen</th><th class="r">rows, % of slots</th><th class="r">relative error</th></tr>

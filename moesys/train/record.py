@@ -73,7 +73,9 @@ def train_record(
         "router_entropy": sum(entropies) / len(entropies) if entropies else 0.0,
         "sent_bytes": result.sent_bytes,
         "between_nodes_bytes": result.between_nodes_bytes,
+        **_node_fields(result),
         **_codec_fields(config.model, result),
+        **_ratio_field(config, result),
         "step_ms": step_s * 1e3,
         **{
             f"{name}_ms": sections_ms.get(name, 0.0)
@@ -106,6 +108,19 @@ def _codec_fields(model: ModelConfig, result: StepResult) -> dict[str, Any]:
             rows / max(1, slots) for rows, slots in zip(rows_M, slots_M, strict=True)
         ],
     }
+
+
+def _node_fields(result: StepResult) -> dict[str, Any]:
+    nodes = result.between_nodes_bytes_N
+    return {"between_nodes_bytes_by_node": nodes} if nodes else {}
+
+
+def _ratio_field(config: RunConfig, result: StepResult) -> dict[str, Any]:
+    """Bytes of a row for each slot in the compute type over those sent, where rows may be compressed."""
+    if not (config.dispatch.compresses and result.sent_bytes):
+        return {}
+    rows = _codec_fields(config.model, result).get("codec_rows", 1.0)
+    return {"compression_ratio": result.plain_bytes / result.sent_bytes / rows}
 
 
 def imbalance(load_E: Sequence[int]) -> float:

@@ -51,8 +51,10 @@ class StepResult:
     """Of a token's routing probabilities, nats, mean over tokens: ln E = undecided, 0 = sure."""
     sent_bytes: int
     """Rows that exchanges sent from any rank to another, forward and backward."""
-    between_nodes_bytes: int
-    """Of these, to ranks on other nodes."""
+    plain_bytes: int
+    """That the same rows would have as they are, not written in few bits."""
+    between_nodes_bytes_N: list[int]
+    """Of those sent, by ranks of each node to other nodes; [] on one node."""
     exchange_ms: float
     """Mean over ranks; part of forward and backward."""
     coded_rows_M: list[int]
@@ -61,6 +63,11 @@ class StepResult:
     """Some rank was asked to stop."""
     is_applied: bool
     """The optimizer has stepped; if not, the step left no trace in weights, optimizer state and selection biases."""
+
+    @property
+    def between_nodes_bytes(self) -> int:
+        """Of all nodes."""
+        return sum(self.between_nodes_bytes_N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,10 @@ class _Sums:
     balance: float
     z: float
     mtp: float
-    traffic: Traffic
+    sent_bytes: float
+    plain_bytes: float
+    between_nodes_bytes_N: list[float]
+    exchange_s: float
     coded_rows_M: list[float]
     stops: float
     grad_norm: float
@@ -299,8 +309,14 @@ class TrainStep:
     def _read_sums(self, norm: Tensor, load_MX: Tensor, stop_requested: bool) -> _Sums:
         """One all-reduce of a few numbers, and the step's only reads on the host."""
         own = self.read_exchange_meters()
-        host = torch.tensor([*own, stop_requested], dtype=torch.float64)
+        host = torch.tensor(
+            [own.sent_bytes, own.plain_bytes, own.seconds, stop_requested], dtype=torch.float64
+        )
         self.own_exchange_ms = own.seconds * 1e3
+        num_nodes, node = self.meshes.nodes
+        between_N = torch.zeros(num_nodes, dtype=torch.float64)
+        between_N[node] = own.between_nodes_bytes
+        between_N = between_N if num_nodes > 1 else between_N[:0]
         told_W = torch.zeros(0, dtype=torch.float64)
         if self.compute_ms is not None:
             told_W = torch.zeros(self.meshes.dims.world_size, dtype=torch.float64)
@@ -312,19 +328,23 @@ class TrainStep:
             entropy_M[index] = layer.load.take_entropy(self.device)
             if has_codec:
                 rows_M[index], layer.coded_rows = layer.coded_rows, 0
-        on_host = torch.cat([host, rows_M, told_W]).to(self.device)
+        on_host = torch.cat([host, between_N, rows_M, told_W]).to(self.device)
         numbers = torch.cat([self.sums, entropy_M, on_host])
         dist.all_reduce(numbers)
         loss, balance, z, mtp, *rest = numbers.tolist()
         entropies, rest = rest[: len(load_MX)], rest[len(load_MX) :]
-        sent_bytes, between_nodes_bytes, seconds, stops, *rest = rest
+        sent_bytes, plain_bytes, exchange_s, stops, *rest = rest
+        between, rest = rest[: len(between_N)], rest[len(between_N) :]
         rows, self.compute_ms_W = rest[: len(rows_M)], rest[len(rows_M) :]
         return _Sums(
             loss=loss,
             balance=balance,
             z=z,
             mtp=mtp,
-            traffic=Traffic(int(sent_bytes), int(between_nodes_bytes), seconds),
+            sent_bytes=sent_bytes,
+            plain_bytes=plain_bytes,
+            between_nodes_bytes_N=between,
+            exchange_s=exchange_s,
             coded_rows_M=rows if self.compresses else [],
             stops=stops,
             grad_norm=norm.item(),
@@ -346,9 +366,10 @@ class TrainStep:
             ],
             dropped_slots_M=[row[-1] for row in sums.expert_load_MX],
             router_entropy_M=[entropy / tokens for entropy in sums.entropy_M],
-            sent_bytes=sums.traffic.sent_bytes,
-            between_nodes_bytes=sums.traffic.between_nodes_bytes,
-            exchange_ms=sums.traffic.seconds * 1e3 / self.meshes.dims.world_size,
+            sent_bytes=int(sums.sent_bytes),
+            plain_bytes=int(sums.plain_bytes),
+            between_nodes_bytes_N=[int(nbytes) for nbytes in sums.between_nodes_bytes_N],
+            exchange_ms=sums.exchange_s * 1e3 / self.meshes.dims.world_size,
             coded_rows_M=[int(rows) for rows in sums.coded_rows_M],
             stop_requested=sums.stops > 0,
             is_applied=is_applied,

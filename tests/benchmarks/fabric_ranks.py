@@ -70,6 +70,47 @@ def exchange(d: int) -> None:
     dist.destroy_process_group()
 
 
+WAYS = ("flat", "hierarchical", "deduplicated")
+NUM_CODES = 3
+
+
+def coded(d: int, way: int) -> None:
+    """The same in eight bits, by WAYS[way], each expert's tokens as NUM_CODES rows."""
+    import torch
+    import torch.distributed as dist
+
+    from moesys.config.dispatch_schema import WireConfig
+    from moesys.moe.codecs.lsh import LshCode
+    from moesys.moe.compression import WireFormats
+    from moesys.ops.clusters import cluster_order
+    from tests.moe.test_deduplicated import make_dispatcher
+    from tests.moe.test_dispatch import make_routing
+
+    dist.init_process_group("gloo")
+    _, routing, num_experts = make_routing(dist.get_rank(), "random")
+    dispatcher = make_dispatcher(WAYS[way], num_experts, int(os.environ["LOCAL_WORLD_SIZE"]), 1)
+    ids_TK = routing.topk_ids_TK
+    codes_T = torch.arange(len(ids_TK)) % NUM_CODES
+    order = cluster_order(ids_TK, codes_T[:, None].expand_as(ids_TK), num_experts)
+    order = order.trimmed(int(order.rows_per_expert_E.sum()), int(order.num_members))
+    ids_C1 = torch.arange(num_experts).repeat_interleave(order.rows_per_expert_E)[:, None]
+    code = LshCode(order=order, ids_C1=ids_C1, compensation="residual", is_detached=False)
+    int8 = WireConfig(
+        dispatch_forward="int8",
+        dispatch_backward="int8",
+        combine_forward="int8",
+        combine_backward="int8",
+    )
+    x_TD = torch.ones(len(ids_TK), d, requires_grad=True)
+    plan = dispatcher.plan(ids_C1, formats=WireFormats.of(int8))
+    rows_CD = code.encode(x_TD)
+    rows_RD, _ = dispatcher.dispatch(rows_CD, plan)
+    out_CD = dispatcher.combine(rows_RD, torch.ones(ids_C1.shape), plan)
+    code.decode(out_CD, rows_CD, x_TD, routing.topk_weights_TK).sum().backward()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def fail_on_1() -> None:
     if os.environ["RANK"] == "1":
         sys.exit(7)

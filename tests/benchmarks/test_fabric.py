@@ -17,6 +17,7 @@ from benchmarks.fabric.layout import PRESETS, Layout, rate_bits, with_preset
 from benchmarks.fabric.network import FabricError, fabric, layout_of
 from benchmarks.fabric.traffic import flows, uplinks
 from moesys.parallel.launcher import find_place
+from tests.benchmarks import fabric_ranks
 from tests.moe.test_dispatch import make_routing
 
 RANKS = [sys.executable, "-m", "tests.benchmarks.fabric_ranks"]
@@ -143,6 +144,27 @@ def test_a_token_crosses_an_uplink_once_for_a_node() -> None:
     rows = [2 * crossing[node] + 2 * crossing[1 - node] for node in range(2)]
     grown = [wide - narrow for narrow, wide in zip(*payload.values(), strict=True)]
     assert grown == [1024 * 4 * count for count in rows]
+
+
+@needs_namespaces
+@pytest.mark.parametrize("way", fabric_ranks.WAYS)
+def test_rows_of_a_codec_cross_an_uplink_in_eight_bits(way: str) -> None:
+    """A byte for each number of each row whose expert is on the other node, four times, exactly."""
+    payload = {}
+    for d in (256, 1280):
+        layout = Layout(name=NAME, num_nodes=2, ranks_per_node=2)
+        with fabric(layout):
+            words = ("coded", str(d), str(fabric_ranks.WAYS.index(way)))
+            status, said = run(layout, *words)
+            payload[d] = [link.payload_bytes for link in uplinks(layout, but_ports=[STORE_PORT])]
+        assert status == 0, said
+    crossing = [0, 0]
+    for rank in range(4):
+        ids = make_routing(rank, "random")[1].topk_ids_TK.tolist()
+        rows = {(e, t % fabric_ranks.NUM_CODES) for t, token in enumerate(ids) for e in token}
+        crossing[rank // 2] += sum(e // 4 != rank // 2 for e, _ in rows)
+    grown = [wide - narrow for narrow, wide in zip(*payload.values(), strict=True)]
+    assert grown == [1024 * 2 * sum(crossing)] * 2
 
 
 @needs_namespaces

@@ -16,6 +16,7 @@ from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher
 from moesys.ops.wire import WireFormat
 from moesys.parallel.dims import nodes_and_rails
 from moesys.parallel.exchange import FlatExchange, RowFormats
+from moesys.parallel.hierarchical import HierarchicalExchange
 from moesys.plan.placement import expert_places
 from moesys.testing.ranks import run_ranks
 from tests.moe.test_dispatch import CASES, D, make_routing
@@ -36,6 +37,10 @@ def make_dispatcher(kind: str, num_experts: int, per_node: int, num_classes: int
         world = FlatExchange(dist.group.WORLD, per_node)
         return ExpertParallelDispatcher(num_experts, world, None, num_classes)
     nodes, rails = nodes_and_rails(range(dist.get_world_size()), per_node)
+    if kind == "hierarchical":
+        groups = (own_group(nodes), own_group(rails))
+        by_node = HierarchicalExchange(dist.group.WORLD, *groups, per_node)
+        return ExpertParallelDispatcher(num_experts, by_node, None, num_classes)
     node, rail = (FlatExchange(own_group(groups), per_node) for groups in (nodes, rails))
     return DeduplicatingDispatcher(num_experts, rail, node, None, num_classes)
 

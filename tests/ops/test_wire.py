@@ -32,8 +32,9 @@ def rows(num_rows: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 
 
 def by_reference(x_ND: Tensor, format: WireFormat, slots_N: Tensor, top_k: int) -> Tensor:
     carried = CARRIED_ROWS if format.hands_on else 0
-    how = (KINDS.index(format.kind), format.block, format.is_stochastic, carried)
-    return reference.pack(x_ND, slots_N, top_k, *how)
+    rounding = (format.is_stochastic, carried, format.is_checked)
+    how = (top_k, KINDS.index(format.kind), format.block, *rounding)
+    return reference.pack(x_ND, slots_N, *how)
 
 
 @each_device
@@ -150,16 +151,57 @@ def test_what_is_handed_on_keeps_the_sum(kind: LowPrecision) -> None:
     assert worst > 5 * kept
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @each_kind
-def test_a_row_that_is_not_finite_is_named(kind: LowPrecision, value: str) -> None:
-    x_ND = torch.zeros(9, 40)
-    x_ND[5, 33] = float(value)
-    slots_N = torch.arange(9)
+def test_a_small_row_is_given_no_more_than_its_own_step(kind: LowPrecision) -> None:
+    """What a large one leaves waits for it: each row is off by two of its own steps at most."""
+    x_ND = torch.randn(CARRIED_ROWS, 33, generator=torch.Generator().manual_seed(7))
+    x_ND[::5] *= 1000
+    format = WireFormat(kind=kind, hands_on=True)
+    off_ND = unpack(pack(x_ND, format), format, 33, torch.float32) - x_ND
+    largest_N1 = x_ND.abs().amax(1, keepdim=True)
+    step_ND = step(x_ND, kind)
+    if kind not in LARGEST:
+        step_ND = largest_N1 * finfo(kind).eps
+    # The largest number of a format takes nothing that would make it larger.
+    assert (off_ND.abs() <= 2 * step_ND * 1.001).all()
+    plain = WireFormat(kind=kind)
+    plain_ND = unpack(pack(x_ND, plain), plain, 33, torch.float32) - x_ND
+    assert off_ND.sum(0).norm() < plain_ND.sum(0).norm() / 1.5
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("hands_on", [False, True])
+@each_kind
+def test_the_first_row_that_is_not_finite_is_named(
+    kind: LowPrecision, value: str, hands_on: bool
+) -> None:
+    x_ND = torch.zeros(2000, 40)
+    x_ND[5, 33] = x_ND[6, 1] = x_ND[1999, 2] = float(value)
+    format = WireFormat(kind=kind, block=16, hands_on=hands_on)
     with pytest.raises(RuntimeError, match="pack: row 5 is not finite"):
-        pack(x_ND, WireFormat(kind=kind, block=16))
+        pack(x_ND, format)
     with pytest.raises(RuntimeError, match="pack: row 5 is not finite"):
-        by_reference(x_ND, WireFormat(kind=kind, block=16), slots_N, 1)
+        by_reference(x_ND, format, torch.arange(2000), 1)
+
+
+@each_device
+@pytest.mark.parametrize("hands_on", [False, True])
+@each_kind
+def test_a_block_that_is_not_finite_is_nan_where_none_is_refused(
+    kind: LowPrecision, hands_on: bool, device: str
+) -> None:
+    """And all else as if it were zeros."""
+    x_ND = rows(80, 40).to(device)
+    x_ND[7, 33], x_ND[9, 2] = float("nan"), float("inf")
+    format = WireFormat(kind=kind, block=16, hands_on=hands_on, is_checked=False)
+    bytes_NW = pack(x_ND, format)
+    assert torch.equal(bytes_NW, by_reference(x_ND, format, torch.arange(80).to(device), 1))
+    back_ND = unpack(bytes_NW, format, 40, torch.float32)
+    is_nan_ND = torch.zeros(80, 40, dtype=torch.bool, device=device)
+    is_nan_ND[7, 32:] = is_nan_ND[9, :16] = True
+    assert torch.equal(back_ND.isnan(), is_nan_ND)
+    without_ND = unpack(pack(x_ND.masked_fill(is_nan_ND, 0), format), format, 40, torch.float32)
+    assert torch.equal(back_ND.masked_fill(is_nan_ND, 0), without_ND)
 
 
 @each_kind
@@ -195,6 +237,7 @@ def test_ops_as_torch_wants_them() -> None:
     assert library.is_loaded()
     x_TD, slots_N = torch.randn(6, 10), torch.tensor([3, -1, 0, 11])
     for format in range(len(KINDS)):
-        torch.library.opcheck(torch.ops.moesys.pack, (x_TD, slots_N, 2, format, 4, True, 64))
-        bytes_NW = torch.ops.moesys.pack(x_TD, slots_N, 2, format, 4, True, 64)
+        how = (2, format, 4, True, 64, True)
+        torch.library.opcheck(torch.ops.moesys.pack, (x_TD, slots_N, *how))
+        bytes_NW = torch.ops.moesys.pack(x_TD, slots_N, *how)
         torch.library.opcheck(torch.ops.moesys.unpack, (bytes_NW, x_TD, 10, format, 4))

@@ -25,11 +25,12 @@ def write(folder: Path, in_train: dict, in_eval: dict, chosen: list[str] | None 
 def test_rows_and_errors_are_drawn(tmp_path: Path) -> None:
     write(
         tmp_path,
-        {"codec_rows": 0.2, "codec_rows_by_layer": [0.1, 0.3]},
+        {"codec_rows": 0.2, "codec_rows_by_layer": [0.1, 0.3], "compression_ratio": 7.5},
         {"codec_error": 0.05, "codec_error_by_layer": [0.04, 0.06]},
     )
     page = page_of(tmp_path)
     assert page.series("Rows that travel", "rows")[1][5:] == pytest.approx([20] * 15)
+    assert page.series("Compression ratio", "ratio")[1][5:] == pytest.approx([7.5] * 15)
     assert page.series("Error of compression", "codec_error") == ([10, 20], [0.05, 0.05])
     at = page.texts.index("relative error")
     assert page.texts[at + 1 : at + 9] == ["0", "-", "10.0", "0.0400", "1", "-", "30.0", "0.0600"]
@@ -48,6 +49,14 @@ def test_what_each_layer_chose_is_told(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     at = page.texts.index("relative error")
     assert page.texts[at + 1 : at + 9] == ["0", "none", "100.0", "-", "1", "lsh", "20.0", "-"]
+
+
+def test_the_busiest_uplinks_come_first(tmp_path: Path) -> None:
+    write(tmp_path, {"between_nodes_bytes_by_node": [2**20, 3 * 2**20, 2 * 2**20]}, {})
+    page = page_of(tmp_path)
+    at = page.texts.index("over the mean")
+    shown = ["1", "3.00", "1.500", "2", "2.00", "1.000", "0", "1.00", "0.500"]
+    assert page.texts[at + 1 : at + 10] == shown
 
 
 def test_a_run_without_has_no_such_section(tmp_path: Path) -> None:

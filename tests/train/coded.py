@@ -5,7 +5,13 @@ from dataclasses import replace
 import torch
 
 from moesys.config.dispatch_schema import DispatchConfig, Wire, WireConfig
-from moesys.config.schema import OptimConfig, ParallelConfig, Recompute, RunConfig
+from moesys.config.schema import (
+    ComponentConfig,
+    OptimConfig,
+    ParallelConfig,
+    Recompute,
+    RunConfig,
+)
 from moesys.testing.parity import Numbers
 from moesys.testing.small_run import small_config, small_model
 
@@ -22,6 +28,10 @@ def all_four(kind: Wire) -> WireConfig:
 
 
 INT8 = all_four("int8")
+LSH = ComponentConfig(
+    target="moesys.moe.codecs.LshCodec",
+    options={"hashes": 2, "dimensions": 2, "error_bound": None},
+)
 PLAIN = small_config(
     small_model(num_layers=4),
     seq_len=16,

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from moesys.config.dispatch_schema import DispatchConfig
-from moesys.config.schema import RunConfig
+from moesys.config.schema import ComponentConfig, RunConfig
 from moesys.testing.parity import Numbers, compare, parity
-from tests.train.coded import INT8, assert_equal, config
+from tests.train.coded import INT8, LSH, assert_equal, config
 
 HIERARCHICAL = DispatchConfig(exchange="hierarchical", ranks_per_node=2)
 ONCE = DispatchConfig(exchange="deduplicated", ranks_per_node=2)
@@ -39,13 +39,27 @@ def test_two_steps_are_the_flat_exchange_bit_for_bit(recompute, flat) -> None:
         (ours, ours_between), (theirs, theirs_between) = bytes_of(found), bytes_of(flat)
         assert ours_between == theirs_between
         assert ours > theirs, "what is for other nodes travels inside too"
+        for numbers in (found, flat):
+            of_nodes = numbers[0].results[0].between_nodes_bytes_N
+            assert len(of_nodes) == 2
+            assert min(of_nodes) > 0
 
 
-def test_two_steps_write_rows_once() -> None:
-    """In few bits, and read once: bit for bit again."""
-    expected = parity(spread(DispatchConfig(wire=INT8)), 4, micro_steps=2)
-    found = parity(spread(replace(HIERARCHICAL, wire=INT8)), 4, micro_steps=2)
+@pytest.mark.parametrize("codec", [None, LSH], ids=["int8", "lsh+int8"])
+def test_two_steps_write_rows_once(codec: ComponentConfig | None) -> None:
+    """In few bits, and read once: bit for bit again, also where fewer travel, and the same bytes between nodes."""
+    how = DispatchConfig(codec=codec, wire=INT8, ranks_per_node=2)
+    expected = parity(spread(how), 4, micro_steps=2)
+    found = parity(spread(replace(how, exchange="hierarchical")), 4, micro_steps=2)
     assert_equal(found, expected)
+    assert bytes_of(found)[1] == bytes_of(expected)[1]
+
+
+def test_once_for_a_node_takes_rows_of_a_codec() -> None:
+    expected = parity(spread(DispatchConfig(codec=LSH)), 4, micro_steps=2)[0]
+    difference = compare(parity(spread(replace(ONCE, codec=LSH)), 4, micro_steps=2), expected)
+    assert not difference.missing
+    assert difference.worst < 1e-5
 
 
 @pytest.mark.parametrize(

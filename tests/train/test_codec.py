@@ -1,21 +1,18 @@
 """Training whose tokens travel as means of near ones: the same numbers under recomputation, exact bytes, warm-up."""
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from moesys.config.dispatch_schema import DispatchConfig, WireConfig
-from moesys.config.schema import ComponentConfig, Recompute
+from moesys.config.schema import AnomalyConfig, Recompute
 from moesys.testing.parity import compare, parity
 from moesys.testing.ranks import run_ranks
-from moesys.testing.small_run import SmallRun, with_micro_steps
-from tests.train.coded import INT8, PLAIN, assert_equal, config
-
-LSH = ComponentConfig(
-    target="moesys.moe.codecs.LshCodec",
-    options={"hashes": 2, "dimensions": 2, "error_bound": None},
-)
+from moesys.testing.small_run import SmallRun, samples_of_step, with_micro_steps
+from tests.train.coded import INT8, LSH, PLAIN, assert_equal, config
 
 
 @pytest.mark.parametrize("recompute", ["moe", "layer"])
@@ -71,7 +68,12 @@ def _bytes(rank: int, size: int, dispatch: DispatchConfig, recompute: Recompute)
 
         codec.plan = watched
     result = run.step()
-    return {"bytes": result.sent_bytes, "rows": experts_of_rows, "coded": result.coded_rows_M}
+    return {
+        "bytes": result.sent_bytes,
+        "plain bytes": result.plain_bytes,
+        "rows": experts_of_rows,
+        "coded": result.coded_rows_M,
+    }
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
@@ -88,8 +90,41 @@ def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: Rec
     assert len(ranks[0]["rows"]) == 2 * 3  # micro-steps and layers; a recomputation decides nothing
     passes = 3 if recompute == "layer" else 2
     assert {result["bytes"] for result in ranks} == {2 * passes * away * width}
+    assert {result["plain bytes"] for result in ranks} == {2 * passes * away * 32 * 4}
     coded = [
         sum(len(experts) for result in ranks for experts in result["rows"][layer::3])
         for layer in range(3)
     ]
     assert [result["coded"] for result in ranks] == [coded] * 2
+
+
+def _poisoned(
+    rank: int, size: int, policy: Literal["skip", "stop"]
+) -> tuple[float, float, bool, float]:
+    """A step in which a token's embedding is not a number, refused by its judge; then a good one's loss."""
+    coded = config(DispatchConfig(codec=LSH, wire=INT8, ranks_per_node=1))
+    run_config = replace(coded, anomaly=AnomalyConfig(policy=policy))
+    run = SmallRun(with_micro_steps(run_config, size, 2), size)
+    table = run.model.get_parameter("embed.weight")
+    good = table.detach().clone()
+    with torch.no_grad():
+        table[: len(table) // 2] = float("nan")
+    batches = samples_of_step(run.config, 0, run.meshes.dp_rank, run.dims.dp, 2)
+    bad = run.train_step(batches, 1e-3, judge=lambda loss, norm: None)
+    with torch.no_grad():
+        table.copy_(good)
+    return bad.loss, bad.grad_norm, bad.is_applied, run.step().loss
+
+
+def test_a_step_that_is_to_be_skipped_is_not_an_error() -> None:
+    """What is not finite arrives as it would without codec and wire, and the judge sees it."""
+    for loss, grad_norm, is_applied, after in run_ranks(_poisoned, 2, "skip"):
+        assert math.isnan(loss)
+        assert math.isnan(grad_norm)
+        assert not is_applied
+        assert math.isfinite(after)
+
+
+def test_otherwise_the_row_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"row \d+ is not finite"):
+        run_ranks(_poisoned, 2, "stop")

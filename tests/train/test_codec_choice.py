@@ -17,16 +17,18 @@ from tests.train.launched import run as run_ranks
 
 LSH = "_target_:moesys.moe.codecs.LshCodec,compensation:slope"
 INT8 = "dispatch_forward:int8,dispatch_backward:int8,combine_forward:int8,combine_backward:int8"
+D_ROW = 64
 CANDIDATES = [
     "codec=none",
     f"+dispatch.candidates.int8={{wire:{{{INT8}}}}}",
     f"+dispatch.candidates.near={{codec:{{{LSH},error_bound:0.5}},wire:{{{INT8}}}}}",
     f"+dispatch.candidates.far={{codec:{{{LSH},error_bound:1.0}}}}",
+    "+dispatch.candidates.there={wire:{dispatch_forward:int8,combine_forward:int8}}",
     *("dispatch.warmup_steps=4", "model.num_layers=4", "parallel.ep=2"),
     # Noise would be drawn again by a layer that runs again.
     "model.moe.router._target_=moesys.moe.routers.TopKRouter",
 ]
-NAMES = {"none", "int8", "near", "far"}
+NAMES = {"none", "int8", "near", "far", "there"}
 
 
 def exact(folder):
@@ -51,6 +53,9 @@ def test_all_layers_keep_to_a_budget_of_bytes(tiny_data, tmp_path):
     assert trials["none"]["error_by_layer"] == [0.0] * 3
     sent = [trials[name]["sent_bytes_by_layer"][at] for at, name in enumerate(taken)]
     assert min(plain) > 0
+    there = trials["there"]["sent_bytes_by_layer"]
+    ratio = (2 * (D_ROW + 4) + 2 * 4 * D_ROW) / (4 * 4 * D_ROW)
+    assert there == pytest.approx([ratio * nbytes for nbytes in plain]), "the way back counts too"
     assert sum(sent) <= 0.4 * sum(plain)
     train = records(tmp_path, "train")
     before, after = ([r["sent_bytes"] for r in part] for part in (train[:4], train[4:]))
