@@ -4,6 +4,7 @@ Parts, each kept when others are measured: `ratio` and `loss` are sweeps (qualit
 runs/compression_loss.sweep; `speed` runs on an emulated cluster (speed.py) and needs root, as `moesys-fabric` does.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,27 +88,18 @@ def run(
 
 
 def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of what is there. At each share the fastest of quickstart's variants whose loss is near the plain one's: to the same loss
-    where that is known. Pure."""
+    """Of what is there; speedups, bytes and loss of one of quickstart's variants. Pure."""
     found: dict[str, float] = {}
     at = {row["trained with"]: row for row in rows if "trained with" in row}
-    speeds = [row for row in rows if row.get("model") == "quickstart" and row["variant"] != STAYING]
-    best: Mapping[str, Any] | None = None
-    for share in sorted({row["exchange_pct"] for row in speeds}):
-        of_share = [row for row in speeds if row["exchange_pct"] == share]
-        near = [
-            row
-            for row in of_share
-            if (run := at.get(trained_as(row["variant"]))) is None or run["gap_pct"] <= GAP_PCT
-        ]
-        best = max(near, key=lambda row: speedup_to_loss(row, at))
-        found[f"speedup_at_{share}pct"] = round(speedup_to_loss(best, at), 3)
-    if best is not None:
-        found["uplink_bytes_pct"] = best["uplink_bytes_pct"]
-        if best["codec_cost_pct"] is not None:
-            found["codec_cost_pct"] = best["codec_cost_pct"]
-        if trained_as(best["variant"]) in at:
-            found["val_loss_gap_pct"] = at[trained_as(best["variant"])]["gap_pct"]
+    for row in (best := best_variant(rows, at)):
+        found[f"speedup_at_{row['exchange_pct']}pct"] = round(speedup_to_loss(row, at), 3)
+    if best:
+        found["uplink_bytes_pct"] = max(row["uplink_bytes_pct"] for row in best)
+        costs = [row["codec_cost_pct"] for row in best if row["codec_cost_pct"] is not None]
+        if costs:
+            found["codec_cost_pct"] = max(costs)
+        if run := at.get(trained_as(best[0]["variant"])):
+            found["val_loss_gap_pct"] = run["gap_pct"]
     layers = [row for row in rows if row.get("of_model") == "quickstart"]
     if layers:
         least = min(row["exchange_pct"] for row in layers)
@@ -119,6 +111,25 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if row := at.get("lsh_int4") or smaller.get("lsh_int4, 0.35"):
         found.setdefault("val_loss_gap_pct", row["gap_pct"])
     return found
+
+
+def best_variant(
+    rows: Sequence[Mapping[str, Any]], at: Mapping[str, Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The rows, by rising share, of quickstart's variant that is fastest over all shares together, to the same loss where that is
+    known, among those whose loss is near the plain one's. Pure."""
+    by_variant: dict[str, list[Mapping[str, Any]]] = {}
+    for row in sorted(
+        (row for row in rows if row.get("model") == "quickstart"),
+        key=lambda row: row["exchange_pct"],
+    ):
+        run = at.get(trained_as(row["variant"]))
+        if row["variant"] != STAYING and (run is None or run["gap_pct"] <= GAP_PCT):
+            by_variant.setdefault(row["variant"], []).append(row)
+    speeds = {
+        name: math.prod(speedup_to_loss(row, at) for row in own) for name, own in by_variant.items()
+    }
+    return by_variant[max(speeds, key=speeds.__getitem__)] if speeds else []
 
 
 def speedup_to_loss(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]]) -> float:

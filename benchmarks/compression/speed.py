@@ -40,8 +40,9 @@ VARIANTS = {
 LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4")
 DEEPSPEED = "deepspeed"
 TRIES = 3
-"""To find a rate,"""
-NEAR_PCT = 2
+"""To find a rate, each with so many times the rounds of what is measured at it,"""
+TRY_ROUNDS = 2
+NEAR_PCT = 1.5
 """which is found when the share is so near."""
 
 Numbers = Mapping[str, float]
@@ -58,7 +59,7 @@ class Case:
     shares_pct: Sequence[int]
     """Of a plain step, that exchanges of rows are to take."""
     names: Sequence[str] = tuple(VARIANTS)
-    rounds: int = 2
+    rounds: int = 3
     """A step of each variant."""
     tries: int = TRIES
 
@@ -96,11 +97,12 @@ def speed_rows(case: Case, progress: Callable[[str], None]) -> list[dict[str, Ce
     found = _measured(LAYOUT, case, (PLAIN, STAYING), progress)
     free = _times(found)
     uplink_bits = 8 * found[PLAIN]["between_nodes_bytes"] / LAYOUT.num_nodes
-    crossing = Crossing(rate_bits=uplink_bits, rows_ms=1e3)
+    guess = Crossing(rate_bits=uplink_bits, rows_ms=1e3)
+    known: list[Crossing] = []
     steps: list[dict[str, Cell]] = []
     layers: list[dict[str, Cell]] = []
     for share_pct in case.shares_pct:
-        layout, crossing = _shaped(case, share_pct, free, crossing, progress)
+        layout = _shaped(case, share_pct, free, guess, known, progress)
         found = _measured(layout, case, case.names, progress)
         steps += [_row(case, share_pct, layout, name, found) for name in case.names]
         layers += _layer_rows(case, share_pct, layout, progress)
@@ -133,6 +135,15 @@ def crossing_at(rate_bits: float, found: StepTimes, free: StepTimes) -> Crossing
     )
 
 
+def mean_of(known: Sequence[Crossing]) -> Crossing:
+    """By what each says at one bit per second. Pure."""
+    return Crossing(
+        rate_bits=1.0,
+        rows_ms=statistics.mean(one.rate_bits * one.rows_ms for one in known),
+        other_ms=statistics.mean(one.rate_bits * one.other_ms for one in known),
+    )
+
+
 def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | None:
     """Of the time that the variant would save if its codec took none; None where it would save none. Pure."""
     saved_ms = plain_ms - (step_ms - codec_ms)
@@ -143,24 +154,24 @@ def _shaped(
     case: Case,
     share_pct: int,
     free: StepTimes,
-    crossing: Crossing,
+    guess: Crossing,
+    known: list[Crossing],
     progress: Callable[[str], None],
-) -> tuple[Layout, Crossing]:
-    """With uplinks at which exchanges of rows take the share, of those tried what is nearest; and what the last added."""
-    off_by: dict[float, float] = {}
+) -> Layout:
+    """With uplinks at which exchanges of rows take the share, as far as tries tell, whose crossings go to `known`."""
+    longer = replace(case, rounds=TRY_ROUNDS * case.rounds)
     for _ in range(case.tries):
-        rate = rate_for(share_pct, free, crossing)
+        rate = rate_for(share_pct, free, mean_of(known or [guess]))
         layout = replace(LAYOUT, inter_bits=math.ceil(rate))
-        found = _times(_measured(layout, case, (PLAIN, STAYING), progress))
+        found = _times(_measured(layout, longer, (PLAIN, STAYING), progress))
         progress(
-            f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {found.share_pct:.0f} % of a step"
+            f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {found.share_pct:.1f} % of a step"
         )
-        crossing = crossing_at(rate, found, free)
-        off_by[rate] = abs(found.share_pct - share_pct)
-        if off_by[rate] <= NEAR_PCT:
+        known.append(crossing_at(rate, found, free))
+        if abs(found.share_pct - share_pct) <= NEAR_PCT:
             break
-    nearest = min(off_by, key=off_by.__getitem__)
-    return replace(LAYOUT, inter_bits=math.ceil(nearest)), crossing
+    # One try is no surer than the others.
+    return replace(LAYOUT, inter_bits=math.ceil(rate_for(share_pct, free, mean_of(known))))
 
 
 def _times(found: Mapping[str, Numbers]) -> StepTimes:
