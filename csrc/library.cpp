@@ -26,6 +26,11 @@ STABLE_TORCH_LIBRARY(moesys, m) {
       "restore_backward(Tensor grad, Tensor rows, Tensor means, Tensor x, Tensor weights, Tensor "
       "slopes,"
       " Tensor row_of_slot, Tensor member_slots, Tensor first_member) -> (Tensor, Tensor, Tensor)");
+  // splits
+  m.def(
+      "split_rows(Tensor sketch, Tensor slots, Tensor ids, Tensor codes, int top_k, int "
+      "num_experts,"
+      " int base, int digits, float most) -> Tensor");
   // wire
   m.def(
       "pack(Tensor x, Tensor slot_of_row, int top_k, int format, int block, bool is_stochastic,"

@@ -93,6 +93,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     at = {row["trained with"]: row for row in rows if "trained with" in row}
     for row in (best := best_variant(rows, at)):
         found[f"speedup_at_{row['exchange_pct']}pct"] = round(speedup_to_loss(row, at), 3)
+        found[f"reached_at_{row['exchange_pct']}pct"] = row["reached_pct"]
     if best:
         found["uplink_bytes_pct"] = max(row["uplink_bytes_pct"] for row in best)
         costs = [row["codec_cost_pct"] for row in best if row["codec_cost_pct"] is not None]
@@ -101,15 +102,20 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if run := at.get(trained_as(best[0]["variant"])):
             found["val_loss_gap_pct"] = run["gap_pct"]
     layers = [row for row in rows if row.get("of_model") == "quickstart"]
-    if layers:
+    if best and layers:
         least = min(row["exchange_pct"] for row in layers)
-        at_least = [row for row in layers if row["exchange_pct"] == least]
-        found["speedup_over_deepspeed"] = max(row["speedup_over_deepspeed"] for row in at_least)
-        (plain,) = (row for row in at_least if row["layer"] == PLAIN)
-        found["plain_over_deepspeed"] = plain["speedup_over_deepspeed"]
-    smaller = {row[CODEC]: row for row in rows if CODEC in row}
-    if row := at.get("lsh_int4") or smaller.get("lsh_int4, 0.35"):
-        found.setdefault("val_loss_gap_pct", row["gap_pct"])
+        over = {
+            row["layer"]: row["speedup_over_deepspeed"]
+            for row in layers
+            if row["exchange_pct"] == least
+        }
+        if (name := trained_as(best[0]["variant"])) in over:
+            found["speedup_over_deepspeed"] = over[name]
+        found["plain_over_deepspeed"] = over[PLAIN]
+    if not best:
+        smaller = {row[CODEC]: row for row in rows if CODEC in row}
+        if row := at.get("lsh_int4") or smaller.get("lsh_int4, 0.35"):
+            found["val_loss_gap_pct"] = row["gap_pct"]
     return found
 
 

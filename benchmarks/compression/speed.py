@@ -119,8 +119,8 @@ def rate_for(share_pct: float, free: StepTimes, crossing: Crossing) -> float:
     rows_over_ms = (1 - share) * crossing.rows_ms - share * crossing.other_ms
     if rows_over_ms <= 0:
         raise ValueError(
-            f"rows never take {share_pct} % of a step: where they add {crossing.rows_ms:.0f} ms, all else adds "
-            f"{crossing.other_ms:.0f}; with more tokens in a step they take more"
+            f"rows never take {share_pct} % of a step: all else adds {crossing.other_ms / crossing.rows_ms:.2f} times "
+            "what they add; with more tokens in a step they take more"
         )
     wanted_ms = share * free.staying_ms - (1 - share) * free.rows_ms
     return crossing.rate_bits * rows_over_ms / max(wanted_ms, 0.01 * free.staying_ms)

@@ -20,6 +20,7 @@ from benchmarks.compression.speed import STAYING
 from moesys.config.compose import compose
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
+from moesys.moe.codecs.lsh import LshCode
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.parallel.bootstrap import Process, process_group
 from moesys.parallel.dims import parallel_dims
@@ -32,8 +33,9 @@ from moesys.train.state import run_tensors
 from moesys.train.step import TrainStep
 from moesys.train.timing import SectionTimer
 
-PLANNING = "codec.plan"
+CODEC = "codec"
 CODEC_OPS = {
+    CODEC,
     "moesys::cross_polytope",
     "moesys::member_means",
     "moesys::restore",
@@ -43,7 +45,7 @@ CODEC_OPS = {
     "GeneratedBackwardFor_moesys_member_means_defaultBackward",
     "GeneratedBackwardFor_moesys_restore_defaultBackward",
 }
-"""With what is planned, all that a codec and the wire add to a step."""
+"""With what is planned, encoded and decoded, all that a codec and the wire add to a step."""
 
 
 class StayingRows(FlatExchange):
@@ -89,7 +91,7 @@ class Variant:
 
     def codec_ms(self) -> float:
         """Of one step, mean over ranks: hashing, ordering, means, restoring, few bits, forward and backward."""
-        self._name_plans()
+        self._name_codecs()
         dist.barrier()
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             self.step()
@@ -100,18 +102,13 @@ class Variant:
         dist.all_reduce(told)
         return told.item() / dist.get_world_size()
 
-    def _name_plans(self) -> None:
+    def _name_codecs(self) -> None:
+        """What they do is an event of the profile."""
         for layer in self.run.model.moe_layers():
             codec: Any = layer.compression.codec
-            if codec is None:
-                continue
-            planned = codec.plan
-
-            def named(*arguments: Any, planned: Any = planned) -> Any:
-                with record_function(PLANNING):
-                    return planned(*arguments)
-
-            codec.plan = named
+            if codec is not None:
+                codec.plan = _named(codec.plan)
+        LshCode.encode, LshCode.decode = _named(LshCode.encode), _named(LshCode.decode)
 
 
 def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> list[Variant]:
@@ -132,13 +129,21 @@ def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> l
     return built
 
 
+def _named(function: Any) -> Any:
+    def named(*arguments: Any) -> Any:
+        with record_function(CODEC):
+            return function(*arguments)
+
+    return named
+
+
 def _is_of_codec(event: Any) -> bool:
     """And not within another that is."""
-    if event.name != PLANNING and event.name not in CODEC_OPS:
+    if event.name not in CODEC_OPS:
         return False
     parent = event.cpu_parent
     while parent is not None:
-        if parent.name == PLANNING or parent.name in CODEC_OPS:
+        if parent.name in CODEC_OPS:
             return False
         parent = parent.cpu_parent
     return True

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../restored.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -31,7 +32,7 @@ inline __attribute__((always_inline)) void add_restored(
     const T* __restrict mean, accumulator_t<T> weight, accumulator_t<T> slope, int64_t width) {
 #pragma omp simd
   for (int64_t d = 0; d < width; ++d)
-    sum[d] += weight * (widen(row[d]) + slope * (widen(x[d]) - widen(mean[d])));
+    sum[d] += weight * restored(widen(row[d]), slope, widen(x[d]), widen(mean[d]));
 }
 
 // <grad, row + slope * (x - mean)>.
@@ -42,7 +43,7 @@ inline __attribute__((always_inline)) accumulator_t<T> dot_restored(
   accumulator_t<T> dot = 0;
 #pragma omp simd reduction(+ : dot)
   for (int64_t d = 0; d < D; ++d)
-    dot += widen(grad[d]) * (widen(row[d]) + slope * (widen(x[d]) - widen(mean[d])));
+    dot += widen(grad[d]) * restored(widen(row[d]), slope, widen(x[d]), widen(mean[d]));
   return dot;
 }
 
@@ -138,7 +139,7 @@ inline __attribute__((always_inline)) int64_t vertex(const T* turned, int64_t V)
       place = v;
     }
   }
-  return is_finite ? 2 * place + (widen(turned[place]) < 0) : -1;
+  return is_finite ? vertex_code(place, widen(turned[place])) : -1;
 }
 
 #define MOESYS_CLUSTERS(T)                                                                       \

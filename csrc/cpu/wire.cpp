@@ -28,7 +28,7 @@ inline __attribute__((always_inline)) float load_row(float* __restrict values,
 #pragma omp simd reduction(max : largest) reduction(| : bad)
   for (int64_t d = 0; d < D; ++d) {
     const float size = std::abs(values[d]);
-    bad |= !(size <= LARGEST);
+    bad |= !(size <= FLOAT_MAX);
     largest = size > largest ? size : largest;
   }
   return bad ? std::numeric_limits<float>::infinity() : largest;
@@ -172,7 +172,7 @@ Tensor pack(const Tensor& x_any, const Tensor& slot_of_row_any, int64_t K, int64
                   const float largest = load(values.data(), from + slot / K * D + start, width);
                   uint8_t* bytes_of = row + start / PER_BYTE;
                   uint8_t* scale_bytes = row + wire.code_bytes() + b * 4;
-                  if (largest > LARGEST) {
+                  if (largest > FLOAT_MAX) {
                     keep_least(first_bad_row, n);
                     std::memset(bytes_of, 0, (width + PER_BYTE - 1) / PER_BYTE);
                     std::memcpy(scale_bytes, &NO_SCALE, 4);

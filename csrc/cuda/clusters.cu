@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../restored.h"
 #include "launch.cuh"
 
 namespace moesys {
@@ -29,7 +30,7 @@ __global__ void vertices(const T* __restrict__ turned, int64_t* __restrict__ cod
     assert(isfinite(size));
     if (size > largest) {
       largest = size;
-      code = 2 * v + (value < 0);
+      code = vertex_code(v, value);
     }
   }
   for (int offset = WARP / 2; offset > 0; offset /= 2) {
@@ -44,34 +45,35 @@ __global__ void vertices(const T* __restrict__ turned, int64_t* __restrict__ cod
 }
 
 // out[c] = sum over its members of weights[slot] * x[slot / K] (weights of 1 where `weights` is
-// null), divided by their number where `is_mean`.
+// null), divided by their number where `is_mean`. One warp per row and WARP * W columns: few rows
+// of many members each keep the device busy too.
 template <typename T, int W>
 __global__ void gather_members(const T* __restrict__ x, const int64_t* __restrict__ member_slots,
                                const int64_t* __restrict__ first_member,
                                const accumulator_t<T>* __restrict__ weights, T* __restrict__ out,
-                               int64_t K, int64_t D, int64_t num_slots, bool is_mean, int64_t C) {
+                               int64_t K, int64_t D, int64_t num_slots, bool is_mean,
+                               int64_t num_tiles, int64_t num_items) {
   using A = accumulator_t<T>;
   using Packed = Pack<T, W>;
-  const int64_t c = warp_index();
-  if (c >= C) return;
+  const int64_t item = warp_index(), c = item / num_tiles;
+  const int64_t i = item % num_tiles * WARP + lane_index();
+  if (item >= num_items || i >= D / W) return;
   const int64_t begin = first_member[c], end = first_member[c + 1];
   const A count = is_mean && end > begin ? static_cast<A>(end - begin) : A(1);
-  for (int64_t i = lane_index(); i < D / W; i += WARP) {
-    A sums[W] = {};
+  A sums[W] = {};
 #pragma unroll 4
-    for (int64_t m = begin; m < end; ++m) {
-      const int64_t slot = member_slots[m];
-      assert(slot >= 0 && slot < num_slots);
-      const A weight = weights ? weights[slot] : A(1);
-      const Packed row = reinterpret_cast<const Packed*>(x + slot / K * D)[i];
+  for (int64_t m = begin; m < end; ++m) {
+    const int64_t slot = member_slots[m];
+    assert(slot >= 0 && slot < num_slots);
+    const A weight = weights ? weights[slot] : A(1);
+    const Packed row = reinterpret_cast<const Packed*>(x + slot / K * D)[i];
 #pragma unroll
-      for (int j = 0; j < W; ++j) sums[j] += weight * static_cast<A>(row.value[j]);
-    }
-    Packed result;
-#pragma unroll
-    for (int j = 0; j < W; ++j) result.value[j] = static_cast<T>(sums[j] / count);
-    reinterpret_cast<Packed*>(out + c * D)[i] = result;
+    for (int j = 0; j < W; ++j) sums[j] += weight * static_cast<A>(row.value[j]);
   }
+  Packed result;
+#pragma unroll
+  for (int j = 0; j < W; ++j) result.value[j] = static_cast<T>(sums[j] / count);
+  reinterpret_cast<Packed*>(out + c * D)[i] = result;
 }
 
 // y[t] = sum_k weights[t, k] * (rows[c] + slopes[c] * (x[t] - means[c])).
@@ -99,8 +101,8 @@ __global__ void restore_tokens(const T* __restrict__ rows, const T* __restrict__
       const Packed mean = reinterpret_cast<const Packed*>(means + c * D)[i];
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const A residual = static_cast<A>(token.value[j]) - static_cast<A>(mean.value[j]);
-        sums[j] += weight * (static_cast<A>(row.value[j]) + slope * residual);
+        sums[j] += weight * restored(static_cast<A>(row.value[j]), slope,
+                                     static_cast<A>(token.value[j]), static_cast<A>(mean.value[j]));
       }
     }
     Packed result;
@@ -134,8 +136,9 @@ __global__ void slot_gradients(const T* __restrict__ grad, const T* __restrict__
       const Packed mean = reinterpret_cast<const Packed*>(means + c * D)[i];
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const A residual = static_cast<A>(token.value[j]) - static_cast<A>(mean.value[j]);
-        dot += static_cast<A>(dy.value[j]) * (static_cast<A>(row.value[j]) + slope * residual);
+        dot += static_cast<A>(dy.value[j]) * restored(static_cast<A>(row.value[j]), slope,
+                                                      static_cast<A>(token.value[j]),
+                                                      static_cast<A>(mean.value[j]));
       }
     }
     for (int offset = WARP / 2; offset > 0; offset /= 2)
@@ -184,9 +187,10 @@ void gather(const Launch& launch, const Tensor& x, const Tensor& members, const 
   for_pack_width<T>(
       D,
       [&]<int W>() {
-        launch.warp_per_item(&gather_members<T, W>, sizes.C, from,
+        const int64_t num_tiles = (D / W + WARP - 1) / WARP;
+        launch.warp_per_item(&gather_members<T, W>, sizes.C * num_tiles, from,
                              members.const_data_ptr<int64_t>(), first.const_data_ptr<int64_t>(),
-                             weights, to, sizes.K, D, sizes.T * sizes.K, is_mean);
+                             weights, to, sizes.K, D, sizes.T * sizes.K, is_mean, num_tiles);
       },
       from, to);
 }

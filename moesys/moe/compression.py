@@ -39,6 +39,11 @@ class WireFormats:
             combine=ways(config.combine_forward, config.combine_backward),
         )
 
+    @property
+    def forward_changes(self) -> bool:
+        """Whether rows, and not their gradients alone, are written in few bits."""
+        return any(ways.forward is not None for ways in (self.dispatch, self.combine))
+
     def row_bytes(self, d: int, width: int) -> tuple[int, int]:
         """Of a row of `d` numbers of `width` bytes, there and back: in forward, and in backward."""
 
@@ -62,6 +67,11 @@ class Compression:
     """Of rows between ranks."""
     is_checked: bool = True
     """Tokens that are not finite are an error; otherwise they share rows as zeros would, which they make not finite."""
+
+    @property
+    def changes(self) -> bool:
+        """Whether the layer's output is another."""
+        return self.codec is not None or self.formats.forward_changes
 
 
 UNCOMPRESSED = Compression()

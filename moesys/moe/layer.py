@@ -82,7 +82,7 @@ class MoELayer(nn.Module):
     @property
     def may_compress(self) -> bool:
         """Whether its output is another in training."""
-        return self.compression != UNCOMPRESSED
+        return self.compression.changes
 
     @contextmanager
     def compressing(self, compression: Compression | None = None) -> Iterator[None]:

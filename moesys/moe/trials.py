@@ -29,9 +29,14 @@ class Trials(Hooked):
     """
 
     def __init__(
-        self, layers: Mapping[int, MoELayer], num_layers: int, num_candidates: int
+        self,
+        layers: Mapping[int, MoELayer],
+        num_layers: int,
+        num_candidates: int,
+        forwards: int = 1,
     ) -> None:
-        self._layers = layers
+        """`forwards`: of each layer in a step, recomputations included, which its bytes are to be of."""
+        self._layers, self._forwards = layers, forwards
         shape = (num_layers, 1 + num_candidates)
         self._sums_MX3 = torch.zeros(*shape, 3, dtype=torch.float64)
         """Squares of the difference and of the output; bytes."""
@@ -52,7 +57,7 @@ class Trials(Hooked):
             d_row = layer.config.d_latent or layer.d_model
             width = compute_type(coded[:0]).element_size()
             there, back = candidate.formats.row_bytes(d_row, width)
-            sent_bytes = forward_bytes * (1 + back / there)
+            sent_bytes = forward_bytes * (self._forwards + back / there)
             squares = squares_apart(coded, output[0]).tolist()
             self._sums_MX3[at, x] += torch.tensor([*squares, sent_bytes], dtype=torch.float64)
             self._ms_MX[at, x] += statistics.median(ms for _, _, ms in again)

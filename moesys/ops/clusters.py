@@ -53,14 +53,7 @@ def cluster_order(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> Cl
         caller who knows the sizes.
     """
     by_code = slots_by_code(topk_ids_TK, codes_TK, num_experts)
-    slots_N, ids_N, num_slots = by_code.slots_N, by_code.ids_N, topk_ids_TK.numel()
-    places_N = torch.arange(num_slots, device=slots_N.device)
-    starts_N = torch.where(by_code.is_new(by_code.codes_N), places_N, 0).cummax(0).values
-    first_slot_N = torch.empty_like(slots_N).scatter_(0, slots_N, slots_N[starts_N])
-    # That was by code; now by the first slot of each row.
-    slots_N = (by_code.ids_by_slot_N * num_slots + first_slot_N).argsort(stable=True)
-    ids_N, first_slot_N = by_code.ids_by_slot_N[slots_N], first_slot_N[slots_N]
-    return _order(topk_ids_TK, slots_N, ids_N, first_slot_N == slots_N, num_experts)
+    return by_code.in_order_of_slot(by_code.is_new(by_code.codes_N))
 
 
 class SlotsByCode(NamedTuple):
@@ -80,10 +73,41 @@ class SlotsByCode(NamedTuple):
         is_new_N[1:] = (self.ids_N[1:] != self.ids_N[:-1]) | (prefixes_N[1:] != prefixes_N[:-1])
         return is_new_N
 
-    def order(self, prefixes_N: Tensor) -> ClusterOrder:
-        """As `cluster_order` of the prefixes, but that rows and members are in order of code, not of slot. Sorts nothing."""
-        is_new_N = self.is_new(prefixes_N)
-        return _order(self.topk_ids_TK, self.slots_N, self.ids_N, is_new_N, self.num_experts)
+    def in_order_of_slot(self, is_first_N: Tensor) -> ClusterOrder:
+        """Of rows that begin where `is_first_N` says: as `cluster_order` orders them."""
+        num_slots, slots_N = self.slots_N.numel(), self.slots_N
+        # Slots without an expert come last, after all rows.
+        row_N = torch.where(self.ids_N < self.num_experts, is_first_N.cumsum(0) - 1, num_slots)
+        least_C = slots_N.new_full((num_slots + 1,), num_slots)
+        least_C.scatter_reduce_(0, row_N, slots_N, "amin")
+        first_slot_N = torch.empty_like(slots_N).scatter_(0, slots_N, least_C[row_N])
+        slots_N = (self.ids_by_slot_N * num_slots + first_slot_N).argsort(stable=True)
+        is_first_N = first_slot_N[slots_N] == slots_N
+        return self._order(slots_N, self.ids_by_slot_N[slots_N], is_first_N)
+
+    def in_order_of_code(self, is_first_N: Tensor) -> ClusterOrder:
+        """The same rows, they and their members in order of code. Sorts nothing."""
+        return self._order(self.slots_N, self.ids_N, is_first_N)
+
+    def _order(self, slots_N: Tensor, ids_N: Tensor, is_first_N: Tensor) -> ClusterOrder:
+        """Of slots in order, the expert of each, and where a row begins."""
+        num_slots = slots_N.numel()
+        has_row_N = ids_N < self.num_experts
+        is_first_N = has_row_N & is_first_N
+        row_N = torch.where(has_row_N, is_first_N.cumsum(0) - 1, -1)
+        # One spare entry takes what is no first member.
+        first_member = has_row_N.sum().expand(num_slots + 2).clone()
+        places_N = torch.arange(num_slots, device=slots_N.device)
+        first_member.scatter_(0, torch.where(is_first_N, row_N, num_slots + 1), places_N)
+        rows_per_expert = ids_N.new_zeros(self.num_experts + 1)
+        rows_per_expert.scatter_add_(0, ids_N, is_first_N.long())
+        row_of_slot_N = row_N.new_empty(num_slots).scatter_(0, slots_N, row_N)
+        return ClusterOrder(
+            row_of_slot_TK=row_of_slot_N.view_as(self.topk_ids_TK),
+            rows_per_expert_E=rows_per_expert[:-1],
+            member_slots_M=slots_N,
+            first_member_X=first_member[:-1],
+        )
 
 
 def slots_by_code(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> SlotsByCode:
@@ -95,38 +119,13 @@ def slots_by_code(topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int) -> Sl
     return SlotsByCode(topk_ids_TK, num_experts, ids_N, slots_N, ids_N[slots_N], codes_N[slots_N])
 
 
-def _order(
-    topk_ids_TK: Tensor, slots_N: Tensor, ids_N: Tensor, is_first_N: Tensor, num_experts: int
-) -> ClusterOrder:
-    """Of slots in order, the expert of each, and where a row begins."""
-    num_slots = slots_N.numel()
-    has_row_N = ids_N < num_experts
-    is_first_N = has_row_N & is_first_N
-    row_N = torch.where(has_row_N, is_first_N.cumsum(0) - 1, -1)
-    # One spare entry takes what is no first member.
-    first_member = has_row_N.sum().expand(num_slots + 2).clone()
-    places_N = torch.arange(num_slots, device=slots_N.device)
-    first_member.scatter_(0, torch.where(is_first_N, row_N, num_slots + 1), places_N)
-    rows_per_expert = ids_N.new_zeros(num_experts + 1)
-    rows_per_expert.scatter_add_(0, ids_N, is_first_N.long())
-    return ClusterOrder(
-        row_of_slot_TK=row_N.new_empty(num_slots).scatter_(0, slots_N, row_N).view_as(topk_ids_TK),
-        rows_per_expert_E=rows_per_expert[:num_experts],
-        member_slots_M=slots_N,
-        first_member_X=first_member[:-1],
-    )
-
-
-def rows_by_prefix(
-    topk_ids_TK: Tensor, codes_TK: Tensor, num_experts: int, base: int, digits: int
-) -> Tensor:
-    """How many rows `cluster_order` would make of codes cut to their first 1, 2, ..., `digits` digits: int64 [digits].
+def rows_by_prefix(by_code: SlotsByCode, base: int, digits: int) -> Tensor:
+    """How many rows there are of codes cut to their first 1, 2, ..., `digits` digits: int64 [digits].
 
     Args:
-        codes_TK: of `digits` digits to that base, at least 0. The rest as of cluster_order.
+        by_code: of codes with `digits` digits to that base, at least 0.
     """
-    by_code = slots_by_code(topk_ids_TK, codes_TK, num_experts)
-    has_row_N = by_code.ids_N < num_experts
+    has_row_N = by_code.ids_N < by_code.num_experts
     counts = [
         (has_row_N & by_code.is_new(by_code.codes_N // base**digit)).sum()
         for digit in reversed(range(digits))

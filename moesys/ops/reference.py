@@ -190,9 +190,9 @@ def _encoded(scaled: Tensor, noise: Tensor | float, format: int) -> Tensor:
 
 
 def _step(values: Tensor, scale: Tensor, format: int) -> Tensor:
-    """Between the codes around each of `values`, or less."""
+    """Between the codes around each of `values`, or half of it."""
     dtype = _FP8[format]
-    return scale.expand_as(values) if dtype is None else values.abs() * torch.finfo(dtype).eps
+    return scale.expand_as(values) if dtype is None else values.abs() * (torch.finfo(dtype).eps / 2)
 
 
 def _decoded(codes: Tensor, format: int) -> Tensor:

@@ -19,7 +19,7 @@ class Trial(NamedTuple):
     error: float
     """Of the layer's output, relative: root mean square of the difference over that of the output."""
     sent_bytes: int
-    """Forward and backward."""
+    """Forward and backward, as if all that travels were rows."""
     ms: float
     """Of the slowest rank's forward."""
 

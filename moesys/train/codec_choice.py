@@ -55,8 +55,14 @@ class CodecChoice:
         began = time.perf_counter()
         run, config = self._run, self._config
         batches = next(iter(run.eval_batches.values()))
+        train = run.config.train
         trials_MX = try_candidates(
-            run.parallel, batches, len(config.candidates), run.config.train.dtype, run.meshes
+            run.parallel,
+            batches,
+            len(config.candidates),
+            train.dtype,
+            run.meshes,
+            forwards=2 if train.recompute == "layer" else 1,
         )
         if config.error_budget is not None:
             taken_M = within_error(trials_MX, config.error_budget)

@@ -155,15 +155,16 @@ def try_candidates(
     num_candidates: int,
     dtype: str,
     meshes: Meshes,
+    forwards: int,
 ) -> list[list[Trial]]:
     """Collective. What each of `dispatch.candidates` does in each MoE layer, the first being none, on the first of `batches`.
 
-    The same on all ranks; layers for multi-token prediction alone, which no evaluation runs, are left out. Leaves the model in
+    `forwards` of each layer in a training step. The same on all ranks; layers for multi-token prediction alone, which no evaluation runs, are left out. Leaves the model in
     eval mode and nothing gathered, and changes nothing else.
     """
     device = next(parallel.whole.parameters()).device
     num_layers = len(parallel.whole.config.decoder_moe_layers)
-    trials = Trials(parallel.whole.moe_places(), num_layers, num_candidates)
+    trials = Trials(parallel.whole.moe_places(), num_layers, num_candidates, forwards)
     parallel.whole.eval()
     batch = next(iter(batches))
     input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)

@@ -104,7 +104,8 @@ def test_slots_of_one_expert_and_code_share_a_row(data: st.DataObject) -> None:
     assert found == [row_of_slot.get(slot, -1) for slot in range(num_tokens * top_k)]
     by_code = slots_by_code(ids_TK, codes_TK, num_experts)
     for base in (1, 3):
-        order = trimmed(by_code.order(by_code.codes_N // base))
+        is_first_N = by_code.is_new(by_code.codes_N // base)
+        order = trimmed(by_code.in_order_of_code(is_first_N))
         assert_same_rows(order, obvious_order(ids_TK, codes_TK // base), num_experts)
 
 

@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from moesys.config.dispatch_schema import DispatchConfig
+from moesys.config.dispatch_schema import DispatchConfig, Exchange
 from moesys.config.schema import ComponentConfig, RunConfig
+from moesys.parallel.exchange import Traffic
 from moesys.testing.parity import Numbers, compare, parity
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests.train.coded import INT8, LSH, assert_equal, config
 
 HIERARCHICAL = DispatchConfig(exchange="hierarchical", ranks_per_node=2)
@@ -39,10 +42,30 @@ def test_two_steps_are_the_flat_exchange_bit_for_bit(recompute, flat) -> None:
         (ours, ours_between), (theirs, theirs_between) = bytes_of(found), bytes_of(flat)
         assert ours_between == theirs_between
         assert ours > theirs, "what is for other nodes travels inside too"
-        for numbers in (found, flat):
-            of_nodes = numbers[0].results[0].between_nodes_bytes_N
-            assert len(of_nodes) == 2
-            assert min(of_nodes) > 0
+
+
+def _sent(rank: int, size: int, run_config: RunConfig) -> tuple[list[int], int]:
+    """Between nodes in a step: as all ranks are told, and by this rank's own meters."""
+    run = SmallRun(with_micro_steps(run_config, size, 2), size)
+    read, own = run.train_step.read_exchange_meters, []
+
+    def watched() -> Traffic:
+        own.append(read())
+        return own[-1]
+
+    run.train_step.read_exchange_meters = watched  # type: ignore[method-assign]
+    told = run.step().between_nodes_bytes_N
+    return told, sum(traffic.between_nodes_bytes for traffic in own)
+
+
+@pytest.mark.parametrize("exchange", ["flat", "hierarchical", "deduplicated"])
+def test_each_node_is_told_what_its_ranks_sent(exchange: Exchange) -> None:
+    ranks = run_ranks(_sent, 4, spread(DispatchConfig(exchange=exchange, ranks_per_node=2)))
+    own = [sent for _, sent in ranks]
+    expected = [own[0] + own[1], own[2] + own[3]]
+    if exchange == "flat":
+        assert expected != [own[0] + own[2], own[1] + own[3]], "else any order would do"
+    assert [told for told, _ in ranks] == [expected] * 4
 
 
 @pytest.mark.parametrize("codec", [None, LSH], ids=["int8", "lsh+int8"])

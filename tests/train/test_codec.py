@@ -41,6 +41,43 @@ def test_other_axes_find_the_same(degrees: dict[str, int]) -> None:
     assert found.gradients < 1e-3
 
 
+ALONE = replace(LSH, options={"hashes": 8, "dimensions": 16, "error_bound": None})
+"""So many hashes that each token is a row by itself."""
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("size", "micro_steps", "degrees"),
+    [
+        (2, 1, {}),
+        (2, 4, {}),
+        (4, 2, {"tp": 2, "ep": 4}),
+        (4, 2, {"cp": 2, "ep": 4}),
+        (4, 4, {"pp": 2}),
+        (4, 2, {"zero": 3}),
+    ],
+    ids=str,
+)
+def test_a_row_for_each_slot_is_the_plain_run_in_any_layout(
+    size: int, micro_steps: int, degrees: dict[str, int]
+) -> None:
+    """And of any accumulation; tokens that are equal share a row, and their gradients are summed first."""
+    plain = parity(config(DispatchConfig(), ep=1), 1, micro_steps=2)[0]
+    coded = parity(config(DispatchConfig(codec=ALONE), **degrees), size, micro_steps=micro_steps)
+    slots = sum(map(sum, plain.results[0].expert_load_ME))
+    assert 0.85 * slots < sum(coded[0].results[0].coded_rows_M) <= slots
+    difference = compare(coded, plain)
+    assert not difference.missing
+    assert difference.worst < 1e-5
+
+
+@pytest.mark.parity
+def test_a_recomputation_under_tensor_parallelism_finds_the_same_numbers() -> None:
+    dispatch = DispatchConfig(codec=LSH, wire=INT8)
+    expected = parity(config(dispatch, tp=2, ep=4), 4, micro_steps=2)
+    assert_equal(parity(config(dispatch, "layer", tp=2, ep=4), 4, micro_steps=2), expected)
+
+
 def test_warm_up_steps_are_plain() -> None:
     plain = parity(PLAIN, 2, micro_steps=2)[0]
     dispatch = DispatchConfig(codec=LSH, wire=INT8, warmup_steps=1)

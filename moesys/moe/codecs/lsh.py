@@ -18,7 +18,14 @@ from moesys.moe.codecs.slopes import (
     rows_of_pairs,
     with_probes,
 )
-from moesys.ops.clusters import ClusterOrder, cluster_order, cross_polytope, member_means, restore
+from moesys.ops.clusters import (
+    ClusterOrder,
+    SlotsByCode,
+    cross_polytope,
+    member_means,
+    restore,
+    slots_by_code,
+)
 
 _MOST_BITS = 62
 """Of a code, an int64 that is not negative."""
@@ -39,7 +46,9 @@ class LshCode:
     compensation: Compensation
     is_detached: bool
     pairs_E2: Tensor | None = None
-    """With slopes: the two rows of each expert that they are found from, -1 = none."""
+    """With slopes: the two rows of each expert that they are found from, -1 = none,"""
+    least_square: Tensor | None = None
+    """if they are so far apart."""
 
     def encode(self, x_TD: Tensor) -> Tensor:
         """The mean of each row's tokens."""
@@ -48,11 +57,11 @@ class LshCode:
     def decode(self, out_CD: Tensor, rows_CD: Tensor, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """y[t] = sum_k w[t, k] (E(c) + slope (x[t] - c)): residual compensation (3.2), of another slope for each expert."""
         means_CD = rows_CD.detach() if self.is_detached else rows_CD
-        if self.pairs_E2 is None:
+        if self.pairs_E2 is None or self.least_square is None:
             slopes_C = weights_TK.new_full(rows_CD.shape[:1], _SLOPES[self.compensation])
         else:
-            mean_square = mean_square_residual(x_TD, rows_CD, self.order, weights_TK.dtype)
-            slopes_E = fitted_slopes(out_CD, rows_CD, self.pairs_E2, _NEAREST**2 * mean_square)
+            pairs = (self.pairs_E2, self.least_square)
+            slopes_E = fitted_slopes(out_CD, rows_CD, *pairs, weights_TK.dtype)
             slopes_C = slopes_E[self.ids_C1[:, 0]]
         return restore(out_CD, means_CD, x_TD, weights_TK, slopes_C, self.order)
 
@@ -87,7 +96,7 @@ class LshCodec(nn.Module):
             centered: what a hash sees is how a token differs from the mean of this rank's: what all have in common says nothing
                 of which are near each other.
             most_rows: share of the slots that may travel: a forward uses the first so many hashes as keep to it (the first
-                is always used); 1 = all hashes.
+                is always used); 1 = all hashes. A slope's rows come on top.
             error_bound: each row uses the fewest hashes with which the root mean square of its tokens' residuals is at most
                 so much of that of all tokens (of their differences from the mean, if centered), by their mapped lengths;
                 what does not with all of them travels by itself. null = as `most_rows` says.
@@ -130,15 +139,20 @@ class LshCodec(nn.Module):
     @torch.no_grad()
     def plan(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> LshCode:
         """One device-to-host sync of two integers, one more with `most_rows` below 1."""
-        codes_TK = self._codes(x_TD, topk_ids_TK, num_experts)
-        order = cluster_order(topk_ids_TK, codes_TK, num_experts)
-        pairs_E2 = None
+        codes_T, turned_TX = self._codes(x_TD)
+        by_code = slots_by_code(topk_ids_TK, codes_T[:, None].expand_as(topk_ids_TK), num_experts)
+        is_first_N, slots_E2 = self._first_of_rows(by_code, turned_TX), None
         if self.compensation == "slope":
-            codes_TK, slots_E2 = with_probes(codes_TK, order, num_experts)
-            order = cluster_order(topk_ids_TK, codes_TK, num_experts)
-            pairs_E2 = rows_of_pairs(slots_E2, order)
+            is_first_N, slots_E2 = with_probes(by_code, is_first_N)
+        order = by_code.in_order_of_slot(is_first_N)
         sizes = torch.stack([order.rows_per_expert_E.sum(), order.num_members]).tolist()
         order = order.trimmed(*sizes)
+        pairs_E2, least_square = None, None
+        if slots_E2 is not None:
+            pairs_E2 = rows_of_pairs(slots_E2, order)
+            # A map to X dimensions makes squares X times as large.
+            residual = mean_square_residual(turned_TX.float(), order) / turned_TX.shape[1]
+            least_square = _NEAREST**2 * residual
         first_slots_C = order.member_slots_M[order.first_member_X[:-1]]
         return LshCode(
             order=order,
@@ -146,27 +160,36 @@ class LshCodec(nn.Module):
             compensation=self.compensation,
             is_detached=self.detach_residual,
             pairs_E2=pairs_E2,
+            least_square=least_square,
         )
 
-    def _codes(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-        """int64 [T, K], of as many hashes as `most_rows` or `error_bound` say."""
+    def _codes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [T], of all hashes; and what was hashed, [T, H * V]."""
         codes_T = self._lengths(x_TD)
         if self.centered and len(x_TD):
             # Before the product, whose rounding in bf16 is of what all have in common. A row that is not finite is to be
             # named, and not all of them.
-            x_TD = (x_TD - x_TD.float().nan_to_num(0, 0, 0).mean(0)).to(x_TD.dtype)
+            mean_D = x_TD.mean(0, dtype=torch.float32).nan_to_num(0, 0, 0)
+            x_TD = (x_TD - mean_D).to(x_TD.dtype)
         turned_TX = x_TD @ self._turn(x_TD)
-        base = 2 * self.dimensions
         vertices_TH = cross_polytope(turned_TX.unflatten(1, (self.hashes, self.dimensions)))
         for code_T in vertices_TH.unbind(1):
-            codes_T = codes_T * base + code_T
-        codes_TK = codes_T[:, None].expand(topk_ids_TK.shape)
-        how = (topk_ids_TK, num_experts, base, self.hashes)
+            codes_T = codes_T * self._base + code_T
+        return codes_T, turned_TX
+
+    def _first_of_rows(self, by_code: SlotsByCode, turned_TX: Tensor) -> Tensor:
+        """Where rows begin, in order of code: of as many hashes as `most_rows` or `error_bound` say."""
+        how = (by_code, self._base, self.hashes)
         if self.error_bound is not None:
-            return within_error(codes_TK, *how, turned_TX, self.error_bound)
+            return within_error(*how, turned_TX, self.error_bound)
         if self.most_rows < 1:
-            return within_share(codes_TK, *how, self.most_rows)
-        return codes_TK
+            return within_share(*how, self.most_rows)
+        return by_code.is_new(by_code.codes_N)
+
+    @property
+    def _base(self) -> int:
+        """Of the digits of a code."""
+        return 2 * self.dimensions
 
     def _lengths(self, x_TD: Tensor) -> Tensor:
         """int64 [T], below 2^_NORM_BITS: which powers of `norm_factor` a token's length lies between."""
