@@ -31,6 +31,10 @@ STABLE_TORCH_LIBRARY(moesys, m) {
       "split_rows(Tensor sketch, Tensor slots, Tensor ids, Tensor codes, int top_k, int "
       "num_experts,"
       " int base, int digits, float most) -> Tensor");
+  // halves
+  m.def(
+      "halve(Tensor sketch, Tensor topk_ids, int num_experts, int most_cuts, int steps, float most)"
+      " -> Tensor");
   // wire
   m.def(
       "pack(Tensor x, Tensor slot_of_row, int top_k, int format, int block, bool is_stochastic,"

@@ -35,11 +35,11 @@ GAP_PCT = 0.3
 """By which a loss may be above the plain one."""
 LOSS_VARIANTS = {
     name: [f"codec={name}"]
-    for name in (PLAIN, "int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4")
+    for name in (PLAIN, "int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4", "tree_int4")
 }
-LINES = {"compensation: slope": "slope", "compensation: none": "none"}
-"""Of the picture: how a token's result is moved from its row's, and what the names of such variants begin with."""
-POINTS = ("int8", "int4", "lsh_int8, 0.35", "lsh_int4, 0.35")
+LINES = {"tree": "tree", "lsh": "slope", "lsh without slopes": "none"}
+"""Of the picture: which rows there are, and what the names of such variants begin with."""
+POINTS = ("int8", "int4", "lsh_int4, 0.35", "tree_int4, 0.3")
 PICTURE = ROOT / "docs" / "compression_compared.svg"
 
 SPEED_WORDS = [
@@ -47,7 +47,7 @@ SPEED_WORDS = [
     *("checkpoint.every_steps=0", "model.moe.expert_backend=loop", "schedule.warmup_steps=1"),
 ]
 WIDE = ["model.d_model=512", "model.moe.d_expert=384", "model.d_ffn=2048", "model.num_layers=3"]
-WIDE_VARIANTS = (PLAIN, STAYING, "int8", "lsh_int8", "lsh_int4", "hierarchical lsh_int4")
+WIDE_VARIANTS = (PLAIN, STAYING, "int8", "int4", "lsh_int4", "tree_int4", "hierarchical tree_int4")
 WIDE_SHARES = SHARES[:1]
 """Its gradients take so long on slower uplinks that rows never take 70 %."""
 WIDE_STEPS = 80
@@ -114,7 +114,7 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         found["plain_over_deepspeed"] = over[PLAIN]
     if not best:
         smaller = {row[CODEC]: row for row in rows if CODEC in row}
-        if row := at.get("lsh_int4") or smaller.get("lsh_int4, 0.35"):
+        if row := at.get("tree_int4") or smaller.get("tree_int4, 0.3"):
             found["val_loss_gap_pct"] = row["gap_pct"]
     return found
 

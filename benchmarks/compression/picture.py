@@ -10,16 +10,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 560, 24, 330
 _STYLE = (
     "<style>text{font:12px system-ui,sans-serif;fill:#1a1d21}.soft{fill:#5b636e}.grid{stroke:#dfe3e8}.zero{stroke:#5b636e}"
     ".line{fill:none;stroke-width:2}"
-    ".a{stroke:#0072b2;fill:#0072b2}.b{stroke:#d55e00;fill:#d55e00}.line{fill:none}"
+    ".a{stroke:#0072b2;fill:#0072b2}.b{stroke:#d55e00;fill:#d55e00}.c{stroke:#009e73;fill:#009e73}.line{fill:none}"
     "@media(prefers-color-scheme:dark){text{fill:#e8eaed}.soft{fill:#a2abb5}.grid{stroke:#343a41}"
-    ".zero{stroke:#a2abb5}.a{stroke:#4fb0f0;fill:#4fb0f0}.b{stroke:#f58a42;fill:#f58a42}.line{fill:none}}</style>"
+    ".zero{stroke:#a2abb5}.a{stroke:#4fb0f0;fill:#4fb0f0}.b{stroke:#f58a42;fill:#f58a42}.c{stroke:#4cc9a0;fill:#4cc9a0}.line{fill:none}}</style>"
 )
 
 Row = Mapping[str, Any]
 
 
 def picture(lines: Mapping[str, Sequence[Row]], points: Mapping[str, Row], title: str) -> str:
-    """`lines`: at most two, by name, of rows with rows_pct, gap_pct and gap_sd; `points` stand by themselves."""
+    """`lines`: at most three, by name, of rows with rows_pct, gap_pct and gap_sd; `points` stand by themselves."""
     rows = [row for of_line in lines.values() for row in of_line] + [*points.values()]
     low = min(0.0, *(row["gap_pct"] - (row["gap_sd"] or 0) for row in rows))
     high = max(0.0, *(row["gap_pct"] + (row["gap_sd"] or 0) for row in rows))
@@ -52,7 +52,7 @@ def picture(lines: Mapping[str, Sequence[Row]], points: Mapping[str, Row], title
         f'<text x="{_LEFT}" y="14">validation loss above that with all rows, same seed</text>',
     ]
     for place, (name, of_line) in enumerate(lines.items()):
-        kind, ordered = "ab"[place], sorted(of_line, key=lambda row: row["rows_pct"])
+        kind, ordered = "abc"[place], sorted(of_line, key=lambda row: row["rows_pct"])
         path = " ".join(f"{x(r['rows_pct']):.1f},{y(r['gap_pct']):.1f}" for r in ordered)
         parts.append(f'<polyline class="line {kind}" points="{path}"/>')
         for row in ordered:

@@ -33,11 +33,12 @@ VARIANTS = {
     "lsh": ["codec=lsh"],
     "lsh_int8": ["codec=lsh_int8"],
     "lsh_int4": ["codec=lsh_int4"],
+    "tree_int4": ["codec=tree_int4"],
     "hierarchical": ["dispatch.exchange=hierarchical"],
     "deduplicated": ["dispatch.exchange=deduplicated"],
-    "hierarchical lsh_int4": ["dispatch.exchange=hierarchical", "codec=lsh_int4"],
+    "hierarchical tree_int4": ["dispatch.exchange=hierarchical", "codec=tree_int4"],
 }
-LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4")
+LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4", "tree_int4")
 DEEPSPEED = "deepspeed"
 TRIES = 3
 """To find a rate, each with so many times the rounds of what is measured at it,"""

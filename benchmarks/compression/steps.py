@@ -20,7 +20,7 @@ from benchmarks.compression.speed import STAYING
 from moesys.config.compose import compose
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
-from moesys.moe.codecs.lsh import LshCode
+from moesys.moe.codecs.clusters import ClusterCode
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.parallel.bootstrap import Process, process_group
 from moesys.parallel.dims import parallel_dims
@@ -108,7 +108,10 @@ class Variant:
             codec: Any = layer.compression.codec
             if codec is not None:
                 codec.plan = _named(codec.plan)
-        LshCode.encode, LshCode.decode = _named(LshCode.encode), _named(LshCode.decode)
+        ClusterCode.encode, ClusterCode.decode = (
+            _named(ClusterCode.encode),
+            _named(ClusterCode.decode),
+        )
 
 
 def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> list[Variant]:

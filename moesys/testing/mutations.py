@@ -152,7 +152,8 @@ codec=auto parallel.ep=2 +dispatch.wire.dispatch_forward=int8 | dispatch.wire | 
 codec=auto parallel.ep=2 +dispatch.candidates.none={wire:{dispatch_forward:int8}} | dispatch.candidates.none | is the name of leaving rows as they are | give it another name
 codec=auto parallel.ep=2 +dispatch.candidates.same={codec:null} | dispatch.candidates.same | has neither codec nor wire | give it one, or remove it
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wire.block=-1 | dispatch.candidates.int8.wire.block=-1 | must be at least 0 | use a value
-codec=auto parallel.ep=2 +dispatch.candidates.lsh_int8.codec.hashes=20 | dispatch.candidates.lsh_int8.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
+codec=auto parallel.ep=2 +dispatch.candidates.tree_int8.codec.dimensions=0 | dispatch.candidates.tree_int8.codec | is refused: dimensions=0 must be at least 1 | correct the options
+codec=lsh parallel.ep=2 dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
 codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling

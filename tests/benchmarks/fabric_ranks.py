@@ -80,7 +80,7 @@ def coded(d: int, way: int) -> None:
     import torch.distributed as dist
 
     from moesys.config.dispatch_schema import WireConfig
-    from moesys.moe.codecs.lsh import LshCode
+    from moesys.moe.codecs.clusters import ClusterCode
     from moesys.moe.compression import WireFormats
     from moesys.ops.clusters import cluster_order
     from tests.moe.test_deduplicated import make_dispatcher
@@ -94,7 +94,7 @@ def coded(d: int, way: int) -> None:
     order = cluster_order(ids_TK, codes_T[:, None].expand_as(ids_TK), num_experts)
     order = order.trimmed(int(order.rows_per_expert_E.sum()), int(order.num_members))
     ids_C1 = torch.arange(num_experts).repeat_interleave(order.rows_per_expert_E)[:, None]
-    code = LshCode(order=order, ids_C1=ids_C1, compensation="residual", is_detached=False)
+    code = ClusterCode(order=order, ids_C1=ids_C1, compensation="residual", is_detached=False)
     int8 = WireConfig(
         dispatch_forward="int8",
         dispatch_backward="int8",

@@ -108,16 +108,16 @@ SPEED = [
         (45, "none", 1.0, 100.0, None),
         (45, "rows stay", 1.8, 0.0, None),
         (45, "int8", 1.4, 26.0, 2.0),
-        (45, "hierarchical lsh_int4", 1.6, 9.0, 8.0),
+        (45, "hierarchical tree_int4", 1.6, 9.0, 8.0),
         (45, "fp8", 1.7, 26.0, 1.0),
         (70, "fp8", 1.5, 26.0, 1.0),
         (70, "int8", 2.0, 26.0, 1.0),
-        (70, "hierarchical lsh_int4", 2.5, 8.0, 3.0),
+        (70, "hierarchical tree_int4", 2.5, 8.0, 3.0),
     )
 ]
 LOSS = [
     {"trained with": "none", "steps_ratio": 1.0, "gap_pct": 0.0},
-    {"trained with": "lsh_int4", "steps_ratio": 1.25, "gap_pct": 0.4},
+    {"trained with": "tree_int4", "steps_ratio": 1.25, "gap_pct": 0.4},
     {"trained with": "int8", "steps_ratio": 1.0, "gap_pct": 0.1},
     {"trained with": "fp8", "steps_ratio": 1.25, "gap_pct": 0.1},
 ]
@@ -132,7 +132,7 @@ def test_headlines_are_of_time_to_the_same_loss() -> None:
         "uplink_bytes_pct": 9.0,
         "codec_cost_pct": 8.0,
     }, "of the variant that is fastest at both, and its worst"
-    assert headlines(LOSS) == {"val_loss_gap_pct": 0.4}, "of lsh_int4, where no speed is known"
+    assert headlines(LOSS) == {"val_loss_gap_pct": 0.4}, "of tree_int4, where no speed is known"
     assert headlines([*SPEED, *LOSS]) == {
         "speedup_at_45pct": 1.4,
         "reached_at_45pct": 44.5,
@@ -146,7 +146,7 @@ def test_headlines_are_of_time_to_the_same_loss() -> None:
 
 def test_a_variant_that_costs_loss_is_no_headline() -> None:
     """However few steps it takes to the loss that it reaches."""
-    costly = {"trained with": "lsh_int4", "steps_ratio": 1.0, "gap_pct": 0.31}
+    costly = {"trained with": "tree_int4", "steps_ratio": 1.0, "gap_pct": 0.31}
     assert headlines([*SPEED, LOSS[0], costly, LOSS[2]])["speedup_at_45pct"] == 1.4
     assert (
         headlines([*SPEED, LOSS[0], costly | {"gap_pct": 0.3}, LOSS[2]])["speedup_at_45pct"] == 1.6
@@ -158,7 +158,7 @@ LAYERS = [
     for model, share, layer, speedup in (
         ("quickstart", 45, "none", 0.8),
         ("quickstart", 45, "int8", 0.9),
-        ("quickstart", 45, "lsh_int4", 1.3),
+        ("quickstart", 45, "tree_int4", 1.3),
         ("quickstart", 45, "deepspeed", 1.0),
         ("quickstart", 70, "int8", 2.0),
         ("wider", 45, "int8", 3.0),
@@ -176,7 +176,7 @@ def test_a_layer_is_set_beside_deepspeeds_as_the_headlines_variant() -> None:
 
 
 def test_an_exchange_has_the_losses_of_what_travels() -> None:
-    assert trained_as("hierarchical lsh_int4") == "lsh_int4"
+    assert trained_as("hierarchical tree_int4") == "tree_int4"
     assert trained_as("deduplicated") == "none"
     trained = {trained_as(name) for name in speed.VARIANTS if name != speed.STAYING}
     assert trained <= compression.LOSS_VARIANTS.keys()

@@ -15,7 +15,10 @@ REQUIRED = {
     ("router", name): ["model.moe.router.run=runs/recorded"] for name in ("replay", "replay_loads")
 } | {
     ("codec", name): ["parallel.ep=2"]
-    for name in ("int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4", "auto")
+    for name in (
+        *("int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4"),
+        *("tree", "tree_int8", "tree_int4", "auto"),
+    )
 }
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")

@@ -302,7 +302,7 @@ def test_an_error_bound_is_kept_with_the_fewest_hashes(bound: float) -> None:
     x_TD, ids_TK = tokens("random").detach(), torch.randint(-1, E, (T, K))
     codec = as_in_paper(d_model=D, hashes=4, dimensions=2, error_bound=bound)
     order = codec.plan(x_TD, ids_TK, E).order
-    sketch_TX = x_TD @ codec._turn(x_TD)
+    sketch_TX = x_TD @ codec._maps.like(x_TD)
     sketch_TX = sketch_TX - sketch_TX.mean(0)
 
     def relative(slots: list[int]) -> float:

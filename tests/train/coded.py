@@ -32,6 +32,7 @@ LSH = ComponentConfig(
     target="moesys.moe.codecs.LshCodec",
     options={"hashes": 2, "dimensions": 2, "error_bound": None},
 )
+TREE = ComponentConfig(target="moesys.moe.codecs.TreeCodec", options={"error_bound": 0.6})
 PLAIN = small_config(
     small_model(num_layers=4),
     seq_len=16,

@@ -8,20 +8,27 @@ import pytest
 import torch
 
 from moesys.config.dispatch_schema import DispatchConfig, WireConfig
-from moesys.config.schema import AnomalyConfig, Recompute
+from moesys.config.schema import AnomalyConfig, ComponentConfig, Recompute
 from moesys.testing.parity import compare, parity
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, samples_of_step, with_micro_steps
-from tests.train.coded import INT8, LSH, PLAIN, assert_equal, config
+from tests.train.coded import INT8, LSH, PLAIN, TREE, assert_equal, config
 
 
 @pytest.mark.parametrize("recompute", ["moe", "layer"])
 @pytest.mark.parametrize(
-    "wire", [pytest.param(WireConfig(), marks=pytest.mark.parity), INT8], ids=["lsh", "lsh+int8"]
+    ("codec", "wire"),
+    [
+        pytest.param(LSH, WireConfig(), marks=pytest.mark.parity, id="lsh"),
+        pytest.param(LSH, INT8, id="lsh+int8"),
+        pytest.param(TREE, INT8, marks=pytest.mark.parity, id="tree+int8"),
+    ],
 )
-def test_a_recomputation_finds_the_same_numbers(recompute: Recompute, wire: WireConfig) -> None:
+def test_a_recomputation_finds_the_same_numbers(
+    recompute: Recompute, codec: ComponentConfig, wire: WireConfig
+) -> None:
     """Bit for bit: which tokens share a row is decided once."""
-    dispatch = DispatchConfig(codec=LSH, wire=wire)
+    dispatch = DispatchConfig(codec=codec, wire=wire)
     expected = parity(config(dispatch), 2, micro_steps=2)
     found = parity(config(dispatch, recompute), 2, micro_steps=2)
     assert_equal(found, expected)
@@ -136,10 +143,10 @@ def test_bytes_are_rows_times_width(wire: WireConfig, width: int, recompute: Rec
 
 
 def _poisoned(
-    rank: int, size: int, policy: Literal["skip", "stop"]
+    rank: int, size: int, policy: Literal["skip", "stop"], codec: ComponentConfig
 ) -> tuple[float, float, bool, float]:
     """A step in which a token's embedding is not a number, refused by its judge; then a good one's loss."""
-    coded = config(DispatchConfig(codec=LSH, wire=INT8, ranks_per_node=1))
+    coded = config(DispatchConfig(codec=codec, wire=INT8, ranks_per_node=1))
     run_config = replace(coded, anomaly=AnomalyConfig(policy=policy))
     run = SmallRun(with_micro_steps(run_config, size, 2), size)
     table = run.model.get_parameter("embed.weight")
@@ -153,15 +160,17 @@ def _poisoned(
     return bad.loss, bad.grad_norm, bad.is_applied, run.step().loss
 
 
-def test_a_step_that_is_to_be_skipped_is_not_an_error() -> None:
+@pytest.mark.parametrize("codec", [LSH, TREE], ids=["lsh", "tree"])
+def test_a_step_that_is_to_be_skipped_is_not_an_error(codec: ComponentConfig) -> None:
     """What is not finite arrives as it would without codec and wire, and the judge sees it."""
-    for loss, grad_norm, is_applied, after in run_ranks(_poisoned, 2, "skip"):
+    for loss, grad_norm, is_applied, after in run_ranks(_poisoned, 2, "skip", codec):
         assert math.isnan(loss)
         assert math.isnan(grad_norm)
         assert not is_applied
         assert math.isfinite(after)
 
 
-def test_otherwise_the_row_is_named() -> None:
+@pytest.mark.parametrize("codec", [LSH, TREE], ids=["lsh", "tree"])
+def test_otherwise_the_row_is_named(codec: ComponentConfig) -> None:
     with pytest.raises(RuntimeError, match=r"row \d+ is not finite"):
-        run_ranks(_poisoned, 2, "stop")
+        run_ranks(_poisoned, 2, "stop", codec)

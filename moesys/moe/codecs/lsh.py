@@ -5,65 +5,23 @@ dimensions each.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from moesys.moe.codecs.clusters import (
+    ClusterCode,
+    Compensation,
+    RandomMaps,
+    centred,
+    check_compensation,
+)
 from moesys.moe.codecs.depth import within_error, within_share
-from moesys.moe.codecs.slopes import (
-    fitted_slopes,
-    mean_square_residual,
-    rows_of_pairs,
-    with_probes,
-)
-from moesys.ops.clusters import (
-    ClusterOrder,
-    SlotsByCode,
-    cross_polytope,
-    member_means,
-    restore,
-    slots_by_code,
-)
+from moesys.ops.clusters import SlotsByCode, cross_polytope, slots_by_code
 
 _MOST_BITS = 62
 """Of a code, an int64 that is not negative."""
 _NORM_BITS = 6
-_SLOPES = {"residual": 1.0, "none": 0.0}
-_NEAREST = 0.5
-"""Of the root mean square of residuals: what is nearer than that gives no slope."""
-
-Compensation = Literal["residual", "none", "slope"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LshCode:
-    """Which slots share a row."""
-
-    order: ClusterOrder
-    ids_C1: Tensor
-    compensation: Compensation
-    is_detached: bool
-    pairs_E2: Tensor | None = None
-    """With slopes: the two rows of each expert that they are found from, -1 = none,"""
-    least_square: Tensor | None = None
-    """if they are so far apart."""
-
-    def encode(self, x_TD: Tensor) -> Tensor:
-        """The mean of each row's tokens."""
-        return member_means(x_TD, self.order)
-
-    def decode(self, out_CD: Tensor, rows_CD: Tensor, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        """y[t] = sum_k w[t, k] (E(c) + slope (x[t] - c)): residual compensation (3.2), of another slope for each expert."""
-        means_CD = rows_CD.detach() if self.is_detached else rows_CD
-        if self.pairs_E2 is None or self.least_square is None:
-            slopes_C = weights_TK.new_full(rows_CD.shape[:1], _SLOPES[self.compensation])
-        else:
-            pairs = (self.pairs_E2, self.least_square)
-            slopes_E = fitted_slopes(out_CD, rows_CD, *pairs, weights_TK.dtype)
-            slopes_C = slopes_E[self.ids_C1[:, 0]]
-        return restore(out_CD, means_CD, x_TD, weights_TK, slopes_C, self.order)
 
 
 class LshCodec(nn.Module):
@@ -126,52 +84,29 @@ class LshCodec(nn.Module):
             )
         if norm_factor is not None and norm_factor <= 1:
             raise ValueError(f"norm_factor={norm_factor} must be above 1")
-        if compensation not in ("slope", *_SLOPES):
-            raise ValueError(f"compensation={compensation!r} must be residual, none or slope")
+        check_compensation(compensation)
         self.hashes, self.dimensions, self.centered = hashes, dimensions, centered
         self.most_rows, self.error_bound, self.norm_factor = most_rows, error_bound, norm_factor
         self.compensation: Compensation = compensation
         self.detach_residual = detach_residual
-        self._generator_seed = (seed << 20) + layer
-        self._shape = (hashes * dimensions, d_model)
-        self._maps: Tensor | None = None
+        self._maps = RandomMaps(d_model, hashes * dimensions, seed, layer)
 
     @torch.no_grad()
-    def plan(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> LshCode:
+    def plan(self, x_TD: Tensor, topk_ids_TK: Tensor, num_experts: int) -> ClusterCode:
         """One device-to-host sync of two integers, one more with `most_rows` below 1."""
         codes_T, turned_TX = self._codes(x_TD)
         by_code = slots_by_code(topk_ids_TK, codes_T[:, None].expand_as(topk_ids_TK), num_experts)
-        is_first_N, slots_E2 = self._first_of_rows(by_code, turned_TX), None
-        if self.compensation == "slope":
-            is_first_N, slots_E2 = with_probes(by_code, is_first_N)
-        order = by_code.in_order_of_slot(is_first_N)
-        sizes = torch.stack([order.rows_per_expert_E.sum(), order.num_members]).tolist()
-        order = order.trimmed(*sizes)
-        pairs_E2, least_square = None, None
-        if slots_E2 is not None:
-            pairs_E2 = rows_of_pairs(slots_E2, order)
-            # A map to X dimensions makes squares X times as large.
-            residual = mean_square_residual(turned_TX.float(), order) / turned_TX.shape[1]
-            least_square = _NEAREST**2 * residual
-        first_slots_C = order.member_slots_M[order.first_member_X[:-1]]
-        return LshCode(
-            order=order,
-            ids_C1=topk_ids_TK.flatten()[first_slots_C][:, None],
-            compensation=self.compensation,
-            is_detached=self.detach_residual,
-            pairs_E2=pairs_E2,
-            least_square=least_square,
-        )
+        is_first_N = self._first_of_rows(by_code, turned_TX)
+        how = (self.compensation, self.detach_residual)
+        return ClusterCode.of(by_code, is_first_N, turned_TX.float(), *how)
 
     def _codes(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [T], of all hashes; and what was hashed, [T, H * V]."""
         codes_T = self._lengths(x_TD)
-        if self.centered and len(x_TD):
-            # Before the product, whose rounding in bf16 is of what all have in common. A row that is not finite is to be
-            # named, and not all of them.
-            mean_D = x_TD.mean(0, dtype=torch.float32).nan_to_num(0, 0, 0)
-            x_TD = (x_TD - mean_D).to(x_TD.dtype)
-        turned_TX = x_TD @ self._turn(x_TD)
+        if self.centered:
+            # Before the product, whose rounding in bf16 is of what all have in common.
+            x_TD = centred(x_TD)
+        turned_TX = x_TD @ self._maps.like(x_TD)
         vertices_TH = cross_polytope(turned_TX.unflatten(1, (self.hashes, self.dimensions)))
         for code_T in vertices_TH.unbind(1):
             codes_T = codes_T * self._base + code_T
@@ -198,10 +133,3 @@ class LshCodec(nn.Module):
         middle = 2 ** (_NORM_BITS - 1)
         power_T = x_TD.float().norm(dim=1).log() / math.log(self.norm_factor)
         return power_T.floor().clamp(-middle, middle - 1).long() + middle
-
-    def _turn(self, x_TD: Tensor) -> Tensor:
-        """[D, H * V], of x's type and place; the same in every process, and the first of more hashes."""
-        if self._maps is None or self._maps.device != x_TD.device or self._maps.dtype != x_TD.dtype:
-            generator = torch.Generator().manual_seed(self._generator_seed)
-            self._maps = torch.randn(self._shape, generator=generator).T.contiguous().to(x_TD)
-        return self._maps
