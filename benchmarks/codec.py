@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.interleaved import paired_ratio, time_interleaved
 from benchmarks.peers.moe_layer import LayerShape
 from benchmarks.results import Cell, Result
-from moesys.moe.codecs import LshCodec
+from moesys.moe.codecs import LshCodec, TreeCodec
 from moesys.moe.experts import Experts
 from moesys.ops import tokens_per_expert
 from moesys.ops.wire import WireFormat, pack, unpack
@@ -78,6 +78,7 @@ def _measured(shape: LayerShape, device: torch.device, budget_s: float) -> dict[
         hashes=HASHES,
         dimensions=DIMENSIONS,
     )
+    tree = TreeCodec(d_model=shape.d_model)
     code = codec.plan(x_TD.detach(), ids_TK, shape.num_experts)
     rows_CD = code.encode(x_TD)
     out_CD = torch.randn_like(rows_CD).requires_grad_()
@@ -96,6 +97,7 @@ def _measured(shape: LayerShape, device: torch.device, budget_s: float) -> dict[
         "product": lambda: x_TD.detach() @ maps_DX,
         "structured": lambda: hadamard_maps(x_TD.detach(), signs_3D, HASHES * DIMENSIONS),
         "plan": lambda: codec.plan(x_TD.detach(), ids_TK, shape.num_experts),
+        "halving": lambda: tree.plan(x_TD.detach(), ids_TK, shape.num_experts),
         "encode": lambda: code.encode(x_TD).backward(grad_CD, inputs=[x_TD]),
         "decode": decoded,
         "pack": lambda: pack(rows_CD, format),

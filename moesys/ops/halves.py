@@ -3,6 +3,8 @@
 Shapes: T tokens, K slots per token, N = T * K slots, E experts, X numbers of a token's sketch.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def halve(sketch_TX: Tensor, topk_ids_TK: Tensor, num_experts: int, most: Tensor
 def halve_all_at_once(
     sketch_TX: Tensor, topk_ids_TK: Tensor, num_experts: int, most: Tensor
 ) -> Tensor:
-    """The same, all parts of one size of tree together; a host sync for each."""
+    """The same, one cut of all parts after the other; a host sync for each."""
     num_slots, top_k = topk_ids_TK.numel(), topk_ids_TK.shape[1]
     x_NX = sketch_TX.repeat_interleave(top_k, 0)
     ids_N1 = topk_ids_TK.reshape(-1, 1)
@@ -65,10 +67,7 @@ def halve_all_at_once(
     for cut in range(MOST_CUTS + 1):
         order = cluster_order(ids_N1, path_N[:, None], num_experts)
         row_N = order.row_of_slot_TK[:, 0].clamp(min=0)
-
-        def mean(values_NX: Tensor) -> Tensor:
-            return member_means(values_NX, order)[row_N]  # noqa: B023
-
+        mean = partial(_mean_of_row, order, row_N)
         apart_NX = x_NX - mean(x_NX)
         square_N1 = apart_NX.square().sum(1, keepdim=True)
         first_N = order.member_slots_M[order.first_member_X[row_N].clamp(max=num_slots - 1)]
@@ -87,6 +86,11 @@ def halve_all_at_once(
         is_right_N = torch.where(is_cut_N, is_right_N, slots_N != first_N)
         path_N = 2 * path_N + is_right_N
     return found_N.view_as(topk_ids_TK)
+
+
+def _mean_of_row(order: ClusterOrder, row_N: Tensor, values_NX: Tensor) -> Tensor:
+    """Each slot's, over the members of its row."""
+    return member_means(values_NX, order)[row_N]
 
 
 def _is_alone(order: ClusterOrder, row_N: Tensor) -> Tensor:
