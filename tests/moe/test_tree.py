@@ -72,3 +72,23 @@ def test_no_token() -> None:
     code = TreeCodec(d_model=D).plan(torch.zeros(0, D), torch.zeros(0, K, dtype=torch.int64), E)
     assert code.ids_C1.shape == (0, 1)
     assert code.decode(*(torch.zeros(0, D),) * 3, torch.zeros(0, K)).shape == (0, D)
+
+
+@pytest.mark.parametrize("kind", [LshCodec, TreeCodec])
+def test_slots_without_an_expert_are_in_no_row_and_no_pair(kind: type) -> None:
+    """They come last in order of code, after a last row of a single slot; or there is no other."""
+    x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(2))
+    x_TD[: T // 2] = x_TD[0] + 0.01 * x_TD[: T // 2]
+    ids_TK = torch.full((T, K), -1)
+    ids_TK[: T // 2, 0] = 0  # one wide row
+    ids_TK[-1, 1] = E - 1  # one slot
+    code = kind(d_model=D).plan(x_TD, ids_TK, E)
+    has_row_TK = code.order.row_of_slot_TK >= 0
+    assert torch.equal(has_row_TK, ids_TK >= 0)
+    assert (code.pairs_E2[0] >= 0).all()
+    assert (code.pairs_E2[1:] == -1).all(), "the last expert's row has one member"
+    assert len(code.ids_C1) == int(code.order.row_of_slot_TK.max()) + 1
+    none = kind(d_model=D).plan(x_TD, torch.full((T, K), -1), E)
+    assert none.ids_C1.shape == (0, 1)
+    empty = torch.zeros(0, D)
+    assert (none.decode(empty, empty, x_TD, torch.ones(T, K)) == 0).all()

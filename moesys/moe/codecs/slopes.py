@@ -28,10 +28,12 @@ def with_probes(by_code: SlotsByCode, is_first_N: Tensor) -> tuple[Tensor, Tenso
     if num_slots == 0:
         return is_first_N, ids_N.new_full((by_code.num_experts, 2), -1)
     places_N = torch.arange(num_slots, device=ids_N.device)
-    row_N = is_first_N.cumsum(0) - 1
-    sizes_N = torch.zeros_like(ids_N).scatter_add_(0, row_N, torch.ones_like(ids_N))
-    # The largest row, of equals that which begins first; slots without an expert go to one expert more.
-    rank_N = torch.where(is_first_N, sizes_N[row_N] * num_slots + num_slots - 1 - places_N, 0)
+    # Slots without an expert come last: they are of no row, and of one expert more.
+    is_first_N = is_first_N & (ids_N < by_code.num_experts)
+    row_N = torch.where(ids_N < by_code.num_experts, is_first_N.cumsum(0) - 1, num_slots)
+    sizes_R = ids_N.new_zeros(num_slots + 1).scatter_add_(0, row_N, torch.ones_like(ids_N))
+    # The largest row, of equals that which begins first.
+    rank_N = torch.where(is_first_N, sizes_R[row_N] * num_slots + num_slots - 1 - places_N, 0)
     best_E = ids_N.new_zeros(by_code.num_experts + 1).scatter_reduce(0, ids_N, rank_N, "amax")[:-1]
     has_two_E = best_E >= 2 * num_slots
     first_E = torch.where(has_two_E, num_slots - 1 - best_E % num_slots, 0)
