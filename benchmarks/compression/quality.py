@@ -82,10 +82,11 @@ def ratio_rows(found: Mapping[str, Sequence[Trained]]) -> list[dict[str, Cell]]:
 
 
 def loss_rows(found: Mapping[str, Sequence[Trained]]) -> list[dict[str, Cell]]:
-    """And at what loss both it and the plain runs were, after how many steps each. Pure."""
-    plain = mean_curve([run.curve for run in found[PLAIN]])
+    """And at what loss both it and the plain runs with the same seeds were, after how many steps each. Pure."""
     rows = []
     for name, runs in found.items():
+        same_seeds = found[PLAIN][: len(runs)]
+        plain = mean_curve([run.curve for run in same_seeds])
         curve = mean_curve([run.curve for run in runs])
         both = max(curve[-1][1], plain[-1][1])
         steps, plain_steps = steps_to(curve, both), steps_to(plain, both)
@@ -94,7 +95,7 @@ def loss_rows(found: Mapping[str, Sequence[Trained]]) -> list[dict[str, Cell]]:
                 "trained with": name,
                 "runs": len(runs),
                 "rows_pct": round(statistics.mean(run.rows_pct for run in runs), 2),
-                **_losses(runs, found[PLAIN]),
+                **_losses(runs, same_seeds),
                 "same_loss": round(both, 4),
                 "steps": round(steps, 1),
                 "plain_steps": round(plain_steps, 1),

@@ -90,6 +90,13 @@ def test_the_same_loss_is_what_both_reach() -> None:
     assert (worse["steps"], worse["plain_steps"], worse["steps_ratio"]) == (30, 25, 1.2)
     assert (better["steps"], better["plain_steps"]) == (20, 30)
     assert worse["gap_pct"] == pytest.approx(100 * 0.5 / 3, abs=1e-3)
+    found["none"].append(trained(run_of([5.0, 4.0, 1.0])))
+    more, *fewer = loss_rows(found)
+    assert more["runs"] == 2
+    assert fewer == [worse, better], (
+        "a variant of fewer seeds is set beside the plain runs of these"
+    )
+    found["none"].pop()
     rows = ratio_rows(found)
     assert [(row["rows_pct"], row["bytes_pct"]) for row in rows] == [(100, 100), (50, 40), (50, 40)]
 
