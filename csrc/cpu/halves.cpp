@@ -4,13 +4,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <vector>
 
 #include "../checks.h"
-#include "../element_types.h"
 #include "simd.h"
 #include "tasks.h"
 
@@ -44,7 +42,7 @@ MOESYS_SIMD float dot(const float* __restrict a, const float* __restrict b, int6
 
 struct Halving {
   const float* sketch;
-  int64_t K, X, most_cuts, steps;
+  int64_t K, X, steps;
   float most;
   int64_t* codes;
   std::vector<float> mean, direction, next, apart;
@@ -142,7 +140,6 @@ Tensor halve(const Tensor& sketch_any, const Tensor& ids_any, int64_t num_expert
         Halving all{.sketch = from,
                     .K = K,
                     .X = X,
-                    .most_cuts = most_cuts,
                     .steps = steps,
                     .most = static_cast<float>(most),
                     .codes = code,

@@ -347,6 +347,11 @@ class TrainConfig:
         """Micro-batches of each of `dp` data ranks in an optimizer step."""
         return self.global_batch_tokens // (self.micro_batch_tokens * dp)
 
+    @property
+    def exchanging_forwards(self) -> int:
+        """Of a micro-step, in which a layer's rows travel: a recomputed layer's do again."""
+        return 2 if self.recompute == "layer" else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -309,7 +309,7 @@ def _experts(case: CommunicationCase, rows: Sequence[RowsSent]) -> Iterator[Sent
         yield case.all_gather("etp", "counts", counts)
         if exchange == "hierarchical":
             yield case.all_gather("ep_node", "counts", layers * INT64 * ep)
-    forwards = 2 if train.recompute == "layer" else 1
+    forwards = train.exchanging_forwards
     slices = (forwards + 1) * sum(r.copied + r.partial for r in rows)
     yield Sent("etp", "all_to_all", "rows", Fraction(slices * row_bytes(case)))
     wire = case.config.dispatch.wire
@@ -348,7 +348,7 @@ def _memory_layers(case: CommunicationCase) -> Iterator[Sent]:
     if n == 1:
         return
     tokens = case.micro_steps * case.own_tokens * sum(map(case.has_memory, case.layers))
-    forwards = 2 if case.config.train.recompute == "layer" else 1
+    forwards = case.config.train.exchanging_forwards
     chosen = tokens * memory.top_k
     moved = tokens * case.width * (memory.d_value + memory.d_pre)
     yield Sent("ep", "all_to_all", "memory", Fraction((forwards + 1) * moved * (n - 1), n))

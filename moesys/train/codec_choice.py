@@ -62,7 +62,7 @@ class CodecChoice:
             len(config.candidates),
             train.dtype,
             run.meshes,
-            forwards=2 if train.recompute == "layer" else 1,
+            forwards=train.exchanging_forwards,
         )
         if config.error_budget is not None:
             taken_M = within_error(trials_MX, config.error_budget)
