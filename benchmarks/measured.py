@@ -67,6 +67,7 @@ COMPRESSION: Sections = {
     "model": (
         "Steps on a slow network",
         "Eight ranks on an emulated cluster of four nodes, all on two cores, from trained weights. `exchange_pct`: of a plain step, what exchanges of rows were to take when uplinks were shaped; `reached_pct`: what they took. "
+        "Speedups among the figures at the top are of the share that was wanted: of exchanges of rows as much is left as was measured, and of a step `1 - share` beside them. "
         "`rows stay`: no row travels, which compression beats only by the work that it saves; gradients cross with all. `codec_ms`: of a step, mean over ranks, in the codec's and the wire's operators, of which `codec_cost_pct` is the share of what would be saved without them.",
     ),
     "layer": (

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from benchmarks import compression
-from benchmarks.compression import headlines, speed, trained_as
+from benchmarks.compression import at_its_share, headlines, speed, trained_as
 from benchmarks.compression.picture import picture
 from benchmarks.compression.quality import loss_rows, mean_curve, ratio_rows, steps_to, trained
 from benchmarks.compression.speed import (
@@ -106,17 +106,18 @@ SPEED = [
         "model": "quickstart",
         "exchange_pct": share,
         "variant": variant,
-        "reached_pct": share - 0.5,
+        "reached_pct": share,
         "step_speedup": speedup,
         "uplink_bytes_pct": pct,
         "codec_cost_pct": cost,
     }
     for share, variant, speedup, pct, cost in (
         (45, "none", 1.0, 100.0, None),
-        (45, "rows stay", 1.8, 0.0, None),
+        (45, "rows stay", 1 / 0.55, 0.0, None),
         (45, "int8", 1.4, 26.0, 2.0),
         (45, "hierarchical tree_int4", 1.6, 9.0, 8.0),
         (45, "fp8", 1.7, 26.0, 1.0),
+        (70, "rows stay", 1 / 0.3, 0.0, None),
         (70, "fp8", 1.5, 26.0, 1.0),
         (70, "int8", 2.0, 26.0, 1.0),
         (70, "hierarchical tree_int4", 2.5, 8.0, 3.0),
@@ -133,22 +134,30 @@ LOSS = [
 def test_headlines_are_of_time_to_the_same_loss() -> None:
     assert headlines(SPEED) == {
         "speedup_at_45pct": 1.6,
-        "reached_at_45pct": 44.5,
+        "reached_at_45pct": 45,
         "speedup_at_70pct": 2.5,
-        "reached_at_70pct": 69.5,
+        "reached_at_70pct": 70,
         "uplink_bytes_pct": 9.0,
         "codec_cost_pct": 8.0,
     }, "of the variant that is fastest at both, and its worst"
     assert headlines(LOSS) == {"val_loss_gap_pct": 0.4}, "of tree_int4, where no speed is known"
     assert headlines([*SPEED, *LOSS]) == {
         "speedup_at_45pct": 1.4,
-        "reached_at_45pct": 44.5,
+        "reached_at_45pct": 45,
         "speedup_at_70pct": 2.0,
-        "reached_at_70pct": 69.5,
+        "reached_at_70pct": 70,
         "uplink_bytes_pct": 26.0,
         "codec_cost_pct": 2.0,
         "val_loss_gap_pct": 0.1,
     }
+
+
+def test_a_speedup_is_of_the_share_that_was_wanted() -> None:
+    """Where exchanges took half of a plain step, and a variant left a tenth of them: at 45 % that is less to gain."""
+    staying = {"step_speedup": 2.0}
+    row = {"exchange_pct": 45, "step_speedup": 1 / 0.55}
+    assert at_its_share(row, staying) == pytest.approx(1 / (0.55 + 0.045))
+    assert at_its_share(row, {"step_speedup": 1 / 0.55}) == pytest.approx(1 / 0.55)
 
 
 def test_a_variant_that_costs_loss_is_no_headline() -> None:
@@ -195,9 +204,9 @@ def test_one_part_keeps_the_rows_of_the_others(
     before = {"rows": [*LOSS, *SPEED], "command": "moesys bench compression", "env": {"cpu": "old"}}
     (tmp_path / "compression.json").write_text(json.dumps(before))
     monkeypatch.setattr(compression, "RESULTS", tmp_path)
-    monkeypatch.setattr(compression, "_speed", lambda *_: SPEED[:1])
+    monkeypatch.setattr(compression, "_speed", lambda *_: SPEED[:2])
     result = compression.run(False, lambda line: None, only=["speed"])
-    assert result.rows == [*LOSS, SPEED[0]]
+    assert result.rows == [*LOSS, *SPEED[:2]]
     source = {"command": before["command"], "env": before["env"]}
     assert result.sources == {"trained with": source}
     assert result.is_whole
