@@ -5,6 +5,7 @@ N rows that leave, U rows that arrive at this rank's place, R rows received for 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ class DeduplicatedPlan:
     formats: WireFormats
 
     @property
-    def rows_per_class_list(self) -> list[int] | None:
-        return self.inside.rows_per_class_list
+    def expert_arguments(self) -> tuple[Any, ...]:
+        return self.inside.expert_arguments
 
 
 class DeduplicatingDispatcher:

@@ -26,8 +26,8 @@ class DispatchPlan(Protocol):
         ...
 
     @property
-    def rows_per_class_list(self) -> list[int] | None:
-        """Rows for this rank's experts of each width; None where all have one."""
+    def expert_arguments(self) -> tuple[Any, ...]:
+        """What this rank's experts take beside rows and counts: () where all are of one kind."""
         ...
 
 
@@ -71,6 +71,10 @@ class ExpertOrder:
     """int64, zero rows included."""
     rows_per_class_list: list[int] | None = None
     """Where all experts are here and of several widths."""
+
+    @property
+    def expert_arguments(self) -> tuple[Any, ...]:
+        return () if self.rows_per_class_list is None else (self.rows_per_class_list,)
 
     @classmethod
     def of(cls, topk_ids_TK: Tensor, num_experts: int, padded_rows: int | None) -> "ExpertOrder":
@@ -155,6 +159,10 @@ class ExchangePlan:
     @property
     def slots_per_expert_E(self) -> Tensor:
         return self.order.slots_per_expert_E
+
+    @property
+    def expert_arguments(self) -> tuple[Any, ...]:
+        return () if self.rows_per_class_list is None else (self.rows_per_class_list,)
 
 
 class _Sizes(NamedTuple):
@@ -300,14 +308,14 @@ class ExpertParallelDispatcher:
         self, recv_counts_PL: Tensor, num_rows: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Arrivals are grouped by (source rank, expert); the experts want (expert, source rank)."""
-        num_sources = recv_counts_PL.shape[0]
-        if self.num_local_experts == 1 or num_sources == 1:
+        num_sources, num_local = recv_counts_PL.shape
+        if num_local <= 1 or num_sources == 1:
             return None, None
-        experts_L = torch.arange(self.num_local_experts, device=recv_counts_PL.device)
+        experts_L = torch.arange(num_local, device=recv_counts_PL.device)
         expert_of_arrival_R = torch.repeat_interleave(
             experts_L.repeat(num_sources), recv_counts_PL.flatten(), output_size=num_rows
         )
         row_of_arrival_R1, arrival_of_row_R, _ = expert_order(
-            expert_of_arrival_R[:, None], self.num_local_experts
+            expert_of_arrival_R[:, None], num_local
         )
         return arrival_of_row_R, row_of_arrival_R1[:, 0]

@@ -43,14 +43,19 @@ class Experts(nn.Module):
     def forward(self, rows_RD: Tensor, tokens_per_expert_L: Tensor) -> Tensor:
         """Return [R, D]; rows past tokens_per_expert_L.sum() are undefined."""
         gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
-        hidden_R2F = grouped_linear(
-            rows_RD, gate_up.flatten(1, 2), tokens_per_expert_L, self.backend
-        )
-        return grouped_linear(swiglu(hidden_R2F), down, tokens_per_expert_L, self.backend)
+        return grouped_swiglu(rows_RD, gate_up, down, tokens_per_expert_L, self.backend)
 
     def classes(self) -> list["Experts"]:
         """This one."""
         return [self]
+
+
+def grouped_swiglu(
+    rows_RD: Tensor, gate_up: Tensor, down: Tensor, counts_L: Tensor, backend: GroupedBackend
+) -> Tensor:
+    """[R, D] of experts gate_up [L, 2, F, D] and down [L, D, F], each with so many rows in their order."""
+    hidden_R2F = grouped_linear(rows_RD, gate_up.flatten(1, 2), counts_L, backend)
+    return grouped_linear(swiglu(hidden_R2F), down, counts_L, backend)
 
 
 class ExpertClasses(nn.Module):

@@ -116,10 +116,7 @@ class MoELayer(nn.Module):
         code = decision.code
         coded = sent_TD if code is None else code.encode(sent_TD)
         rows_RD, tokens_per_expert_L = self.dispatcher.dispatch(coded, decision.plan)
-        class_rows_list = decision.plan.rows_per_class_list
-        rows_RD = self.experts(
-            rows_RD, tokens_per_expert_L, *([] if class_rows_list is None else [class_rows_list])
-        )
+        rows_RD = self.experts(rows_RD, tokens_per_expert_L, *decision.plan.expert_arguments)
         if code is None:
             y_TD = self.dispatcher.combine(rows_RD, decision.weights_TK, decision.plan)
         else:

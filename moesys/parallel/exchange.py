@@ -4,7 +4,7 @@ Shapes: N rows sent, R rows received, D model, P ranks of the group.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -131,6 +131,10 @@ class FlatExchange:
     def through(self, send_rows_P: Tensor) -> Tensor:
         """Counts of rows that pass through this rank, of all ranks' rows for each rank; int64 [num_through]. Collective."""
         return send_rows_P[:0]
+
+    def through_known(self, rows_from: Callable[[Iterable[int]], list[list[int]]]) -> list[int]:
+        """The same counts, where all know how many rows [P] each of some ranks sends. Not a collective."""
+        return []
 
     def rows(self, rows_ND: Tensor, route: Route, formats: RowFormats = UNCHANGED) -> Tensor:
         """Send rows in order of the rank they are for; return those received, by source rank."""

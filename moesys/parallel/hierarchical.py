@@ -3,6 +3,8 @@
 Shapes: G ranks of the group on each of M nodes; i and j are places in a node, m nodes. Group rank m * G + i is the i-th of node m.
 """
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +43,11 @@ class HierarchicalExchange(FlatExchange):
         gathered = send_rows_P.new_empty(self.num_places * self.size)
         all_gather_single(gathered, send_rows_P.contiguous(), group=self.node_group)
         return gathered.view(self.num_places, self.num_nodes, -1)[:, :, self.place].flatten()
+
+    def through_known(self, rows_from: Callable[[Iterable[int]], list[list[int]]]) -> list[int]:
+        first = self.node * self.num_places
+        rows_GP = rows_from(range(first, first + self.num_places))
+        return [rows for rows_P in rows_GP for rows in rows_P[self.place :: self.num_places]]
 
     def send(self, rows_ND: Tensor, route: Route, plain_row_bytes: int | None = None) -> Tensor:
         send_mj = _cut(route.send_splits_list, self.num_places)

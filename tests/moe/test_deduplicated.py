@@ -81,7 +81,7 @@ def _layer(
         "dw": weights_TK.grad,
         "counts": counts_L,
         "slots": plan.slots_per_expert_E,
-        "classes": plan.rows_per_class_list,
+        "classes": plan.expert_arguments,
         "ids": routing.topk_ids_TK,
         "between": sum(t.between_nodes_bytes for t in traffic),
         "experts": num_experts,
