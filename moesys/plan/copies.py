@@ -1,0 +1,180 @@
+"""Which ranks hold copies of which experts for a step, so that all have about equal loads. Pure.
+
+Shapes: M MoE layers, E experts, P ranks (`per_node` of each node one after another), C copies that a rank may hold of each layer,
+X pieces of loads (donations) that overloaded ranks give away, Y ranks with room.
+
+Loads of all layers are planned at once: each layer, or each node of each layer, is a line of its own in flat arrays.
+"""
+
+import numpy as np
+
+from moesys.plan.placement import Amounts, Integers
+
+LEAST = 0.01
+"""Of a rank's mean load: a smaller piece is not worth a copy."""
+ROUNDS = 3
+
+
+def balancing_copies(
+    loads_ME: Amounts,
+    owner_ME: Integers,
+    num_ranks: int,
+    per_node: int,
+    most_copies: int,
+    near_M: Integers | None = None,
+) -> Integers:
+    """int64 [M, P, C], -1 = none: the hottest experts of ranks with too much, on ranks with room, on their own node first.
+
+    With `near_M` every node first gets a copy of so many of each layer's hottest experts, as far as its ranks have places, so that
+    rows for these need not leave it.
+
+    What overloaded ranks then have above the mean, expert by expert from the hottest, is laid on a line beside the room of the
+    others, the largest beside the largest. Where a piece lies beside a rank's room the rank gets a copy, so that about as few
+    are made as there are pieces and ranks with room; a rank takes `most_copies` at most, and what is then left is laid
+    again.
+    """
+    state = _State(loads_ME, owner_ME, num_ranks, per_node, most_copies)
+    if most_copies == 0 or num_ranks == 1:
+        return state.copies_MPC
+    if near_M is not None and near_M.any():
+        state.bring_near(near_M)
+    state.find_room()
+    layer_M1 = np.arange(len(loads_ME))[:, None]
+    if 1 < per_node < num_ranks:
+        state.lay(layer_M1 * state.nodes + state.node_P)
+    for _ in range(ROUNDS):
+        if not state.lay(np.broadcast_to(layer_M1, state.used_MP.shape)):
+            break
+    return state.copies_MPC
+
+
+class _State:
+    """Of all layers, in units of a rank's mean load."""
+
+    def __init__(
+        self,
+        loads_ME: Amounts,
+        owner_ME: Integers,
+        num_ranks: int,
+        per_node: int,
+        most_copies: int,
+    ) -> None:
+        layers = len(loads_ME)
+        self.owner_ME = owner_ME
+        self.node_P = np.arange(num_ranks) // per_node
+        self.per_node, self.nodes = per_node, -(-num_ranks // per_node)
+        mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
+        self.at_owner_ME = loads_ME / mean_M1
+        """Of each expert's load what its owner has."""
+        self.elsewhere_MP = np.zeros((layers, num_ranks))
+        """What each rank has of other ranks' experts."""
+        self.used_MP = np.zeros((layers, num_ranks), dtype=np.int64)
+        """Copies that each rank has."""
+        self.copies_MPC = np.full((layers, num_ranks, most_copies), -1, dtype=np.int64)
+
+    def bring_near(self, near_M: Integers) -> None:
+        """The hottest experts to a rank of every node: from the first rank to the last and back."""
+        most = min(int(near_M.max()), self.at_owner_ME.shape[1])
+        hottest_ME = np.argsort(-self.at_owner_ME, axis=1, kind="stable")[:, :most]
+        layer_M, nodes_N = np.arange(len(near_M)), np.arange(self.nodes)
+        num_ranks, slots = self.used_MP.shape[1], self.copies_MPC.shape[2]
+        for turn in range(min(most, self.per_node * slots)):
+            there, back = divmod(turn, self.per_node)
+            place = back if there % 2 == 0 else self.per_node - 1 - back
+            expert_M = hottest_ME[:, turn]
+            owner_M = self.owner_ME[layer_M, expert_M]
+            rank_N = nodes_N * self.per_node + place
+            is_there_MN = (self.node_P[owner_M][:, None] != nodes_N) & (rank_N < num_ranks)
+            layer_T, node_T = np.nonzero(is_there_MN & (turn < near_M)[:, None])
+            rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
+            amount_M = self.at_owner_ME[layer_M, expert_M] / self.nodes
+            self._hold(layer_T, rank_T, expert_T)
+            self.elsewhere_MP[layer_T, rank_T] += amount_M[layer_T]
+            np.subtract.at(self.at_owner_ME, (layer_T, expert_T), amount_M[layer_T])
+
+    def find_room(self) -> None:
+        """Which ranks have too much, and of which experts, and which have room."""
+        layers, num_ranks = self.used_MP.shape
+        rank_of_all = self.owner_ME + np.arange(layers)[:, None] * num_ranks
+        own_X = np.bincount(rank_of_all.ravel(), self.at_owner_ME.ravel(), layers * num_ranks)
+        has_MP = own_X.reshape(layers, num_ranks) + self.elsewhere_MP
+        self.over_ME = _hottest_first(
+            self.at_owner_ME, self.owner_ME, np.maximum(has_MP - 1.0, 0.0)
+        )
+        """Of each expert's load what its owner wants to give away."""
+        self.room_MP = np.maximum(1.0 - has_MP, 0.0)
+
+    def lay(self, line_MP: Integers) -> bool:
+        """Once, every line by itself; return whether anything found a place."""
+        _, num_ranks, most = self.copies_MPC.shape
+        line_ME = np.take_along_axis(line_MP, self.owner_ME, axis=1)
+        layer_X, expert_X = np.nonzero(self.over_ME > LEAST)
+        line_X = line_ME[layer_X, expert_X]
+        is_used = np.zeros(int(line_MP[-1, -1]) + 1, dtype=np.bool_)
+        is_used[line_X] = True
+        has_room_MP = is_used[line_MP] & (self.room_MP > LEAST) & (self.used_MP < most)
+        layer_Y, rank_Y = np.nonzero(has_room_MP)
+        line_Y = line_MP[layer_Y, rank_Y]
+        over_X, room_Y = self.over_ME[layer_X, expert_X], self.room_MP[layer_Y, rank_Y]
+        by_size_X = np.argsort(line_X * (2.0 * num_ranks) - over_X, kind="stable")
+        by_size_Y = np.argsort(line_Y * (2.0 * num_ranks) - room_Y, kind="stable")
+        layer_X, expert_X, line_X = layer_X[by_size_X], expert_X[by_size_X], line_X[by_size_X]
+        layer_Y, rank_Y, line_Y = layer_Y[by_size_Y], rank_Y[by_size_Y], line_Y[by_size_Y]
+        over_X, room_Y = over_X[by_size_X], room_Y[by_size_Y]
+        if not len(over_X) or not len(room_Y):
+            return False
+        begin_X, begin_Y = _begins(over_X, line_X), _begins(room_Y, line_Y)
+        # Lines lie after one another, each longer than anything on it.
+        far = 2.0 * num_ranks
+        at_X = begin_X + line_X * far
+        first_Y = np.searchsorted(at_X, begin_Y + line_Y * far, side="right") - 1
+        first_Y = np.maximum(first_Y, np.searchsorted(line_X, line_Y))
+        free_Y = most - self.used_MP[layer_Y, rank_Y]
+        found = False
+        for step in range(most):
+            piece_Y = np.minimum(first_Y + step, len(over_X) - 1)
+            taken_Y = np.minimum(begin_X[piece_Y] + over_X[piece_Y], begin_Y + room_Y)
+            taken_Y -= np.maximum(begin_X[piece_Y], begin_Y)
+            is_taken_Y = (taken_Y > LEAST) & (free_Y > 0)
+            is_taken_Y &= (line_X[piece_Y] == line_Y) & (first_Y + step < len(over_X))
+            if not is_taken_Y.any():
+                continue
+            found = True
+            y, x = np.flatnonzero(is_taken_Y), piece_Y[is_taken_Y]
+            self._take(layer_Y[y], rank_Y[y], expert_X[x], taken_Y[y])
+            free_Y[y] = most - self.used_MP[layer_Y[y], rank_Y[y]]
+        return found
+
+    def _take(
+        self, layer_T: Integers, rank_T: Integers, expert_T: Integers, amount_T: Amounts
+    ) -> None:
+        """Each rank at most once."""
+        is_new_T = ~(self.copies_MPC[layer_T, rank_T] == expert_T[:, None]).any(1)
+        self._hold(layer_T[is_new_T], rank_T[is_new_T], expert_T[is_new_T])
+        self.room_MP[layer_T, rank_T] -= amount_T
+        np.subtract.at(self.over_ME, (layer_T, expert_T), amount_T)
+
+    def _hold(self, layer_T: Integers, rank_T: Integers, expert_T: Integers) -> None:
+        self.copies_MPC[layer_T, rank_T, self.used_MP[layer_T, rank_T]] = expert_T
+        self.used_MP[layer_T, rank_T] += 1
+
+
+def _hottest_first(loads_ME: Amounts, owner_ME: Integers, over_MP: Amounts) -> Amounts:
+    """[M, E]: of each expert's load what is given away if each rank gives `over_MP`, its hottest expert first."""
+    is_over_ME = np.take_along_axis(over_MP, owner_ME, axis=1) > 0
+    layer_X, expert_X = np.nonzero(is_over_ME)
+    rank_X = owner_ME[layer_X, expert_X] + layer_X * over_MP.shape[1]
+    load_X = loads_ME[layer_X, expert_X]
+    order = np.lexsort((-load_X, rank_X))
+    load_X, rank_X = load_X[order], rank_X[order]
+    left_X = over_MP.ravel()[rank_X] - _begins(load_X, rank_X)
+    given_ME = np.zeros_like(loads_ME)
+    given_ME[layer_X[order], expert_X[order]] = np.clip(left_X, 0.0, load_X)
+    return given_ME
+
+
+def _begins(lengths_X: Amounts, lines_X: Integers) -> Amounts:
+    """Where each piece begins on its line; lines ascend."""
+    before_X = lengths_X.cumsum() - lengths_X
+    first_X = np.flatnonzero(np.diff(lines_X, prepend=-1))
+    return before_X - np.repeat(before_X[first_X], np.diff(first_X, append=len(lines_X)))

@@ -1,0 +1,79 @@
+"""Copies changed one at a time as long as the highest load falls. Pure.
+
+Shapes: E experts, P ranks, C copies that a rank may hold, H pairs of an expert and a rank that holds it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moesys.plan.placement import Amounts, Integers, Placement, placement_of
+from moesys.plan.shares import levelled
+
+GOOD = 1.02
+"""A highest load of so many times the mean is left as it is."""
+TRIED_EXPERTS, TRIED_RANKS = 4, 4
+
+
+def expected_loads(loads_E: Amounts, placement: Placement) -> tuple[Amounts, Amounts]:
+    """What each holder of each expert gets [H], and each rank [P], levelled as far as it goes."""
+    pairs = placement.pairs
+    number_H = np.diff(pairs.start_X)[pairs.expert_H]
+    amounts_H = levelled(loads_E[pairs.expert_H] / number_H, pairs, placement.num_ranks)
+    return amounts_H, pairs.loads(amounts_H, placement.num_ranks)
+
+
+def repaired(
+    loads_E: Amounts, placement: Placement, most_copies: int, most_steps: int
+) -> Placement:
+    """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
+    `most_steps` changes of which each lowers the highest load, or how many ranks have it."""
+    score, amounts_H, loads_P = _score(loads_E, placement)
+    for _ in range(most_steps):
+        if loads_P.max() <= GOOD * loads_P.mean():
+            break
+        tried = [
+            (*_score(loads_E, changed), changed)
+            for changed in _changes(placement, amounts_H, loads_P, most_copies)
+        ]
+        best = min(tried, key=lambda t: t[0], default=None)
+        if best is None or best[0] >= score:
+            break
+        score, amounts_H, loads_P, placement = best
+    return placement
+
+
+def _score(loads_E: Amounts, placement: Placement) -> tuple[tuple[float, float], Amounts, Amounts]:
+    amounts_H, loads_P = expected_loads(loads_E, placement)
+    scale = max(float(loads_P.mean()), 1e-30)
+    most = round(float(loads_P.max()) / scale, 6)
+    return (most, round(float(np.square(loads_P / scale).sum()), 6)), amounts_H, loads_P
+
+
+def _changes(
+    placement: Placement, amounts_H: Amounts, loads_P: Amounts, most_copies: int
+) -> Iterator[Placement]:
+    """One copy more, or one in the place of another."""
+    pairs, used_P = placement.pairs, (placement.copies_PC >= 0).sum(1)
+    is_full_P = loads_P >= loads_P.max() * (1 - 1e-3)
+    on_full_E = np.bincount(
+        pairs.expert_H, amounts_H * is_full_P[pairs.rank_H], placement.num_experts
+    )
+    hottest = [e for e in np.argsort(-on_full_E, kind="stable")[:TRIED_EXPERTS] if on_full_E[e] > 0]
+    emptiest = [r for r in np.argsort(loads_P, kind="stable") if not is_full_P[r]][:TRIED_RANKS]
+    holders_EP = placement.holders_EP()
+    for expert in hottest:
+        for rank in emptiest:
+            if holders_EP[expert, rank]:
+                continue
+            if used_P[rank] < most_copies:
+                yield _with_copy(placement, rank, int(used_P[rank]), expert)
+                continue
+            for column in range(most_copies):
+                yield _with_copy(placement, rank, column, expert)
+
+
+def _with_copy(placement: Placement, rank: int, column: int, expert: int) -> Placement:
+    copies_PC: Integers = placement.copies_PC.copy()
+    copies_PC[rank, column] = expert
+    return placement_of(placement.owner_E, copies_PC)

@@ -1,0 +1,35 @@
+"""Placements, loads and counts of any kind, for the planners' properties."""
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from moesys.plan.placement import Placement, placement_of
+
+
+def random_owners(rng: np.random.Generator, num_experts: int, num_ranks: int) -> NDArray[np.int64]:
+    """Any, also none of a rank's."""
+    return rng.integers(0, num_ranks, num_experts)
+
+
+def random_placement(
+    rng: np.random.Generator, num_experts: int, num_ranks: int, most_copies: int
+) -> Placement:
+    """Each rank with 0 to `most_copies` copies of experts that it does not own."""
+    owner_E = random_owners(rng, num_experts, num_ranks)
+    copies_PC = np.full((num_ranks, most_copies), -1, dtype=np.int64)
+    for rank in range(num_ranks):
+        others = np.flatnonzero(owner_E != rank)
+        number = int(rng.integers(0, min(most_copies, len(others)) + 1))
+        copies_PC[rank, :number] = rng.permutation(others)[:number]
+    return placement_of(owner_E, copies_PC)
+
+
+def random_loads(rng: np.random.Generator, *shape: int) -> NDArray[np.int64]:
+    """Of any skew; sometimes with nothing at all for some."""
+    weights = rng.exponential(size=shape) ** rng.uniform(0, 3)
+    return (weights * rng.integers(0, 2000, size=(*shape[:-1], 1))).astype(np.int64)
+
+
+def seeds() -> st.SearchStrategy[np.random.Generator]:
+    return st.integers(0, 2**32 - 1).map(np.random.default_rng)

@@ -1,0 +1,66 @@
+"""Planned copies: within the budget, near the best that there is, and at once for the largest models."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moesys.plan.copies import balancing_copies
+from moesys.plan.placement import Placement, placement_of, problems
+from moesys.plan.placement_optimum import best_copies, least_maximum
+from moesys.plan.repair import expected_loads, repaired
+from tests.plan.placements import random_loads, random_owners, seeds
+
+
+def planned(loads_E, owner_E, ranks: int, per_node: int, copies: int) -> Placement:
+    copies_MPC = balancing_copies(
+        loads_E[None].astype(float), owner_E[None], ranks, per_node, copies
+    )
+    return placement_of(owner_E, copies_MPC[0])
+
+
+@settings(deadline=None, max_examples=300)
+@given(seeds(), st.integers(1, 24), st.integers(1, 12), st.integers(0, 5), st.integers(1, 4))
+def test_a_plan_keeps_within_its_budget(rng, experts, ranks, copies, per_node):
+    loads_E, owner_E = random_loads(rng, experts), random_owners(rng, experts, ranks)
+    placement = planned(loads_E, owner_E, ranks, per_node, copies)
+    assert problems(placement, copies) == []
+    before = np.bincount(owner_E, loads_E, ranks).max()
+    assert expected_loads(loads_E.astype(float), placement)[1].max() <= before + 1e-6
+
+
+def test_within_a_tenth_of_the_optimum_on_a_thousand_small_cases():
+    rng = np.random.default_rng(7)
+    worst = 0.0
+    for _ in range(1000):
+        ranks = int(rng.integers(2, 5))
+        experts = int(rng.integers(ranks, 9 if ranks < 4 else 7))
+        copies = int(rng.integers(1, 3))
+        loads_E = random_loads(rng, experts).astype(float)
+        owner_E = rng.permutation(np.arange(experts) % ranks)
+        placement = planned(loads_E, owner_E, ranks, int(rng.integers(1, 3)), copies)
+        placement = repaired(loads_E, placement, copies, most_steps=16)
+        assert problems(placement, copies) == []
+        found, best = (
+            least_maximum(loads_E, placement),
+            best_copies(loads_E, owner_E, ranks, copies),
+        )
+        worst = max(worst, found / best if best else 1.0)
+    assert worst <= 1.1
+
+
+@pytest.mark.alone
+def test_the_largest_model_is_planned_at_once():
+    layers, experts, ranks = 64, 256, 2048
+    rng = np.random.default_rng(1)
+    weights_E = np.arange(1, experts + 1) ** -1.0
+    loads_ME = np.stack([rng.permutation(weights_E) for _ in range(layers)])
+    owner_ME = np.stack([rng.integers(0, ranks, experts) for _ in range(layers)])
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        balancing_copies(loads_ME, owner_ME, ranks, 8, 2)
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.05
