@@ -1,0 +1,53 @@
+"""Who holds which experts of one layer, on this rank, for a step: what was planned, as it is carried out."""
+
+from moesys.moe.held_experts import HeldExperts, LayerCopies
+from moesys.parallel.sparse import SparseCollectives
+from moesys.plan.chunk_routes import ChunkRoute, chunk_route, in_order_of_arrival
+from moesys.plan.placement import Integers, Placement, owners_alone
+
+
+class LayerPlacement:
+    """Of one MoE layer. Copies are those of a step: its first forward starts to gather them, its last backward sends their
+    gradients home. Without training, and before anything was planned, rows go to owners."""
+
+    def __init__(
+        self, experts: HeldExperts, owner_E: Integers, collectives: SparseCollectives
+    ) -> None:
+        self.experts, self.collectives = experts, collectives
+        self.own(owner_E)
+
+    def own(self, owner_E: Integers) -> None:
+        """From now on these are the owners."""
+        self.owners = owners_alone(owner_E, self.collectives.size)
+        self._copies: LayerCopies | None = None
+
+    def take(self, placement: Placement, route: ChunkRoute, backwards: int) -> None:
+        """For the next step, of so many micro-steps. What the last step had is finished."""
+        self._copies = self._made(in_order_of_arrival(placement, route), route, backwards)
+
+    def begin(self) -> None:
+        """Start to gather, where that is still to be done in this step. Collective."""
+        if self._copies is not None and self.experts.training:
+            self._copies.begin()
+
+    def decide(self, counts_PE: Integers) -> LayerCopies:
+        """Who serves the rows of one forward, of which each rank has so many."""
+        if self._copies is not None and self.experts.training:
+            return self._copies
+        route = chunk_route(self.owners, self.collectives.per_node, "direct")
+        return self._made(self.owners, route, 1)
+
+    def finish(self) -> None:
+        """Of a step: add the gradients of copies to those of owners. Collective."""
+        if self._copies is not None:
+            self._copies.finish()
+            self._copies = None
+
+    def _made(self, placement: Placement, route: ChunkRoute, backwards: int) -> LayerCopies:
+        return LayerCopies(
+            experts=self.experts,
+            placement=placement,
+            route=route,
+            collectives=self.collectives,
+            backwards=backwards,
+        )

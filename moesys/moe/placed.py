@@ -1,0 +1,142 @@
+"""Dispatch to experts that lie where a placement says, the hottest on several ranks.
+
+Shapes: T tokens on this rank, K experts per token, E experts, P ranks of the expert group, S of the slices, L experts that this
+rank holds (its own, then copies), N rows in order of the rank and the place they are for, H pairs of an expert and a holder.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moesys.moe.compression import PLAIN, WireFormats
+from moesys.moe.dispatch import ExchangePlan, ExpertOrder, ExpertParallelDispatcher
+from moesys.parallel.exchange import FlatExchange, Route
+from moesys.plan.placement import Integers, Placement
+from moesys.plan.shares import Shares
+
+
+class Copies(Protocol):
+    """What a rank holds of other ranks' experts for some forwards and their backwards."""
+
+    placement: Placement
+
+
+Decide = Callable[[Integers], Copies]
+"""From the rows of all ranks [P, E], the same on all, to who holds what."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacedPlan(ExchangePlan):
+    """With the copies that its rows are for."""
+
+    copies: Copies
+
+    @property
+    def expert_arguments(self) -> tuple[Any, ...]:
+        return self.rows_per_class_list, self.copies
+
+
+class PlacedDispatcher(ExpertParallelDispatcher):
+    """Expert parallelism in which an expert may have several holders, and a rank any number of experts.
+
+    Every rank tells all others how many rows it has for each expert, in the place of telling each how many it will get: one
+    collective and one device-to-host sync, as without copies. So all know the true loads before a row travels, and
+    share them out over the holders alike (plan/shares.py).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        exchange: FlatExchange,
+        slices: FlatExchange | None,
+        per_node: int,
+        decide: Decide,
+    ) -> None:
+        self.num_experts, self.num_classes = num_experts, 2
+        self.exchange, self.slices = exchange, slices
+        self.per_node, self.decide = per_node, decide
+
+    def plan(
+        self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
+    ) -> PlacedPlan:
+        assert padded_rows is None, "config/placement.py refuses capacity_policy=pad"
+        order = ExpertOrder.of(topk_ids_TK, self.num_experts, None)
+        counts_SPE = self._counts(order.slots_per_expert_E)
+        copies = self.decide(counts_SPE.sum(0))
+        rank, pairs = self.exchange.rank, copies.placement.pairs
+        by_place_H = np.argsort(pairs.place_H)
+        mine_L = by_place_H[pairs.rank_H[by_place_H] == rank]
+        shares_S = [
+            Shares.of(counts_PE, copies.placement, self.per_node) for counts_PE in counts_SPE
+        ]
+        received_SPL = np.stack([shares.received_PI(mine_L) for shares in shares_S])
+        own = shares_S[0 if self.slices is None else self.slices.rank]
+        sent_H = own.sent_H(rank)
+        route = Route(
+            send_splits_list=_sums(pairs.rank_H, sent_H, self.exchange.size),
+            recv_splits_list=own.received_PI(mine_L).sum(1).tolist(),
+            through_list=self.exchange.through_known(
+                lambda sources: [
+                    _sums(pairs.rank_H, own.sent_H(s), self.exchange.size) for s in sources
+                ]
+            ),
+        )
+        arrivals = received_SPL.sum((1, 2)).tolist()
+        slice_route = None
+        if self.slices is not None:
+            copied = [sum(route.recv_splits_list)] * self.slices.size
+            slice_route = Route(send_splits_list=copied, recv_splits_list=arrivals)
+        counts_SPL = torch.from_numpy(received_SPL).to(topk_ids_TK.device)
+        counts_PL = counts_SPL.flatten(0, 1)
+        arrival_of_row_R, row_of_arrival_R = self._expert_major(counts_PL, sum(arrivals))
+        num_own = len(copies.placement.own(rank))
+        rows_L = received_SPL.sum((0, 1))
+        return PlacedPlan(
+            order=_in_order_of_place(order, by_place_H, sent_H),
+            route=route,
+            slice_route=slice_route,
+            tokens_per_expert_L=counts_PL.sum(0),
+            arrival_of_row_R=arrival_of_row_R,
+            row_of_arrival_R=row_of_arrival_R,
+            rows_per_class_list=[int(rows_L[:num_own].sum()), int(rows_L[num_own:].sum())],
+            formats=formats,
+            copies=copies,
+        )
+
+    def _counts(self, slots_per_expert_E: Tensor) -> Integers:
+        """[S, P, E] of all ranks that send to this one, on the host."""
+        counts_SPE = self.exchange.gather(slots_per_expert_E)[None]
+        if self.slices is not None:
+            counts_SPE = self.slices.gather(counts_SPE[0])
+        return counts_SPE.cpu().numpy()
+
+
+def _sums(ranks_H: Integers, rows_H: Integers, size: int) -> list[int]:
+    """Rows for each rank."""
+    sums_P = np.zeros(size, dtype=np.int64)
+    np.add.at(sums_P, ranks_H, rows_H)
+    return sums_P.tolist()
+
+
+def _in_order_of_place(order: ExpertOrder, by_place_H: Integers, sent_H: Integers) -> ExpertOrder:
+    """From rows grouped by expert to rows grouped by holder and expert: an expert's are cut into as many runs as it has
+    holders, and runs change places."""
+    device = order.slot_of_row_N.device
+    starts_H = sent_H.cumsum() - sent_H  # pairs are in order of expert
+    lengths_H = sent_H[by_place_H]
+    shifts_H = starts_H[by_place_H] - (lengths_H.cumsum() - lengths_H)
+    num_rows = int(sent_H.sum())
+    shifts, lengths = torch.from_numpy(np.stack([shifts_H, lengths_H])).to(device)
+    rows_N = torch.arange(num_rows, device=device)
+    row_before_N = rows_N + torch.repeat_interleave(shifts, lengths, output_size=num_rows)
+    row_after_X = rows_N.new_full((num_rows + 1,), -1)
+    row_after_X[row_before_N] = rows_N
+    return replace(
+        order,
+        slot_of_row_N=order.slot_of_row_N[row_before_N],
+        row_of_slot_TK=row_after_X[order.row_of_slot_TK],
+    )

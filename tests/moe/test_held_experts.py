@@ -1,0 +1,121 @@
+"""A layer whose hottest experts lie on several ranks, against the same layer on one: results and all gradients.
+
+Shapes: T tokens, D model, F hidden, E experts, O own experts of a rank.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moesys.moe.dispatch import LocalDispatcher
+from moesys.moe.experts import Experts
+from moesys.moe.held_experts import HeldExperts
+from moesys.moe.layer_placement import LayerPlacement
+from moesys.moe.placed import PlacedDispatcher
+from moesys.parallel.exchange import FlatExchange
+from moesys.parallel.sparse import SparseCollectives
+from moesys.plan.chunk_routes import ROUTE_KINDS, RouteKind, chunk_route
+from moesys.plan.placement import Placement
+from moesys.testing.ranks import run_ranks
+from tests.plan.placements import random_placement
+
+TOKENS, D, HIDDEN, EXPERTS, TOP_K, MICRO_STEPS, STEPS = 11, 6, 4, 5, 2, 2, 3
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"gate_up": (EXPERTS, 2, HIDDEN, D), "down": (EXPERTS, D, HIDDEN)}
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in shapes.items()
+    }
+
+
+def batch(rank: int, step: int, micro_step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x_TD, ids_TK, weights_TK and dy_TD; expert 0 is in every token."""
+    generator = torch.Generator().manual_seed(1000 * rank + 10 * step + micro_step)
+    x_TD, dy_TD = torch.randn(2, TOKENS, D, generator=generator, dtype=torch.float64)
+    second = torch.randint(1, EXPERTS, (TOKENS, 1), generator=generator)
+    ids_TK = torch.cat([torch.zeros_like(second), second], dim=1)
+    weights_TK = torch.rand(TOKENS, TOP_K, generator=generator, dtype=torch.float64)
+    return x_TD, ids_TK, weights_TK, dy_TD
+
+
+def placements(size: int) -> list[Placement]:
+    """Of each step, all with one owner table."""
+    first = random_placement(np.random.default_rng(3), EXPERTS, size, 0)
+    made = []
+    for step in range(STEPS):
+        rng = np.random.default_rng(step)
+        copies_PC = np.full((size, 2), -1)
+        for rank in range(size):
+            others = np.flatnonzero(first.owner_E != rank)
+            number = int(rng.integers(0, min(2, len(others)) + 1))
+            copies_PC[rank, :number] = rng.permutation(others)[:number]
+        made.append(Placement(owner_E=first.owner_E, copies_PC=copies_PC))
+    return made
+
+
+def passed(dispatcher, experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    plan = dispatcher.plan(ids_TK)
+    rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
+    return dispatcher.combine(experts(rows_RD, counts_L, *plan.expert_arguments), weights_TK, plan)
+
+
+def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]]:
+    placed = placements(size)
+    own = placed[0].own(rank)
+    parameters = {name: torch.nn.Parameter(whole[own].clone()) for name, whole in weights().items()}
+    experts = HeldExperts(**parameters)
+    experts.backend = "loop"
+    collectives = SparseCollectives(dist.new_group(range(size)), per_node=2)
+    layer = LayerPlacement(experts, placed[0].owner_E, collectives)
+    dispatcher = PlacedDispatcher(EXPERTS, FlatExchange(dist.group.WORLD), None, 2, layer.decide)
+    found = []
+    for step, placement in enumerate(placed):
+        layer.take(placement, chunk_route(placement, 2, kind), MICRO_STEPS)
+        layer.begin()
+        ys, dxs = [], []
+        for micro_step in range(MICRO_STEPS):
+            x_TD, ids_TK, weights_TK, dy_TD = batch(rank, step, micro_step)
+            x_TD.requires_grad_()
+            y_TD = passed(dispatcher, experts, x_TD, ids_TK, weights_TK)
+            y_TD.backward(dy_TD)
+            ys.append(y_TD.detach())
+            dxs.append(x_TD.grad)
+        layer.finish()
+        grads = {name: getattr(experts, name).grad for name in weights()}
+        found.append({"y": torch.cat(ys), "dx": torch.cat(dxs), **grads})
+        experts.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("kind", ROUTE_KINDS)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_copies_change_no_number(size: int, kind: RouteKind) -> None:
+    results = run_ranks(_over_ranks, size, kind)
+    experts = Experts(EXPERTS, D, HIDDEN).double()
+    experts.backend = "loop"
+    for name, whole in weights().items():
+        experts.register_parameter(name, torch.nn.Parameter(whole))
+    dispatcher = LocalDispatcher(EXPERTS)
+    owner_E = placements(size)[0].owner_E
+    for step in range(STEPS):
+        experts.zero_grad(set_to_none=True)
+        for rank in range(size):
+            ys, dxs = [], []
+            for micro_step in range(MICRO_STEPS):
+                x_TD, ids_TK, weights_TK, dy_TD = batch(rank, step, micro_step)
+                x_TD.requires_grad_()
+                y_TD = passed(dispatcher, experts, x_TD, ids_TK, weights_TK)
+                y_TD.backward(dy_TD)
+                ys.append(y_TD.detach())
+                dxs.append(x_TD.grad)
+            torch.testing.assert_close(results[rank][step]["y"], torch.cat(ys))
+            torch.testing.assert_close(results[rank][step]["dx"], torch.cat(dxs))
+        for name, parameter in experts.named_parameters():
+            for rank in range(size):
+                own = np.flatnonzero(owner_E == rank)
+                torch.testing.assert_close(results[rank][step][name], parameter.grad[own])
