@@ -88,7 +88,7 @@ class _State:
             layer_T, node_T = np.nonzero(is_there_MN & (turn < near_M)[:, None])
             rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
             amount_M = self.at_owner_ME[layer_M, expert_M] / self.nodes
-            self._hold(layer_T, rank_T, expert_T)
+            self._hold(layer_T * num_ranks + rank_T, expert_T)
             self.elsewhere_MP[layer_T, rank_T] += amount_M[layer_T]
             np.subtract.at(self.at_owner_ME, (layer_T, expert_T), amount_M[layer_T])
 
@@ -108,55 +108,56 @@ class _State:
         """Once, every line by itself; return whether anything found a place."""
         _, num_ranks, most = self.copies_MPC.shape
         line_ME = np.take_along_axis(line_MP, self.owner_ME, axis=1)
-        layer_X, expert_X = np.nonzero(self.over_ME > LEAST)
-        line_X = line_ME[layer_X, expert_X]
+        # Places in the arrays, flat.
+        at_X = np.flatnonzero(self.over_ME > LEAST)
+        line_X = line_ME.ravel()[at_X]
         is_used = np.zeros(int(line_MP[-1, -1]) + 1, dtype=np.bool_)
         is_used[line_X] = True
         has_room_MP = is_used[line_MP] & (self.room_MP > LEAST) & (self.used_MP < most)
-        layer_Y, rank_Y = np.nonzero(has_room_MP)
-        line_Y = line_MP[layer_Y, rank_Y]
-        over_X, room_Y = self.over_ME[layer_X, expert_X], self.room_MP[layer_Y, rank_Y]
-        by_size_X = np.argsort(line_X * (2.0 * num_ranks) - over_X, kind="stable")
-        by_size_Y = np.argsort(line_Y * (2.0 * num_ranks) - room_Y, kind="stable")
-        layer_X, expert_X, line_X = layer_X[by_size_X], expert_X[by_size_X], line_X[by_size_X]
-        layer_Y, rank_Y, line_Y = layer_Y[by_size_Y], rank_Y[by_size_Y], line_Y[by_size_Y]
-        over_X, room_Y = over_X[by_size_X], room_Y[by_size_Y]
-        if not len(over_X) or not len(room_Y):
+        at_Y = np.flatnonzero(has_room_MP)
+        if not len(at_X) or not len(at_Y):
             return False
-        begin_X, begin_Y = _begins(over_X, line_X), _begins(room_Y, line_Y)
+        line_Y = line_MP.ravel()[at_Y]
+        over_X, room_Y = self.over_ME.ravel()[at_X], self.room_MP.ravel()[at_Y]
         # Lines lie after one another, each longer than anything on it.
         far = 2.0 * num_ranks
-        at_X = begin_X + line_X * far
-        first_Y = np.searchsorted(at_X, begin_Y + line_Y * far, side="right") - 1
-        first_Y = np.maximum(first_Y, np.searchsorted(line_X, line_Y))
-        free_Y = most - self.used_MP[layer_Y, rank_Y]
+        by_size_X = np.argsort(line_X * far - over_X, kind="stable")
+        by_size_Y = np.argsort(line_Y * far - room_Y, kind="stable")
+        at_X, line_X, over_X = at_X[by_size_X], line_X[by_size_X], over_X[by_size_X]
+        at_Y, line_Y, room_Y = at_Y[by_size_Y], line_Y[by_size_Y], room_Y[by_size_Y]
+        begin_X, begin_Y = _begins(over_X, line_X), _begins(room_Y, line_Y)
+        end_X, end_Y = begin_X + over_X, begin_Y + room_Y
+        first_Y = np.searchsorted(begin_X + line_X * far, begin_Y + line_Y * far, side="right") - 1
+        free_Y = most - self.used_MP.ravel()[at_Y]
         found = False
         for step in range(most):
             piece_Y = np.minimum(first_Y + step, len(over_X) - 1)
-            taken_Y = np.minimum(begin_X[piece_Y] + over_X[piece_Y], begin_Y + room_Y)
-            taken_Y -= np.maximum(begin_X[piece_Y], begin_Y)
-            is_taken_Y = (taken_Y > LEAST) & (free_Y > 0)
-            is_taken_Y &= (line_X[piece_Y] == line_Y) & (first_Y + step < len(over_X))
-            if not is_taken_Y.any():
+            taken_Y = np.minimum(end_X[piece_Y], end_Y) - np.maximum(begin_X[piece_Y], begin_Y)
+            is_taken_Y = (taken_Y > LEAST) & (free_Y > 0) & (line_X[piece_Y] == line_Y)
+            if step:
+                is_taken_Y &= first_Y + step < len(over_X)
+            y = np.flatnonzero(is_taken_Y)
+            if not len(y):
                 continue
             found = True
-            y, x = np.flatnonzero(is_taken_Y), piece_Y[is_taken_Y]
-            self._take(layer_Y[y], rank_Y[y], expert_X[x], taken_Y[y])
-            free_Y[y] = most - self.used_MP[layer_Y[y], rank_Y[y]]
+            self._take(at_Y[y], at_X[piece_Y[y]], taken_Y[y])
+            free_Y[y] = most - self.used_MP.ravel()[at_Y[y]]
         return found
 
-    def _take(
-        self, layer_T: Integers, rank_T: Integers, expert_T: Integers, amount_T: Amounts
-    ) -> None:
-        """Each rank at most once."""
-        is_new_T = ~(self.copies_MPC[layer_T, rank_T] == expert_T[:, None]).any(1)
-        self._hold(layer_T[is_new_T], rank_T[is_new_T], expert_T[is_new_T])
-        self.room_MP[layer_T, rank_T] -= amount_T
-        np.subtract.at(self.over_ME, (layer_T, expert_T), amount_T)
+    def _take(self, at_T: Integers, expert_at_T: Integers, amount_T: Amounts) -> None:
+        """Each rank at most once; by flat places in [M, P] and [M, E]."""
+        expert_T = expert_at_T % self.over_ME.shape[1]
+        held_TC = self.copies_MPC.reshape(-1, self.copies_MPC.shape[2])[at_T]
+        is_new_T = ~(held_TC == expert_T[:, None]).any(1)
+        self._hold(at_T[is_new_T], expert_T[is_new_T])
+        self.room_MP.reshape(-1)[at_T] -= amount_T
+        taken_X = np.bincount(expert_at_T, amount_T, self.over_ME.size)
+        self.over_ME -= taken_X.reshape(self.over_ME.shape)
 
-    def _hold(self, layer_T: Integers, rank_T: Integers, expert_T: Integers) -> None:
-        self.copies_MPC[layer_T, rank_T, self.used_MP[layer_T, rank_T]] = expert_T
-        self.used_MP[layer_T, rank_T] += 1
+    def _hold(self, at_T: Integers, expert_T: Integers) -> None:
+        used, slots = self.used_MP.reshape(-1), self.copies_MPC.shape[2]
+        self.copies_MPC.reshape(-1)[at_T * slots + used[at_T]] = expert_T
+        used[at_T] += 1
 
 
 def _hottest_first(loads_ME: Amounts, owner_ME: Integers, over_MP: Amounts) -> Amounts:

@@ -59,7 +59,7 @@ def test_the_largest_model_is_planned_at_once():
     loads_ME = np.stack([rng.permutation(weights_E) for _ in range(layers)])
     owner_ME = np.stack([rng.integers(0, ranks, experts) for _ in range(layers)])
     times = []
-    for _ in range(5):
+    for _ in range(25):
         began = time.perf_counter()
         balancing_copies(loads_ME, owner_ME, ranks, 8, 2)
         times.append(time.perf_counter() - began)
