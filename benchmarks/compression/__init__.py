@@ -98,8 +98,8 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         (row["model"], row["exchange_pct"]): row for row in rows if row.get("variant") == STAYING
     }
     for row in best:
-        speedup = at_its_share(row, staying[row["model"], row["exchange_pct"]])
-        speedup *= speedup_to_loss(row, at) / row["step_speedup"]
+        of_step = at_its_share(row, staying[row["model"], row["exchange_pct"]])
+        speedup = of_step / steps_ratio(row, at)
         found[f"speedup_at_{row['exchange_pct']}pct"] = round(speedup, 3)
         found[f"reached_at_{row['exchange_pct']}pct"] = row["reached_pct"]
     if best:
@@ -148,8 +148,13 @@ def best_variant(
 
 def speedup_to_loss(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]]) -> float:
     """Of a row of `speed`: of time to the same loss, with the steps that `at` says; of a step, if it does not. Pure."""
+    return row["step_speedup"] / steps_ratio(row, at)
+
+
+def steps_ratio(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]]) -> float:
+    """How many times the plain run's steps its variant takes to the same loss; 1 where that is not known. Pure."""
     trained = at.get(trained_as(row["variant"]))
-    return row["step_speedup"] / (trained["steps_ratio"] if trained else 1.0)
+    return trained["steps_ratio"] if trained else 1.0
 
 
 def at_its_share(row: Mapping[str, Any], staying: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ from moesys.moe.experts import grouped_swiglu
 from moesys.ops.autocast import compute_type
 from moesys.ops.grouped_linear import GroupedBackend
 from moesys.ops.shard import local_tensor
-from moesys.parallel.sparse import Gather, Reduce, SparseCollectives, in_order
+from moesys.parallel.sparse import Gather, Reduce, SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute
 from moesys.plan.placement import Placement
 
@@ -110,7 +110,7 @@ class LayerCopies:
         self._done += 1
         if self._done < self.backwards or not self.route.stages:
             return
-        arrived = in_order(self.route, self.collectives.rank)
+        arrived = self.route.arrivals(self.collectives.rank)
         sums = self._sums or tuple(map(torch.zeros_like, self._weights))
         for own, total in zip(self._own(), sums, strict=True):
             copies = dict(zip(arrived, (part.flatten() for part in total), strict=True))

@@ -18,7 +18,9 @@ class LayerPlacement:
 
     def own(self, owner_E: Integers) -> None:
         """From now on these are the owners."""
-        self.owners = owners_alone(owner_E, self.collectives.size)
+        owners = owners_alone(owner_E, self.collectives.size)
+        nowhere = chunk_route(owners, self.collectives.per_node, "direct")
+        self._without = self._made(owners, nowhere, 1)
         self._copies: LayerCopies | None = None
 
     def take(self, placement: Placement, route: ChunkRoute, backwards: int) -> None:
@@ -34,8 +36,7 @@ class LayerPlacement:
         """Who serves the rows of one forward, of which each rank has so many."""
         if self._copies is not None and self.experts.training:
             return self._copies
-        route = chunk_route(self.owners, self.collectives.per_node, "direct")
-        return self._made(self.owners, route, 1)
+        return self._without
 
     def finish(self) -> None:
         """Of a step: add the gradients of copies to those of owners. Collective."""

@@ -63,7 +63,11 @@ class PlacedDispatcher(ExpertParallelDispatcher):
     def plan(
         self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
     ) -> PlacedPlan:
-        assert padded_rows is None, "config/placement.py refuses capacity_policy=pad"
+        if padded_rows is not None:
+            raise ValueError(
+                "model.moe.capacity_policy=pad sends a fixed number of rows to every expert, of which holders "
+                "share out what there is: use capacity_policy=drop"
+            )
         order = ExpertOrder.of(topk_ids_TK, self.num_experts, None)
         counts_SPE = self._counts(order.slots_per_expert_E)
         copies = self.decide(counts_SPE.sum(0))
@@ -74,15 +78,13 @@ class PlacedDispatcher(ExpertParallelDispatcher):
             Shares.of(counts_PE, copies.placement, self.per_node) for counts_PE in counts_SPE
         ]
         received_SPL = np.stack([shares.received_PI(mine_L) for shares in shares_S])
-        own = shares_S[0 if self.slices is None else self.slices.rank]
-        sent_H = own.sent_H(rank)
+        own_slice = 0 if self.slices is None else self.slices.rank
+        own = shares_S[own_slice]
         route = Route(
-            send_splits_list=_sums(pairs.rank_H, sent_H, self.exchange.size),
-            recv_splits_list=own.received_PI(mine_L).sum(1).tolist(),
+            send_splits_list=own.sent_P(rank).tolist(),
+            recv_splits_list=received_SPL[own_slice].sum(1).tolist(),
             through_list=self.exchange.through_known(
-                lambda sources: [
-                    _sums(pairs.rank_H, own.sent_H(s), self.exchange.size) for s in sources
-                ]
+                lambda sources: [own.sent_P(source).tolist() for source in sources]
             ),
         )
         arrivals = received_SPL.sum((1, 2)).tolist()
@@ -96,7 +98,7 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         num_own = len(copies.placement.own(rank))
         rows_L = received_SPL.sum((0, 1))
         return PlacedPlan(
-            order=_in_order_of_place(order, by_place_H, sent_H),
+            order=_in_order_of_place(order, by_place_H, own.sent_H(rank)),
             route=route,
             slice_route=slice_route,
             tokens_per_expert_L=counts_PL.sum(0),
@@ -113,13 +115,6 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         if self.slices is not None:
             counts_SPE = self.slices.gather(counts_SPE[0])
         return counts_SPE.cpu().numpy()
-
-
-def _sums(ranks_H: Integers, rows_H: Integers, size: int) -> list[int]:
-    """Rows for each rank."""
-    sums_P = np.zeros(size, dtype=np.int64)
-    np.add.at(sums_P, ranks_H, rows_H)
-    return sums_P.tolist()
 
 
 def _in_order_of_place(order: ExpertOrder, by_place_H: Integers, sent_H: Integers) -> ExpertOrder:

@@ -8,7 +8,7 @@ Shapes: C copies of this rank, in the order in which they arrive.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,22 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.parallel.exchange import ExchangeMeter
 from moesys.plan.chunk_routes import ChunkRoute, Hop, Stage
 
-
-@dataclass
-class ChunkMeter:
-    """Exact bytes sent to other ranks, and time that the host waited, since the last `read`."""
-
-    sent_bytes: int = 0
-    between_nodes_bytes: int = 0
-    waited_s: float = 0.0
-
-    def read(self) -> tuple[int, int, float]:
-        """And start over."""
-        told = self.sent_bytes, self.between_nodes_bytes, self.waited_s
-        self.sent_bytes, self.between_nodes_bytes, self.waited_s = 0, 0, 0.0
-        return told
+Length = tuple[int, int]
+"""A rank, and how many numbers are for it or from it."""
 
 
 class SparseCollectives:
@@ -40,7 +29,7 @@ class SparseCollectives:
     def __init__(self, group: dist.ProcessGroup, per_node: int) -> None:
         self.group, self.per_node = group, per_node
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.meter = ChunkMeter()
+        self.meter = ExchangeMeter()
 
     def begin_gather(
         self, own: Mapping[int, Tensor], sizes_E: Sequence[int], route: ChunkRoute, like: Tensor
@@ -63,23 +52,30 @@ class SparseCollectives:
         return Reduce(self, copies, sizes_E, route, like)
 
     def exchange(
-        self, send: Tensor, send_to: Sequence[int], received: Tensor, from_: Sequence[int]
+        self, send: Tensor, sent: Iterable[Length], received: Tensor, come: Iterable[Length]
     ) -> dist.Work | None:
-        """Numbers for each rank, and from each; asynchronous."""
-        width = send.element_size()
-        self.meter.sent_bytes += sum(send_to) * width
-        node = self.rank // self.per_node
+        """Numbers for ranks, and from ranks, in order of these; asynchronous."""
+        send_to, from_ = self._per_rank(sent), self._per_rank(come)
+        width, node = send.element_size(), self.rank // self.per_node
         away = (n for rank, n in enumerate(send_to) if rank // self.per_node != node)
+        self.meter.sent_bytes += sum(send_to) * width
+        self.meter.plain_bytes += sum(send_to) * width
         self.meter.between_nodes_bytes += sum(away) * width
         return dist.all_to_all_single(
-            received, send, list(from_), list(send_to), group=self.group, async_op=True
+            received, send, from_, send_to, group=self.group, async_op=True
         )
+
+    def _per_rank(self, lengths: Iterable[Length]) -> list[int]:
+        numbers = [0] * self.size
+        for rank, number in lengths:
+            numbers[rank] += number
+        return numbers
 
     def wait(self, work: dist.Work | None) -> None:
         began = time.perf_counter()
         if work is not None:
             work.wait()
-        self.meter.waited_s += time.perf_counter() - began
+        self.meter.wall_s += time.perf_counter() - began
 
 
 @dataclass
@@ -108,7 +104,7 @@ class Gather:
     """Views of it by expert, 1-d."""
 
     def __post_init__(self) -> None:
-        arriving = in_order(self.route, self.collectives.rank)
+        arriving = self.route.arrivals(self.collectives.rank)
         sizes = [self.sizes_E[expert] for expert in arriving]
         self.flat = self.like.new_empty(sum(sizes))
         self.copies = dict(zip(arriving, self.flat.split(sizes), strict=True))
@@ -137,12 +133,11 @@ class Gather:
         come = [hop for hop in stage if hop.dest == rank]
         begin, self._place = self._place, self._place + sum(self.sizes_E[h.expert] for h in come)
         received = self.flat[begin : self._place]
-        size = self.collectives.size
         work = self.collectives.exchange(
             send,
-            _per_rank(sent, self.sizes_E, size, lambda hop: hop.dest),
+            [(hop.dest, self.sizes_E[hop.expert]) for hop in sent],
             received,
-            _per_rank(come, self.sizes_E, size, lambda hop: hop.source),
+            [(hop.source, self.sizes_E[hop.expert]) for hop in come],
         )
         self._pending = _Pending(work, send, received, come)
 
@@ -180,7 +175,7 @@ class Reduce:
     def _begin_next(self) -> None:
         if not self._left:
             return
-        stage, rank, size = self._left.pop(), self.collectives.rank, self.collectives.size
+        stage, rank = self._left.pop(), self.collectives.rank
         sent = [hop for hop in stage if hop.dest == rank]
         come = [hop for hop in stage if hop.source == rank]
         # To each rank, and from each, in the order in which chunks went the other way.
@@ -191,9 +186,9 @@ class Reduce:
         received = self.like.new_empty(sum(self.sizes_E[hop.expert] for hop in come))
         work = self.collectives.exchange(
             send,
-            _per_rank(sent, self.sizes_E, size, lambda hop: hop.source),
+            [(hop.source, self.sizes_E[hop.expert]) for hop in sent],
             received,
-            _per_rank(come, self.sizes_E, size, lambda hop: hop.dest),
+            [(hop.dest, self.sizes_E[hop.expert]) for hop in come],
         )
         self._pending = _Pending(work, send, received, come)
 
@@ -211,7 +206,7 @@ def sparse_all_gather(
 
     Also returns a 0 that every rank adds to what it goes backward from, for ranks without a copy to take part.
     """
-    experts, arrive = tuple(own), in_order(route, collectives.rank)
+    experts, arrive = tuple(own), tuple(route.arrivals(collectives.rank))
     known = _Known(collectives, sizes_E, route, like, experts, arrive)
     zero, *copies = _SparseAllGather.apply(
         known, torch.zeros((), requires_grad=True), *own.values()
@@ -228,16 +223,11 @@ def sparse_reduce_scatter(
     like: Tensor,
 ) -> tuple[dict[int, Tensor], Tensor]:
     """The sum of what all holders have of each chunk, at its owner; the mirror of `sparse_all_gather`. Collective."""
-    experts, arrive = tuple(own), in_order(route, collectives.rank)
+    experts, arrive = tuple(own), tuple(route.arrivals(collectives.rank))
     known = _Known(collectives, sizes_E, route, like, experts, arrive)
     tensors = *own.values(), *(copies[expert] for expert in arrive)
     zero, *sums = _SparseReduceScatter.apply(known, torch.zeros((), requires_grad=True), *tensors)
     return dict(zip(experts, sums, strict=True)), zero
-
-
-def in_order(route: ChunkRoute, rank: int) -> tuple[int, ...]:
-    """The experts of which a rank gets copies, as they arrive."""
-    return tuple(hop.expert for stage in route.stages for hop in stage if hop.dest == rank)
 
 
 class _Known(NamedTuple):
@@ -287,12 +277,3 @@ class _SparseReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_zero: Tensor, *grads: Tensor):  # type: ignore[override]
         return None, None, *grads, *ctx.known.gathered(grads)
-
-
-def _per_rank(
-    hops: Sequence[Hop], sizes_E: Sequence[int], size: int, rank_of: Callable[[Hop], int]
-) -> list[int]:
-    numbers = [0] * size
-    for hop in hops:
-        numbers[rank_of(hop)] += sizes_E[hop.expert]
-    return numbers

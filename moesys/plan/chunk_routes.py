@@ -48,8 +48,9 @@ class ChunkRoute:
         """By a rank on the way there; it gets as many gradients as it sends chunks."""
         return sum(hop.source == rank for stage in self.stages for hop in stage)
 
-    def received_chunks(self, rank: int) -> int:
-        return sum(hop.dest == rank for stage in self.stages for hop in stage)
+    def arrivals(self, rank: int) -> list[int]:
+        """The experts of which a rank gets copies, as they come to it: by stage, sender, expert."""
+        return [hop.expert for stage in self.stages for hop in stage if hop.dest == rank]
 
     def crossing_chunks(self, node: int) -> tuple[int, int]:
         """That leave a node, and that come to it."""
@@ -106,7 +107,7 @@ def chunk_route(placement: Placement, per_node: int, kind: RouteKind) -> ChunkRo
 
 
 def in_order_of_arrival(placement: Placement, route: ChunkRoute) -> Placement:
-    """The same copies, each rank's as they come to it: by stage, sender, expert."""
+    """The same copies, each rank's in the order of `arrivals`."""
     arrived: list[list[int]] = [[] for _ in range(placement.num_ranks)]
     for stage in route.stages:
         for hop in stage:

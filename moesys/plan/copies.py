@@ -8,7 +8,8 @@ Loads of all layers are planned at once: each layer, or each node of each layer,
 
 import numpy as np
 
-from moesys.plan.placement import Amounts, Integers
+from moesys.plan.lines import begins
+from moesys.plan.placement import Amounts, Integers, Nodes
 
 LEAST = 0.01
 """Of a rank's mean load: a smaller piece is not worth a copy."""
@@ -41,7 +42,7 @@ def balancing_copies(
     state.find_room()
     layer_M1 = np.arange(len(loads_ME))[:, None]
     if 1 < per_node < num_ranks:
-        state.lay(layer_M1 * state.nodes + state.node_P)
+        state.lay(layer_M1 * state.nodes.number + state.nodes.node_P)
     for _ in range(ROUNDS):
         if not state.lay(np.broadcast_to(layer_M1, state.used_MP.shape)):
             break
@@ -61,8 +62,7 @@ class _State:
     ) -> None:
         layers = len(loads_ME)
         self.owner_ME = owner_ME
-        self.node_P = np.arange(num_ranks) // per_node
-        self.per_node, self.nodes = per_node, -(-num_ranks // per_node)
+        self.nodes = Nodes(num_ranks=num_ranks, per_node=per_node)
         mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
         self.at_owner_ME = loads_ME / mean_M1
         """Of each expert's load what its owner has."""
@@ -76,18 +76,19 @@ class _State:
         """The hottest experts to a rank of every node: from the first rank to the last and back."""
         most = min(int(near_M.max()), self.at_owner_ME.shape[1])
         hottest_ME = np.argsort(-self.at_owner_ME, axis=1, kind="stable")[:, :most]
-        layer_M, nodes_N = np.arange(len(near_M)), np.arange(self.nodes)
+        node_P, per_node = self.nodes.node_P, self.nodes.per_node
+        layer_M, nodes_N = np.arange(len(near_M)), np.arange(self.nodes.number)
         num_ranks, slots = self.used_MP.shape[1], self.copies_MPC.shape[2]
-        for turn in range(min(most, self.per_node * slots)):
-            there, back = divmod(turn, self.per_node)
-            place = back if there % 2 == 0 else self.per_node - 1 - back
+        for turn in range(min(most, per_node * slots)):
+            there, back = divmod(turn, per_node)
+            place = back if there % 2 == 0 else per_node - 1 - back
             expert_M = hottest_ME[:, turn]
             owner_M = self.owner_ME[layer_M, expert_M]
-            rank_N = nodes_N * self.per_node + place
-            is_there_MN = (self.node_P[owner_M][:, None] != nodes_N) & (rank_N < num_ranks)
+            rank_N = nodes_N * per_node + place
+            is_there_MN = (node_P[owner_M][:, None] != nodes_N) & (rank_N < num_ranks)
             layer_T, node_T = np.nonzero(is_there_MN & (turn < near_M)[:, None])
             rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
-            amount_M = self.at_owner_ME[layer_M, expert_M] / self.nodes
+            amount_M = self.at_owner_ME[layer_M, expert_M] / self.nodes.number
             self._hold(layer_T * num_ranks + rank_T, expert_T)
             self.elsewhere_MP[layer_T, rank_T] += amount_M[layer_T]
             np.subtract.at(self.at_owner_ME, (layer_T, expert_T), amount_M[layer_T])
@@ -125,7 +126,7 @@ class _State:
         by_size_Y = np.argsort(line_Y * far - room_Y, kind="stable")
         at_X, line_X, over_X = at_X[by_size_X], line_X[by_size_X], over_X[by_size_X]
         at_Y, line_Y, room_Y = at_Y[by_size_Y], line_Y[by_size_Y], room_Y[by_size_Y]
-        begin_X, begin_Y = _begins(over_X, line_X), _begins(room_Y, line_Y)
+        begin_X, begin_Y = begins(over_X, line_X), begins(room_Y, line_Y)
         end_X, end_Y = begin_X + over_X, begin_Y + room_Y
         first_Y = np.searchsorted(begin_X + line_X * far, begin_Y + line_Y * far, side="right") - 1
         free_Y = most - self.used_MP.ravel()[at_Y]
@@ -168,14 +169,7 @@ def _hottest_first(loads_ME: Amounts, owner_ME: Integers, over_MP: Amounts) -> A
     load_X = loads_ME[layer_X, expert_X]
     order = np.lexsort((-load_X, rank_X))
     load_X, rank_X = load_X[order], rank_X[order]
-    left_X = over_MP.ravel()[rank_X] - _begins(load_X, rank_X)
+    left_X = over_MP.ravel()[rank_X] - begins(load_X, rank_X)
     given_ME = np.zeros_like(loads_ME)
     given_ME[layer_X[order], expert_X[order]] = np.clip(left_X, 0.0, load_X)
     return given_ME
-
-
-def _begins(lengths_X: Amounts, lines_X: Integers) -> Amounts:
-    """Where each piece begins on its line; lines ascend."""
-    before_X = lengths_X.cumsum() - lengths_X
-    first_X = np.flatnonzero(np.diff(lines_X, prepend=-1))
-    return before_X - np.repeat(before_X[first_X], np.diff(first_X, append=len(lines_X)))

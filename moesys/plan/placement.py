@@ -34,6 +34,27 @@ def even_owners(num_experts: int, num_ranks: int) -> Integers:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Nodes:
+    """Ranks 0 .. P-1, `per_node` after one another on each node."""
+
+    num_ranks: int
+    per_node: int
+
+    @property
+    def node_P(self) -> Integers:
+        return np.arange(self.num_ranks) // self.per_node
+
+    @property
+    def number(self) -> int:
+        return -(-self.num_ranks // self.per_node)
+
+    def sums(self, values_PX: NDArray) -> NDArray:
+        """[N, X]: over the ranks of each node."""
+        firsts = np.arange(0, self.num_ranks, self.per_node)
+        return np.add.reduceat(values_PX, firsts, axis=0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Placement:
     """One layer's experts. Each has an owner, which keeps its optimizer state; other ranks may hold copies of it."""
 

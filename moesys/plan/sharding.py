@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesys.plan.placement import Amounts, Integers
+from moesys.plan.placement import Amounts, Integers, even_owners
 
 Owners = list[Integers]
 """[M][E]; layers may have different numbers of experts."""
@@ -22,7 +22,7 @@ def owned_at_most(num_experts_M: Sequence[int], num_ranks: int) -> int:
 def first_owners(num_experts_M: Sequence[int], num_ranks: int) -> Owners:
     """Before loads are known: in order, each rank as many of each layer where they divide, of all layers together elsewhere."""
     if all(num_experts % num_ranks == 0 for num_experts in num_experts_M):
-        return [np.arange(n) // (n // num_ranks) for n in num_experts_M]
+        return [even_owners(n, num_ranks) for n in num_experts_M]
     starts = np.cumsum([0, *num_experts_M])
     return [
         (np.arange(start, start + n) * num_ranks) // int(starts[-1])

@@ -11,32 +11,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from moesys.plan.placement import Amounts, Integers, Pairs, Placement
+from moesys.plan.lines import begins
+from moesys.plan.placement import Amounts, Integers, Nodes, Pairs, Placement
 
 SLACK = 0.02
 """A rank may have so much more than the least possible maximum, for rows that then need not travel."""
 MOST_SWEEPS = 32
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Nodes:
-    """Ranks 0 .. P-1, `per_node` after one another on each node."""
-
-    num_ranks: int
-    per_node: int
-
-    @property
-    def node_P(self) -> Integers:
-        return np.arange(self.num_ranks) // self.per_node
-
-    @property
-    def number(self) -> int:
-        return -(-self.num_ranks // self.per_node)
-
-    def sums(self, values_PX: NDArray) -> NDArray:
-        """[N, X]: over the ranks of each node."""
-        firsts = np.arange(0, self.num_ranks, self.per_node)
-        return np.add.reduceat(values_PX, firsts, axis=0)
 
 
 def near_first(counts_PE: NDArray, pairs: Pairs, nodes: Nodes) -> Amounts:
@@ -192,6 +172,10 @@ class Shares:
         """Rows that each rank's experts get."""
         return self.pairs.loads(self.quotas_H, self.nodes.num_ranks).astype(np.int64)
 
+    def sent_P(self, rank: int) -> Integers:
+        """Rows of this rank for each rank."""
+        return self.pairs.loads(self.sent_H(rank), self.nodes.num_ranks).astype(np.int64)
+
     def sent_H(self, rank: int) -> Integers:
         """Rows of this rank for each pair."""
         return self._rows(np.array([rank]), np.arange(len(self.quotas_H)))[0]
@@ -264,7 +248,7 @@ class _Lines:
         demand_H = quotas_H - stay_H
         before_PE = supply_PE.cumsum(0) - supply_PE
         near_start_PE = before_PE - before_PE[node_P * nodes.per_node]
-        near_start_H = _starts(demand_H, expert_H * nodes.number + node_H)
+        near_start_H = begins(demand_H, expert_H * nodes.number + node_H)
         demand_NE = np.zeros((nodes.number, counts_PE.shape[1]), dtype=np.int64)
         np.add.at(demand_NE, (node_H, expert_H), demand_H)
         near_NE = np.minimum(nodes.sums(supply_PE), demand_NE)
@@ -280,14 +264,8 @@ class _Lines:
             far_supply_PE=far_supply_PE,
             far_demand_H=far_demand_H,
             far_start_PE=far_supply_PE.cumsum(0) - far_supply_PE,
-            far_start_H=_starts(far_demand_H, expert_H),
+            far_start_H=begins(far_demand_H, expert_H),
         )
-
-
-def _starts(lengths_H: Integers, groups_H: Integers) -> Integers:
-    """Where each piece begins on its group's line; groups ascend."""
-    before_H = lengths_H.cumsum() - lengths_H
-    return before_H - before_H[np.searchsorted(groups_H, groups_H)]
 
 
 def _overlaps(

@@ -5,7 +5,7 @@ Shapes: M MoE layers, E experts, P ranks (`per_node` of each node one after anot
 
 import numpy as np
 
-from moesys.plan.placement import Amounts, Integers
+from moesys.plan.placement import Amounts, Integers, Nodes
 
 
 def sparse_materialization(
@@ -55,8 +55,8 @@ def _in_proportion(
     hottest: Integers, loads_E: Amounts, owner_E: Integers, copies_PC: Integers, per_node: int
 ) -> None:
     num_ranks, most = copies_PC.shape
-    node_P = np.arange(num_ranks) // per_node
-    nodes = int(node_P[-1]) + 1
+    nodes = Nodes(num_ranks=num_ranks, per_node=per_node)
+    node_P = nodes.node_P
     free_P = np.full(num_ranks, most)
     total = loads_E[hottest].sum()
     for expert in hottest.tolist():
@@ -64,11 +64,11 @@ def _in_proportion(
         wanted = min(num_ranks - 1, max(1, round(share * num_ranks * most)))
         may_P = free_P > 0
         may_P[owner_E[expert]] = False
-        has_N = np.bincount([node_P[owner_E[expert]]], minlength=nodes)
+        has_N = np.bincount([node_P[owner_E[expert]]], minlength=nodes.number)
         for _ in range(wanted):
             if not may_P.any():
                 break
-            free_N = np.bincount(node_P, free_P * may_P, nodes)
+            free_N = np.bincount(node_P, free_P * may_P, nodes.number)
             node = int(np.lexsort((-free_N, has_N, free_N == 0))[0])
             ranks = np.flatnonzero(may_P & (node_P == node))
             rank = int(ranks[np.argmax(free_P[ranks])])

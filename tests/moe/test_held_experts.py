@@ -64,6 +64,19 @@ def passed(dispatcher, experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     return dispatcher.combine(experts(rows_RD, counts_L, *plan.expert_arguments), weights_TK, plan)
 
 
+def trained(dispatcher, experts, rank: int, step: int) -> dict[str, Tensor]:
+    """y and dx of a rank's micro-steps, one after the other; gradients of experts add up."""
+    ys, dxs = [], []
+    for micro_step in range(MICRO_STEPS):
+        x_TD, ids_TK, weights_TK, dy_TD = batch(rank, step, micro_step)
+        x_TD.requires_grad_()
+        y_TD = passed(dispatcher, experts, x_TD, ids_TK, weights_TK)
+        y_TD.backward(dy_TD)
+        ys.append(y_TD.detach())
+        dxs.append(x_TD.grad)
+    return {"y": torch.cat(ys), "dx": torch.cat(dxs)}
+
+
 def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]]:
     placed = placements(size)
     own = placed[0].own(rank)
@@ -77,17 +90,10 @@ def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]
     for step, placement in enumerate(placed):
         layer.take(placement, chunk_route(placement, 2, kind), MICRO_STEPS)
         layer.begin()
-        ys, dxs = [], []
-        for micro_step in range(MICRO_STEPS):
-            x_TD, ids_TK, weights_TK, dy_TD = batch(rank, step, micro_step)
-            x_TD.requires_grad_()
-            y_TD = passed(dispatcher, experts, x_TD, ids_TK, weights_TK)
-            y_TD.backward(dy_TD)
-            ys.append(y_TD.detach())
-            dxs.append(x_TD.grad)
+        rows = trained(dispatcher, experts, rank, step)
         layer.finish()
         grads = {name: getattr(experts, name).grad for name in weights()}
-        found.append({"y": torch.cat(ys), "dx": torch.cat(dxs), **grads})
+        found.append({**rows, **grads})
         experts.zero_grad(set_to_none=True)
     return found
 
@@ -105,16 +111,8 @@ def test_copies_change_no_number(size: int, kind: RouteKind) -> None:
     for step in range(STEPS):
         experts.zero_grad(set_to_none=True)
         for rank in range(size):
-            ys, dxs = [], []
-            for micro_step in range(MICRO_STEPS):
-                x_TD, ids_TK, weights_TK, dy_TD = batch(rank, step, micro_step)
-                x_TD.requires_grad_()
-                y_TD = passed(dispatcher, experts, x_TD, ids_TK, weights_TK)
-                y_TD.backward(dy_TD)
-                ys.append(y_TD.detach())
-                dxs.append(x_TD.grad)
-            torch.testing.assert_close(results[rank][step]["y"], torch.cat(ys))
-            torch.testing.assert_close(results[rank][step]["dx"], torch.cat(dxs))
+            for name, rows in trained(dispatcher, experts, rank, step).items():
+                torch.testing.assert_close(results[rank][step][name], rows)
         for name, parameter in experts.named_parameters():
             for rank in range(size):
                 own = np.flatnonzero(owner_E == rank)

@@ -83,7 +83,7 @@ def _check_bytes(collectives, route, sizes_E, dtype, back: bool = False) -> None
     mine = [(dest, expert) for source, dest, expert in hops if source == collectives.rank]
     node = collectives.rank // collectives.per_node
     far = [(dest, expert) for dest, expert in mine if dest // collectives.per_node != node]
-    sent, away, _ = collectives.meter.read()
+    sent, _, away, _ = collectives.meter.read()
     assert sent == sum(sizes_E[expert] for _, expert in mine) * dtype.itemsize
     assert away == sum(sizes_E[expert] for _, expert in far) * dtype.itemsize
 

@@ -52,8 +52,8 @@ def test_each_copy_comes_once_from_one_who_has_it(rng, experts, ranks, copies, p
     arranged = in_order_of_arrival(placement, route)
     assert problems(arranged, copies) == []
     for rank in range(ranks):
-        assert arranged.copies(rank) == [e for r, e in came if r == rank]
-        assert route.received_chunks(rank) == len(placement.copies(rank))
+        assert arranged.copies(rank) == [e for r, e in came if r == rank] == route.arrivals(rank)
+        assert len(route.arrivals(rank)) == len(placement.copies(rank))
     assert sum(map(route.sent_chunks, range(ranks))) == len(wanted)
     if kind != "direct":
         nodes = range(-(-ranks // per_node))

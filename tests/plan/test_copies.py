@@ -53,14 +53,19 @@ def test_within_a_tenth_of_the_optimum_on_a_thousand_small_cases():
 
 @pytest.mark.alone
 def test_the_largest_model_is_planned_at_once():
+    """50 ms where a stable sort of as many numbers as there are ranks of all layers takes 13 ms; of machines of any speed."""
     layers, experts, ranks = 64, 256, 2048
     rng = np.random.default_rng(1)
     weights_E = np.arange(1, experts + 1) ** -1.0
     loads_ME = np.stack([rng.permutation(weights_E) for _ in range(layers)])
     owner_ME = np.stack([rng.integers(0, ranks, experts) for _ in range(layers)])
-    times = []
+    numbers = rng.random(layers * ranks)
+    plan_s, sort_s = [], []
     for _ in range(25):
         began = time.perf_counter()
         balancing_copies(loads_ME, owner_ME, ranks, 8, 2)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.05
+        planned_at = time.perf_counter()
+        np.argsort(numbers, kind="stable")
+        plan_s.append(planned_at - began)
+        sort_s.append(time.perf_counter() - planned_at)
+    assert min(plan_s) < 50 / 13 * min(sort_s)
