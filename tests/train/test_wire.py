@@ -20,7 +20,6 @@ FP8 = WireConfig(
     combine_forward="e4m3",
     combine_backward="e5m2",
     block=16,
-    error_feedback=True,
 )
 
 
@@ -46,13 +45,15 @@ def plain() -> Numbers:
         (INT8, 0.02),
         (all_four("int4"), 0.25),
         (FP8, 0.15),
+        (replace(FP8, error_feedback=True), 0.15),
         (WireConfig(combine_forward="int8"), 0.01),
     ],
-    ids=["int8", "int4", "fp8", "one way"],
+    ids=["int8", "int4", "fp8", "fp8 fed back", "one way"],
 )
 def test_gradients_are_near_the_plain_ones(wire: WireConfig, most: float, plain: Numbers) -> None:
     found = compare(parity(one_moe_layer(wire), 2, micro_steps=2), plain)
     assert not found.missing
+    print(f"{100 * found.gradients:.1f} %")
     assert 1e-4 < found.gradients < most
     assert found.figures < most / 3
 
