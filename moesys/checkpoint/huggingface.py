@@ -147,18 +147,19 @@ class _HfFolder:
 
 def _fill(entry: HfTensor, source: _HfFolder, parameter: Tensor) -> None:
     """Copy this rank's part of one HF tensor."""
-    mine = local_piece(entry.ours, parameter).region
+    mine = local_piece(entry.ours, parameter)
     depth, shape = len(entry.index), tuple(parameter.shape)
     theirs = Region(
         offsets=(*entry.index, *(0 for _ in shape[depth:])), shape=(1,) * depth + shape[depth:]
     )
-    common = theirs.intersect(mine)
-    if common is None:
-        return
-    # Joined halves leave the first dim as it is, so rows can be cut before the others are.
-    rows, *others = common.within(theirs)[depth:]
-    part = source.slice(entry.name)[rows].reshape(-1, *shape[depth + 1 :])
-    local_tensor(parameter)[common.within(mine)].copy_(part[(slice(None), *others)])
+    for region in mine.regions:
+        common = theirs.intersect(region)
+        if common is None:
+            continue
+        # Joined halves leave the first dim as it is, so rows can be cut before the others are.
+        rows, *others = common.within(theirs)[depth:]
+        part = source.slice(entry.name)[rows].reshape(-1, *shape[depth + 1 :])
+        local_tensor(parameter)[mine.within(common)].copy_(part[(slice(None), *others)])
 
 
 def _settings_problems(hf_model: dict[str, Any], config: ModelConfig) -> list[str]:

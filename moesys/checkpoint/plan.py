@@ -34,7 +34,20 @@ class Piece:
     dtype: str
     shape: tuple[int, ...]
     """Of the whole tensor."""
-    region: Region
+    regions: tuple[Region, ...]
+    """Boxes of it; several lie one after the other along dim 0 of what the rank has."""
+
+    def within(self, region: Region) -> tuple[slice, ...]:
+        """The index that cuts `region`, of one of the boxes, out of what the rank has."""
+        first = 0
+        for box in self.regions:
+            if region.intersect(box) == region:
+                index = region.within(box)
+                if not first:
+                    return index
+                return slice(index[0].start + first, index[0].stop + first), *index[1:]
+            first += box.shape[0]
+        raise ValueError(f"{region} is of none of {self.regions}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +135,10 @@ def _merge(
                     f"{name} is {known.dtype} {list(known.shape)} on rank {owner} "
                     f"but {piece.dtype} {list(piece.shape)} on rank {rank}: make them equal"
                 )
-            elif piece.region.numel:
-                holders_of.setdefault((name, piece.region), []).append(rank)
+            else:
+                for region in piece.regions:
+                    if region.numel:
+                        holders_of.setdefault((name, region), []).append(rank)
     regions_of: dict[str, list[Region]] = {name: [] for name in first}
     for name, region in holders_of:
         regions_of[name].append(region)

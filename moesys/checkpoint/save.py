@@ -60,7 +60,7 @@ class Prepared:
     def part(self, write: ChunkWrite) -> Tensor:
         """What `write` writes: a view of this rank's tensor, wherever that is."""
         whole = local_tensor(self.tensors[write.name])
-        return whole[write.region.within(self.pieces[write.name].region)]
+        return whole[self.pieces[write.name].within(write.region)]
 
     def chunk(self, write: ChunkWrite) -> Tensor:
         """As `part`, contiguous on the CPU."""

@@ -37,15 +37,15 @@ def local_piece(name: str, tensor: Tensor) -> Piece:
         raise CheckpointError(
             f"{name} is {tensor.dtype}, a checkpoint holds {', '.join(ITEMSIZE_BYTES)}: convert it"
         )
-    box = shard.local_box(tensor)
-    if box is None:
+    boxes = shard.local_boxes(tensor)
+    if boxes is None:
         assert isinstance(tensor, DTensor)
         raise CheckpointError(
             f"{name} is placed {tensor.placements}: redistribute it to Shard or Replicate"
         )
-    region = Region(offsets=box[0], shape=box[1])
-    assert not region.numel or region.shape == tuple(local_tensor(tensor).shape), name
-    return Piece(dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape), region=region)
+    regions = tuple(Region(offsets=offsets, shape=shape) for offsets, shape in boxes)
+    assert sum(region.numel for region in regions) == local_tensor(tensor).numel(), name
+    return Piece(dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape), regions=regions)
 
 
 def write_shards(

@@ -4,7 +4,7 @@ A plain tensor is one that every rank holds alike; a DTensor is held in shards. 
 whole tensor, cut into chunks: any number of ranks in any layout reads what it needs of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,21 @@ def load(
     requested = {name for names in ranks.gather(list(pieces)) for name in names}
     ranks.each(lambda: _check_request(path, manifest, pieces, requested, under))
 
-    outs = {name: (pieces[name].region, local_tensor(tensor)) for name, tensor in tensors.items()}
+    outs = [
+        (name, region, local_tensor(tensor)[pieces[name].within(region)])
+        for name, tensor in tensors.items()
+        for region in pieces[name].regions
+        if region.numel
+    ]
     own = _empty_rank_tensors(manifest, ranks)
     for name, tensor in (own or {}).items():
-        outs[f"{RANK_PREFIX}{ranks.rank}/{name}"] = (Region.whole(tuple(tensor.shape)), tensor)
+        outs.append(
+            (f"{RANK_PREFIX}{ranks.rank}/{name}", Region.whole(tuple(tensor.shape)), tensor)
+        )
     with ShardReader(path, manifest) as reader:
-        ranks.each(lambda: _verify(reader, {name: region for name, (region, _) in outs.items()}))
+        ranks.each(lambda: _verify(reader, [(name, region) for name, region, _ in outs]))
         bytes_read = reader.bytes_read
-        ranks.each(lambda: [reader.fill(name, *out) for name, out in outs.items()])
+        ranks.each(lambda: [reader.fill(*out) for out in outs])
         return LoadedState(
             path=path,
             step=manifest.step,
@@ -151,10 +158,10 @@ def _empty_rank_tensors(manifest: Manifest, ranks: Ranks) -> dict[str, Tensor] |
     }
 
 
-def _verify(reader: ShardReader, regions: Mapping[str, Region]) -> None:
+def _verify(reader: ShardReader, regions: Sequence[tuple[str, Region]]) -> None:
     """Read every chunk that fills `regions`; raise with all that is wrong."""
     needed = [
-        (n, chunk) for n, region in regions.items() for chunk in reader.overlapping(n, region)
+        (name, chunk) for name, region in regions for chunk in reader.overlapping(name, region)
     ]
     tensors_in: dict[str, list[str]] = {}
     for name, chunk in needed:

@@ -95,7 +95,7 @@ def write_growth(
     if out.exists():
         raise ValueError(f"{out} exists: name a new folder")
     pieces = {
-        t.name: Piece(dtype=t.dtype, shape=t.shape, region=Region.whole(t.shape))
+        t.name: Piece(dtype=t.dtype, shape=t.shape, regions=(Region.whole(t.shape),))
         for t in growth.tensors
     }
     prepared = Prepared(

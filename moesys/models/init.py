@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
-from moesys.ops.shard import local_box, local_tensor
+from moesys.ops.shard import local_boxes, local_rows, local_tensor
 
 RESIDUAL_PROJECTIONS = ("attn.wo.weight", ".down")
 """Names that end so write into the residual stream; their std falls with depth (GPT-2)."""
@@ -50,16 +50,17 @@ def _law(name: str, width: int, config: ModelConfig) -> Law:
 
 
 def _draw(key: str, parameter: Tensor, local: Tensor, law: Law) -> None:
-    box = local_box(parameter)
-    assert box is not None, f"{key}: this rank's part is no box of the whole"
-    inside = tuple(slice(at, at + length) for at, length in zip(*box, strict=True))
+    boxes = local_boxes(parameter)
+    assert boxes is not None, f"{key}: this rank's part is no box of the whole"
+    if not boxes:
+        return
+    inside = tuple(slice(at, at + length) for at, length in zip(*boxes[0], strict=True))
     if ".memory.table." in key:
         heads = (slice(0, 1),) * (3 - local.ndim)
         of_heads = local[None] if heads else local
         _draw_rows(key, parameter.shape, of_heads, (*heads, *inside), law)
     elif ".experts." in key:
-        for i in range(local.shape[0]):
-            expert = inside[0].start + i
+        for i, expert in enumerate(local_rows(parameter)):
             local[i].copy_(_drawn(f"{key}:{expert}", parameter.shape[1:], law)[inside[1:]])
     else:
         local.copy_(_drawn(key, parameter.shape, law)[inside])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.experts import ExpertClasses, Experts
-from moesys.ops.shard import local_box, local_tensor
+from moesys.ops.shard import local_rows, local_tensor
 
 _SMALLEST = 1e-12
 
@@ -53,7 +53,7 @@ def divergence(loads: Sequence[Sequence[int]]) -> float:
 def _squares(weight: Tensor) -> Tensor:
     """Of every expert, its squared length in this tensor, fp64 [E]."""
     squares_E = torch.zeros(weight.shape[0], dtype=torch.float64, device=weight.device)
-    for own, expert in zip(local_tensor(weight), _experts_here(weight), strict=True):
+    for own, expert in zip(local_tensor(weight), local_rows(weight), strict=True):
         squares_E[expert] = own.double().square().sum()
     return _summed(squares_E, weight, of_experts=True, of_others=True)
 
@@ -62,18 +62,10 @@ def _square_of_sum(weight: Tensor, scale_E: Tensor) -> Tensor:
     """Squared length of the scaled experts' sum in this tensor."""
     local = local_tensor(weight)
     summed = local.new_zeros(local.shape[1:], dtype=torch.float64)
-    for own, expert in zip(local, _experts_here(weight), strict=True):
+    for own, expert in zip(local, local_rows(weight), strict=True):
         summed += own.double() * scale_E[expert]
     summed = _summed(summed, weight, of_experts=True, of_others=False)
     return _summed(summed.square().sum(), weight, of_experts=False, of_others=True)
-
-
-def _experts_here(weight: Tensor) -> range:
-    """The experts of which this rank has a part."""
-    box = local_box(weight)
-    assert box is not None, "experts' weights are boxes"
-    (first, *_), (length, *_) = box
-    return range(first, first + length)
 
 
 def _summed(part: Tensor, weight: Tensor, *, of_experts: bool, of_others: bool) -> Tensor:

@@ -6,6 +6,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from moesys.config.schema import OptimConfig
+from moesys.ops.shard import set_rows_like
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -46,6 +47,8 @@ def optimizer_tensors(
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for key in ("exp_avg", "exp_avg_sq"):
+            set_rows_like(state[key], parameter)
         for key in ("step", "exp_avg", "exp_avg_sq"):
             tensors[f"optim.{name}.{key}"] = state[key]
     return tensors

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from moesys.ops.shard import local_box, local_tensor
+from moesys.ops.shard import local_rows, local_tensor
 
 
 def keep_frozen(parameters: Iterable[tuple[str, nn.Parameter]], frozen_experts: int) -> None:
@@ -30,6 +30,4 @@ def _zero(name: str, parameter: nn.Parameter, grad: Tensor, frozen_experts: int)
     if not has_row_per_expert(name):
         local.zero_()
         return
-    box = local_box(parameter)
-    assert box is not None, f"{name}: this rank's part is no box of the whole"
-    local[: max(0, frozen_experts - box[0][0])].zero_()
+    local[: sum(row < frozen_experts for row in local_rows(parameter))].zero_()

@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesys.ops.shard import local_box, local_tensor
+from moesys.ops.shard import local_boxes, local_tensor
 
 _CHUNK = 1 << 24
 """8-byte words that a device's checksum widens at a time."""
@@ -137,9 +137,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     """ "NAME BOX" -> hash of this rank's part; and the bytes that were read."""
     locals_ = {}
     for name, tensor in tensors.items():
-        box = local_box(tensor)
-        assert box is not None, f"{name} cannot be in a checkpoint"
-        locals_[f"{name} {json.dumps(box)}"] = local_tensor(tensor.detach()).contiguous()
+        boxes = local_boxes(tensor)
+        assert boxes is not None, f"{name} cannot be in a checkpoint"
+        locals_[f"{name} {json.dumps(boxes)}"] = local_tensor(tensor.detach()).contiguous()
     on_device = [what for what, local in locals_.items() if not local.is_cpu]
     sums: list[int] = []
     if on_device:
