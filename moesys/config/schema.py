@@ -10,6 +10,7 @@ from typing import Literal
 from moesys.config.component_schema import ComponentConfig
 from moesys.config.data_schema import DataConfig
 from moesys.config.dispatch_schema import DispatchConfig
+from moesys.config.placement_schema import PlacementConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,3 +442,4 @@ class RunConfig:
     metrics: MetricsConfig
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)

@@ -4,16 +4,18 @@ Shapes: D model, F hidden, O own experts, C copies, L = O + C, R rows in order o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moesys.moe.experts import grouped_swiglu
 from moesys.ops.autocast import compute_type
 from moesys.ops.grouped_linear import GroupedBackend
-from moesys.ops.shard import local_tensor
+from moesys.ops.shard import local_tensor, set_rows
 from moesys.parallel.sparse import Gather, Reduce, SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute
 from moesys.plan.placement import Placement
@@ -25,11 +27,28 @@ PARAMETERS = ("gate_up", "down")
 class HeldExperts(nn.Module):
     """As `Experts`, of any number of a layer's experts; and between a gather and a reduction, copies of others."""
 
-    def __init__(self, gate_up: nn.Parameter, down: nn.Parameter) -> None:
-        """[O, 2, F, D] and [O, D, F], or DTensors with these as their local parts."""
+    def __init__(self, gate_up: nn.Parameter, down: nn.Parameter, owned: Sequence[int]) -> None:
+        """[O, 2, F, D] and [O, D, F], or DTensors with these as their local parts. `owned`: which experts, ascending."""
         super().__init__()
         self.gate_up, self.down = gate_up, down
+        self.owned = tuple(owned)
         self.backend: GroupedBackend = "grouped_mm"
+        self._say_rows()
+
+    def classes(self) -> list[Self]:
+        """This one: all are of one width."""
+        return [self]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What moves parameters makes them anew."""
+        super()._apply(fn, recurse)
+        self._say_rows()
+        return self
+
+    def _say_rows(self) -> None:
+        for parameter in self.parameters():
+            if isinstance(parameter, DTensor):
+                set_rows(parameter, self.owned)
 
     def forward(
         self,

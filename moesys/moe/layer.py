@@ -17,7 +17,9 @@ from moesys.moe.compression import UNCOMPRESSED, Compression
 from moesys.moe.decision import Decision, DecisionMemory
 from moesys.moe.dispatch import Dispatcher, LocalDispatcher
 from moesys.moe.experts import ExpertClasses, Experts, SwiGLU
+from moesys.moe.held_experts import HeldExperts
 from moesys.moe.latent import Latent
+from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.load import ExpertLoad
 from moesys.moe.null_experts import NullExperts
 from moesys.moe.routing import RoutingResult
@@ -47,7 +49,7 @@ class MoELayer(nn.Module):
         d_row = config.d_latent or d_model
         self.latent = Latent(d_model, d_row) if config.d_latent else None
         num_classes = len(config.widths)
-        self.experts = (
+        self.experts: Experts | ExpertClasses | HeldExperts = (
             Experts(config.num_experts, d_row, config.d_expert)
             if num_classes == 1
             else ExpertClasses(config.num_experts, d_row, config.widths)
@@ -62,6 +64,8 @@ class MoELayer(nn.Module):
         has_null = config.num_choices > config.num_experts
         self.null_experts = NullExperts(config, d_model) if has_null else None
         self.dispatcher: Dispatcher = LocalDispatcher(config.num_experts, num_classes)
+        self.placement: LayerPlacement | None = None
+        """Of experts that may have copies on other ranks."""
         self.d_model, self.layer = d_model, layer
         self.compression = UNCOMPRESSED
         self.candidates: dict[str, Compression] = {}

@@ -18,6 +18,7 @@ class LayerPlacement:
 
     def own(self, owner_E: Integers) -> None:
         """From now on these are the owners."""
+        self.owner_E = owner_E
         owners = owners_alone(owner_E, self.collectives.size)
         nowhere = chunk_route(owners, self.collectives.per_node, "direct")
         self._without = self._made(owners, nowhere, 1)

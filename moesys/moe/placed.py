@@ -40,6 +40,22 @@ class PlacedPlan(ExchangePlan):
         return self.rows_per_class_list, self.copies
 
 
+@dataclass(kw_only=True)
+class Levels:
+    """Rows that the busiest rank of each forward got, and the mean rank, one forward after the other."""
+
+    busiest: int = 0
+    if_owners_alone: int = 0
+    """The busiest of each forward, had owners served all rows."""
+    mean: float = 0.0
+
+    def add(self, placement: Placement, counts_E: Integers, rows_P: Integers) -> None:
+        owned_P = np.bincount(placement.owner_E, counts_E, placement.num_ranks)
+        self.busiest += int(rows_P.max())
+        self.if_owners_alone += int(owned_P.max())
+        self.mean += float(rows_P.mean())
+
+
 class PlacedDispatcher(ExpertParallelDispatcher):
     """Expert parallelism in which an expert may have several holders, and a rank any number of experts.
 
@@ -59,6 +75,8 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         self.num_experts, self.num_classes = num_experts, 2
         self.exchange, self.slices = exchange, slices
         self.per_node, self.decide = per_node, decide
+        self.levels = Levels()
+        """Of forwards since this was set."""
 
     def plan(
         self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
@@ -77,6 +95,8 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         shares_S = [
             Shares.of(counts_PE, copies.placement, self.per_node) for counts_PE in counts_SPE
         ]
+        rows_P = np.sum([shares.loads_P() for shares in shares_S], axis=0)
+        self.levels.add(copies.placement, counts_SPE.sum((0, 1)), rows_P)
         received_SPL = np.stack([shares.received_PI(mine_L) for shares in shares_S])
         own_slice = 0 if self.slices is None else self.slices.rank
         own = shares_S[own_slice]

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from moesys.moe.experts import ExpertClasses, Experts
+from moesys.moe.held_experts import HeldExperts
 from moesys.ops.shard import local_rows, local_tensor
 
 _SMALLEST = 1e-12
 
 
-def layer_similarity(experts: Experts | ExpertClasses) -> Tensor:
+def layer_similarity(experts: Experts | ExpertClasses | HeldExperts) -> Tensor:
     """`mean_cosine` of a layer's experts; of several widths the mean over these, which are not compared to each other."""
     return torch.stack([mean_cosine(alike.parameters()) for alike in experts.classes()]).mean()
 

@@ -35,12 +35,20 @@ class Meshes:
     """Of the ep group, the ranks on this rank's node. None, as the next, where the meshes are not cut by nodes."""
     ep_rail_group: dist.ProcessGroup | None = None
     """Of the ep group, the ranks of this rank's place in all its nodes."""
+    copies_group: dist.ProcessGroup | None = None
+    """The ranks of the ep group once more, for copies of experts, which travel beside rows. None where there are none."""
 
     @property
     def nodes(self) -> tuple[int, int]:
         """How many there are, and which is this rank's."""
         per_node = self.ranks_per_node or self.dims.world_size
         return -(-self.dims.world_size // per_node), dist.get_rank() // per_node
+
+    @property
+    def ep_per_node(self) -> int:
+        """Ranks of an ep group that are near each other, one after the other. Raises ValueError where nodes have unequal numbers."""
+        per_node = self.ranks_per_node or self.dims.world_size
+        return len(nodes_and_rails(dist.get_process_group_ranks(self.ep_group), per_node)[0][0])
 
     @property
     def pp_group(self) -> dist.ProcessGroup:
@@ -70,8 +78,10 @@ def build_meshes(
     device_type: str,
     ranks_per_node: int | None = None,
     cuts_by_node: bool = False,
+    has_copies: bool = False,
 ) -> Meshes:
-    """Collective: every rank calls it once, after the process group exists. `cuts_by_node`: with groups inside ep.
+    """Collective: every rank calls it once, after the process group exists. `cuts_by_node`: with groups inside ep;
+    `has_copies`: with one for copies of experts.
 
     Raises:
         ValueError: groups inside ep are wanted where nodes have unequal numbers of its ranks.
@@ -105,6 +115,7 @@ def build_meshes(
         ranks_per_node=ranks_per_node,
         ep_node_group=_group(nodes) if cuts_by_node else None,
         ep_rail_group=_group(rails) if cuts_by_node else None,
+        copies_group=_own_group(dims.groups("ep")) if has_copies and dims.ep > 1 else None,
     )
 
 
@@ -116,6 +127,13 @@ def _ends_group(dims: ParallelDims) -> dist.ProcessGroup | None:
     ends = [[ranks[0], ranks[-1]] for ranks in dims.groups("pp")] if dims.pp > 1 else []
     made = _group(ends)
     return made if any(dist.get_rank() in ranks for ranks in ends) else None
+
+
+def _own_group(groups: Iterable[list[int]]) -> dist.ProcessGroup:
+    """As `_group`, and never one that others use."""
+    made = [dist.new_group(ranks) for ranks in groups]
+    (mine,) = (group for group in made if isinstance(group, dist.ProcessGroup))
+    return mine
 
 
 def _group(groups: Iterable[list[int]]) -> dist.ProcessGroup:

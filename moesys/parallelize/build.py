@@ -11,14 +11,20 @@ from torch import nn
 from moesys.config.schema import DispatchConfig, ModelConfig, RunConfig
 from moesys.models.init import initialize
 from moesys.models.memory_layer import MemoryTable
-from moesys.models.transformer import Transformer, modules_of
+from moesys.models.transformer import MoEBlock, Transformer, modules_of
+from moesys.moe.held_experts import HeldExperts
 from moesys.moe.layer import MoELayer
 from moesys.parallel.mesh import Meshes
 from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.compile import compile_blocks
 from moesys.parallelize.context import shard_context
 from moesys.parallelize.data import shard_data
-from moesys.parallelize.experts import AS_IT_IS, shard_experts, shard_memory
+from moesys.parallelize.experts import (
+    AS_IT_IS,
+    copy_collectives,
+    shard_experts,
+    shard_memory,
+)
 from moesys.parallelize.gradients import gradient_sums
 from moesys.parallelize.pipeline import Pipeline
 from moesys.parallelize.recompute import apply_recompute
@@ -63,6 +69,8 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     # Otherwise the step is judged by its loss, and dropped.
     is_checked = config.anomaly.policy == "stop"
     _shard_with_experts(whole, meshes, config.dispatch, is_checked)
+    for part in parts:
+        _begin_copies_early(part)
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -85,6 +93,9 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         meshes,
         zero=parallel.zero,
         sequence_parallel=parallel.sequence_parallel,
+        whole_on_owners={
+            p for experts in modules_of(whole, HeldExperts) for p in experts.parameters()
+        },
     )
     copies: set[nn.Parameter] = set()
     if pipeline is not None and (over_depth := list(whole.over_depth.parameters())):
@@ -102,10 +113,24 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
 def _shard_with_experts(
     model: Transformer, meshes: Meshes, dispatch: DispatchConfig, is_checked: bool = True
 ) -> None:
+    collectives = copy_collectives(meshes)
     for layer in modules_of(model, MoELayer):
-        shard_experts(layer, meshes, dispatch, is_checked)
+        shard_experts(layer, meshes, dispatch, is_checked, collectives)
     for table in modules_of(model, MemoryTable):
         shard_memory(table, meshes)
+
+
+def _begin_copies_early(part: Transformer) -> None:
+    """Copies of a layer's experts are on their way while its attention computes."""
+
+    def begin(block: nn.Module, _: object) -> None:
+        assert isinstance(block, MoEBlock)
+        assert block.moe.placement is not None
+        block.moe.placement.begin()
+
+    for block in part.blocks():
+        if isinstance(block, MoEBlock) and block.moe.placement is not None:
+            block.register_forward_pre_hook(begin)
 
 
 def _has_a_table_of_two(parts: list[Transformer]) -> bool:

@@ -9,6 +9,8 @@ Under a pipeline torch's stages reduce gradients once, after the last micro-step
 until then: stage 2 is then stage 1, and stage 3 frees a block's parameters after its forwards alone.
 """
 
+from collections.abc import Collection
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moesys.models.memory_layer import MemoryTable
 from moesys.models.transformer import Transformer, modules_of
 from moesys.moe.experts import ExpertClasses, Experts
+from moesys.moe.held_experts import HeldExperts
 from moesys.parallel.mesh import Meshes
 
 
@@ -25,16 +28,18 @@ def shard_data(part: Transformer, meshes: Meshes, zero: int) -> None:
     dense = _axes(meshes.dense, "dp_replicate", "shard")
     expert = _axes(meshes.expert, "edp_replicate", "edp_shard")
     experts = modules_of(part, ExpertClasses) or modules_of(part, Experts)
+    # Whose number changes from rank to rank: they are whole on their owners.
+    held = [p for module in modules_of(part, HeldExperts) for p in module.parameters()]
     for module in (*experts, *modules_of(part, MemoryTable)):
         _shard(module, expert, zero)
     for block in part.blocks():
-        _shard(block, dense, zero)
+        _shard(block, dense, zero, held)
     # A table that serves two ends, and a head that is used again, stay with the stage, which is gathered once.
     if not part.config.has_two_tables:
         for outer in (part.embed, part.head):
             if outer is not None:
                 _shard(outer, dense, zero)
-    _shard(part, dense, zero)
+    _shard(part, dense, zero, held)
 
 
 def begin_micro_step(part: nn.Module, zero: int, is_last: bool) -> None:
@@ -59,12 +64,15 @@ def _axes(mesh: DeviceMesh, replicate: str, shard: str) -> DeviceMesh:
     return mesh[shard] if mesh[replicate].size() == 1 else mesh[replicate, shard]
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh, zero: int) -> None:
+def _shard(
+    module: nn.Module, mesh: DeviceMesh, zero: int, but: Collection[nn.Parameter] = ()
+) -> None:
     wrapped = fully_shard(
         module,
         mesh=mesh,
         reshard_after_forward=zero > 2,
         shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
+        ignored_params=set(but),
     )
     # Losses are sums divided by the global token count: gradients are summed, never averaged.
     wrapped.set_gradient_divide_factor(1.0)

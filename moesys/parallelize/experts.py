@@ -1,23 +1,29 @@
 """Experts spread over ranks: each keeps its experts (ep) and its slice of their hidden width (etp). A memory layer's
 table lies with them: each rank of ep has some of its columns."""
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moesys.config.dispatch_schema import WireConfig
-from moesys.config.schema import ComponentConfig, DispatchConfig, MoEConfig
+from moesys.config.schema import ComponentConfig, DispatchConfig
 from moesys.models.memory_layer import MemoryTable
 from moesys.moe.component import build_codec
 from moesys.moe.compression import Compression, WireFormats
 from moesys.moe.deduplicated import DeduplicatingDispatcher
 from moesys.moe.dispatch import Dispatcher, ExpertParallelDispatcher
+from moesys.moe.held_experts import HeldExperts
 from moesys.moe.layer import MoELayer
+from moesys.moe.layer_placement import LayerPlacement
+from moesys.moe.placed import PlacedDispatcher
 from moesys.moe.tokens import SequenceShare
 from moesys.parallel.columns import ColumnParallel
 from moesys.parallel.exchange import FlatExchange
 from moesys.parallel.hierarchical import HierarchicalExchange
 from moesys.parallel.mesh import Meshes
+from moesys.parallel.sparse import SparseCollectives
+from moesys.plan.placement import even_owners
 
 AS_IT_IS = DispatchConfig()
 HIDDEN_DIM = {"gate_up": 2, "down": 2}
@@ -25,11 +31,15 @@ HIDDEN_DIM = {"gate_up": 2, "down": 2}
 
 
 def shard_experts(
-    layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig = AS_IT_IS, is_checked: bool = True
+    layer: MoELayer,
+    meshes: Meshes,
+    dispatch: DispatchConfig = AS_IT_IS,
+    is_checked: bool = True,
+    collectives: SparseCollectives | None = None,
 ) -> None:
     """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens.
 
-    `is_checked`: what is to be compressed and is not finite is an error.
+    `is_checked`: what is to be compressed and is not finite is an error. `collectives`: experts may have copies, by these.
     """
     dims = meshes.dims
     layer.balance.group = meshes.stage_group
@@ -39,7 +49,6 @@ def shard_experts(
         )
     if dims.ep * dims.etp == 1:
         return
-    layer.dispatcher = _dispatcher(layer.config, meshes, dispatch)
     if dims.ep > 1:
         layer.compression = _compression(layer, dispatch.codec, dispatch.wire, is_checked)
         layer.candidates = {
@@ -51,6 +60,26 @@ def shard_experts(
             if isinstance(parameter, DTensor):
                 return  # shared with another layer
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
+    if collectives is not None:
+        layer.placement = _placement(layer, collectives)
+    layer.dispatcher = _dispatcher(layer, meshes, dispatch)
+
+
+def copy_collectives(meshes: Meshes) -> SparseCollectives | None:
+    """By which experts get copies on other ranks of ep; None where there are none. Collective."""
+    group = meshes.copies_group
+    if group is None:
+        return None
+    return SparseCollectives(group, meshes.ep_per_node)
+
+
+def _placement(layer: MoELayer, collectives: SparseCollectives) -> LayerPlacement:
+    """Each rank begins with its equal run of experts."""
+    (experts,) = layer.experts.classes()
+    owner_E = even_owners(layer.config.num_experts, collectives.size)
+    owned = np.flatnonzero(owner_E == collectives.rank).tolist()
+    layer.experts = HeldExperts(experts.gate_up, experts.down, owned)
+    return LayerPlacement(layer.experts, owner_E, collectives)
 
 
 def _compression(
@@ -63,8 +92,8 @@ def _compression(
     )
 
 
-def _dispatcher(moe: MoEConfig, meshes: Meshes, dispatch: DispatchConfig) -> Dispatcher:
-    per_node = meshes.ranks_per_node
+def _dispatcher(layer: MoELayer, meshes: Meshes, dispatch: DispatchConfig) -> Dispatcher:
+    moe, per_node = layer.config, meshes.ranks_per_node
     slices = FlatExchange(meshes.etp_group, per_node) if meshes.dims.etp > 1 else None
     num_classes = len(moe.widths)
     if dispatch.exchange == "flat":
@@ -82,6 +111,9 @@ def _dispatcher(moe: MoEConfig, meshes: Meshes, dispatch: DispatchConfig) -> Dis
                 num_classes,
             )
         exchange = HierarchicalExchange(meshes.ep_group, node, rail, per_node)
+    if (placement := layer.placement) is not None:
+        near = placement.collectives.per_node
+        return PlacedDispatcher(moe.num_experts, exchange, slices, near, placement.decide)
     return ExpertParallelDispatcher(moe.num_experts, exchange, slices, num_classes)
 
 

@@ -1,6 +1,6 @@
 """Which gradients are still partial when backward is done, and over which ranks they are to be summed."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch.distributed as dist
 from torch import nn
@@ -18,11 +18,16 @@ SEES_A_SHARE = (
 
 
 def gradient_sums(
-    parameters: Mapping[str, nn.Parameter], meshes: Meshes, *, zero: int, sequence_parallel: bool
+    parameters: Mapping[str, nn.Parameter],
+    meshes: Meshes,
+    *,
+    zero: int,
+    sequence_parallel: bool,
+    whole_on_owners: Collection[nn.Parameter] = (),
 ) -> list[tuple[dist.ProcessGroup, list[nn.Parameter]]]:
     """(group, parameters whose gradients every rank of it holds a part of), in an order common to all ranks.
 
-    What FSDP reduces is left out. A parameter cut over tp has seen all of its tp ranks' tokens; a whole one, only
+    What FSDP reduces is left out, which is all with `zero` but what is `whole_on_owners`. A parameter cut over tp has seen all of its tp ranks' tokens; a whole one, only
     this rank's.
     """
     sums: dict[str, tuple[dist.ProcessGroup, list[nn.Parameter]]] = {
@@ -33,9 +38,10 @@ def gradient_sums(
     }
     for name, parameter in parameters.items():
         is_expert = lies_with_experts(name)
+        is_whole = zero == 0 or parameter in whole_on_owners
         is_cut = is_cut_over_tp(parameter)
         is_partial_over_tp = not is_cut and (sequence_parallel or _sees_a_share(name))
-        if zero:
+        if not is_whole:
             kind = "tp" if is_partial_over_tp and not is_expert else None
         elif is_expert:
             kind = "experts"

@@ -7,11 +7,11 @@ Shapes: E experts, P ranks (`per_node` of each node one after another), S stages
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from moesys.config.placement_schema import RouteKind
 from moesys.plan.placement import Placement
 
-RouteKind = Literal["direct", "star", "relay"]
 ROUTE_KINDS: tuple[RouteKind, ...] = get_args(RouteKind)
 
 

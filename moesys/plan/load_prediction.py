@@ -5,12 +5,13 @@ Shapes: W steps from the oldest to the newest, M MoE layers, E experts.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Predictor = Literal["mean", "exponential", "last", "slope"]
+from moesys.config.placement_schema import Predictor
+
 PREDICTORS: tuple[Predictor, ...] = get_args(Predictor)
 WINDOW_STEPS = 5
 """Hecate's (2502.02581, section 4.1)."""

@@ -155,6 +155,18 @@ codec=auto parallel.ep=2 +dispatch.candidates.int8.wire.block=-1 | dispatch.cand
 codec=auto parallel.ep=2 +dispatch.candidates.tree_int8.codec.dimensions=0 | dispatch.candidates.tree_int8.codec | is refused: dimensions=0 must be at least 1 | correct the options
 codec=lsh parallel.ep=2 dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
+placement.policy=balance | placement.policy='balance' | must be one of fixed, balanced, hecate | did you mean balanced?
+placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must be at least 1 | use a value at least 1
+placement=hecate parallel.ep=2 placement.overlap_degree=0 | placement.overlap_degree=0 | must be at least 1 | use a value at least 1
+placement=balanced parallel.ep=2 placement.every_steps=0 | placement.every_steps=0 | must be at least 1 | use a value at least 1
+placement=balanced parallel.ep=2 placement.window_steps=0 | placement.window_steps=0 | must be at least 1 | use a value at least 1
+placement=balanced parallel.ep=2 model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | placement.policy='balanced' | model.moe.capacity_policy=pad sends a fixed number of rows to every expert | use model.moe.capacity_policy=drop
+placement=balanced parallel.ep=2 dispatch.exchange=deduplicated | placement.policy='balanced' | dispatch.exchange=deduplicated sends them to a node at once | use dispatch.exchange=flat or hierarchical
+placement=balanced parallel.ep=2 model.moe.expert_widths=[32,96] | placement.policy='balanced' | model.moe.expert_widths=[32, 96] has several | use model.moe.expert_widths=null
+placement=balanced parallel.ep=2 model.share_depth=all | placement.policy='balanced' | model.share_depth=all gives several layers the same experts | use model.share_depth=none
+--nproc 4 placement=balanced parallel.ep=2 parallel.zero=1 | placement.policy='balanced' | parallel.zero=1 shards it over the ranks that have the same | use parallel.zero=0
+--nproc 4 placement=balanced parallel.ep=2 parallel.pp=2 parallel.pp_schedule=zbv | placement.policy='balanced' | parallel.pp_schedule=zbv splits in two | use parallel.pp_schedule=1f1b or interleaved
+--nproc 4 placement=balanced parallel.ep=4 dispatch.ranks_per_node=3 | placement.policy='balanced' | plans for nodes with as many ranks of parallel.ep=4 each | use another parallel.ep
 codec=lsh model.moe.capacity_factor=1.0 model.moe.capacity_policy=pad | model.moe.capacity_policy='pad' | sends a fixed number of rows | use model.moe.capacity_policy=drop
 model.moe.router._target_=no_such_package.Router | model.moe.router._target_='no_such_package.Router' | must be importable (No module named 'no_such_package') | check the spelling
 model.moe.router._target_=os.path.join | model.moe.router._target_='os.path.join' | must be a subclass of torch.nn.Module | name a router

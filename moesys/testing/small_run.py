@@ -118,6 +118,7 @@ class SmallRun:
             device.type,
             config.dispatch.ranks_per_node or world_size,
             cuts_by_node=config.dispatch.exchange != "flat",
+            has_copies=config.placement.makes_copies,
         )
         parallel = build_parallel_model(config, self.meshes, device)
         self.model = parallel.whole

@@ -4,9 +4,11 @@ Shapes: M MoE layers, E experts.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moesys.checkpoint.saver import Saved
 from moesys.config.schema import ModelConfig, RunConfig
 from moesys.moe.similarity import divergence
 from moesys.parallel.bootstrap import Process
@@ -76,6 +78,7 @@ def train_record(
         **_node_fields(result),
         **_codec_fields(config.model, result),
         **_ratio_field(config, result),
+        **_placement_fields(result),
         "step_ms": step_s * 1e3,
         **{
             f"{name}_ms": sections_ms.get(name, 0.0)
@@ -121,6 +124,33 @@ def _ratio_field(config: RunConfig, result: StepResult) -> dict[str, Any]:
         return {}
     rows = _codec_fields(config.model, result).get("codec_rows", 1.0)
     return {"compression_ratio": result.plain_bytes / result.sent_bytes / rows}
+
+
+def _placement_fields(result: StepResult) -> dict[str, Any]:
+    """What copies of experts did; slowest ranks' rows are means over layers."""
+    if (found := result.placement) is None:
+        return {}
+    return {
+        "copies_bytes": found.sent_bytes,
+        "copies_between_nodes_bytes": found.between_nodes_bytes,
+        "copies_wait_ms": found.wait_ms,
+        "rank_imbalance": statistics.fmean(found.busiest_rank_M),
+        "owner_imbalance": statistics.fmean(found.busiest_owner_M),
+        "rank_imbalance_by_layer": found.busiest_rank_M,
+        "owner_imbalance_by_layer": found.busiest_owner_M,
+        "expert_holders": found.holders_ME,
+    }
+
+
+def checkpoint_record(saved: Saved) -> dict[str, Any]:
+    """Of a save that has ended."""
+    return {
+        "kind": "checkpoint",
+        "step": saved.result.step,
+        "checkpoint_ms": saved.waited_s * 1e3,
+        "save_ms": saved.result.seconds * 1e3,
+        "bytes": saved.result.bytes,
+    }
 
 
 def imbalance(load_E: Sequence[int]) -> float:

@@ -81,6 +81,7 @@ def build_run(
         process.device.type,
         dispatch.ranks_per_node or process.ranks_per_node,
         cuts_by_node=dispatch.exchange != "flat",
+        has_copies=config.placement.makes_copies,
     )
     folders = {name: Path(path) for name, path in config.data.folders.items()}
     manifests = {name: DataManifest.load(folder) for name, folder in folders.items()}

@@ -27,6 +27,7 @@ from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import begin_micro_step
 from moesys.parallelize.pipeline import Pipeline
 from moesys.train.choices import ChoiceRecorder
+from moesys.train.placements import PlacementFigures, Placements
 from moesys.train.timing import SectionTimer
 
 
@@ -57,6 +58,8 @@ class StepResult:
     """Of those sent, by ranks of each node to other nodes; [] on one node."""
     exchange_ms: float
     """Mean over ranks; part of forward and backward."""
+    placement: PlacementFigures | None = None
+    """Where experts may have copies."""
     coded_rows_M: list[int]
     """Rows that a codec made of each layer's slots, 0 of a layer that has none; [] in a step without one."""
     stop_requested: bool
@@ -82,6 +85,7 @@ class _Sums:
     plain_bytes: float
     between_nodes_bytes_N: list[float]
     exchange_s: float
+    placed: list[float]
     coded_rows_M: list[float]
     stops: float
     grad_norm: float
@@ -122,6 +126,7 @@ class TrainStep:
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
         self._recorder = ChoiceRecorder(config, self.model, self.device)
+        self.placements = Placements(config, self.model, meshes)
 
     def __call__(
         self,
@@ -140,9 +145,11 @@ class TrainStep:
         self.compresses = step > self.config.dispatch.warmup_steps
         for layer in self.model.moe_layers():
             layer.compresses = self.compresses
+        self.placements.begin(step, len(micro_batches))
         with self._recorder.recording(step):
             self._run_micro_steps(micro_batches)
         with self.timer.section("optimizer"):
+            self.placements.finish()
             for parameter in self.model.over_depth.parameters():
                 if parameter.grad is None:  # a stage without MoE layers
                     parameter.grad = torch.zeros_like(parameter)
@@ -167,6 +174,7 @@ class TrainStep:
         if rate is not None:
             self._recorder.write(step)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
+        self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX])
         return self._result(sums, is_applied=rate is not None)
 
     def _run_micro_steps(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -328,13 +336,15 @@ class TrainStep:
             entropy_M[index] = layer.load.take_entropy(self.device)
             if has_codec:
                 rows_M[index], layer.coded_rows = layer.coded_rows, 0
-        on_host = torch.cat([host, between_N, rows_M, told_W]).to(self.device)
+        placed = torch.tensor(self.placements.numbers(), dtype=torch.float64)
+        on_host = torch.cat([host, between_N, placed, rows_M, told_W]).to(self.device)
         numbers = torch.cat([self.sums, entropy_M, on_host])
         dist.all_reduce(numbers)
         loss, balance, z, mtp, *rest = numbers.tolist()
         entropies, rest = rest[: len(load_MX)], rest[len(load_MX) :]
         sent_bytes, plain_bytes, exchange_s, stops, *rest = rest
         between, rest = rest[: len(between_N)], rest[len(between_N) :]
+        placed, rest = rest[: len(placed)], rest[len(placed) :]
         rows, self.compute_ms_W = rest[: len(rows_M)], rest[len(rows_M) :]
         return _Sums(
             loss=loss,
@@ -345,6 +355,7 @@ class TrainStep:
             plain_bytes=plain_bytes,
             between_nodes_bytes_N=between,
             exchange_s=exchange_s,
+            placed=placed,
             coded_rows_M=rows if self.compresses else [],
             stops=stops,
             grad_norm=norm.item(),
@@ -370,6 +381,7 @@ class TrainStep:
             plain_bytes=int(sums.plain_bytes),
             between_nodes_bytes_N=[int(nbytes) for nbytes in sums.between_nodes_bytes_N],
             exchange_ms=sums.exchange_s * 1e3 / self.meshes.dims.world_size,
+            placement=self.placements.figures(sums.placed),
             coded_rows_M=[int(rows) for rows in sums.coded_rows_M],
             stop_requested=sums.stops > 0,
             is_applied=is_applied,

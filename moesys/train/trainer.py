@@ -27,7 +27,13 @@ from moesys.train.guard import Guard
 from moesys.train.metrics import MetricsLog
 from moesys.train.mixing import Mixing
 from moesys.train.patience import LONGEST_S, patience_s
-from moesys.train.record import eval_record, eval_summary, start_record, train_record
+from moesys.train.record import (
+    checkpoint_record,
+    eval_record,
+    eval_summary,
+    start_record,
+    train_record,
+)
 from moesys.train.replicas import Replicas
 from moesys.train.setup import Run
 from moesys.train.signals import StopRequest
@@ -255,6 +261,7 @@ class Trainer:
         if found is not None:
             self.step, self.last_eval = found.state["step"], found.state["last_eval"]
             self.codec_choice.rewind(found.state.get("codecs"))
+            self.train_step.placements.at_resume(found.state.get("placement"))
             if self.log is not None:
                 self.log.rewind(self.step)
         return found is not None
@@ -345,6 +352,7 @@ class Trainer:
                 "anomaly": self.guard.state.to_json(),
                 "origin": self.origin,
                 "codecs": self.codec_choice.state,
+                "placement": self.train_step.placements.state,
             },
             random_state(self.run.process.device),
             # The record on disk is never behind the checkpoint that a resume goes on from.
@@ -364,19 +372,10 @@ class Trainer:
             return
         if saved is None:
             return
-        waited_ms = saved.waited_s * 1e3
         self.wall_s += saved.waited_s
-        self.unrecorded_checkpoint_ms += waited_ms
+        self.unrecorded_checkpoint_ms += saved.waited_s * 1e3
         self.save_s = max(self.save_s, saved.result.seconds)
-        self._write(
-            {
-                "kind": "checkpoint",
-                "step": saved.result.step,
-                "checkpoint_ms": waited_ms,
-                "save_ms": saved.result.seconds * 1e3,
-                "bytes": saved.result.bytes,
-            }
-        )
+        self._write(checkpoint_record(saved))
 
     def _resume(self) -> Beginning:
         """Continue from the newest good checkpoint, if wanted and there, or begin with the weights that were named."""
@@ -387,6 +386,7 @@ class Trainer:
             self.run.loader.load_state_dict(state["loader"])
             self.mixing.at_resume()
             self.codec_choice.at_resume(state.get("codecs"))
+            self.train_step.placements.at_resume(state.get("placement"))
             self.step, self.wall_s = state["step"], state["wall_s"]
             self.last_eval, self.tokens_per_s = state["last_eval"], state["tokens_per_s"]
             self.has_checkpoint = True

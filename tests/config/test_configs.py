@@ -11,22 +11,37 @@ from moesys.config.validate import check_components, validate
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 OPTIONS = [(group, option) for group, options in group_options().items() for option in options]
-REQUIRED = {
-    ("router", name): ["model.moe.router.run=runs/recorded"] for name in ("replay", "replay_loads")
-} | {
-    ("codec", name): ["parallel.ep=2"]
-    for name in (
-        *("int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4"),
-        *("tree", "tree_int8", "tree_int4", "auto"),
-    )
-}
+REQUIRED = (
+    {
+        ("router", name): ["model.moe.router.run=runs/recorded"]
+        for name in ("replay", "replay_loads")
+    }
+    | {
+        ("codec", name): ["parallel.ep=2"]
+        for name in (
+            *("int8", "int4", "fp8", "lsh", "lsh_int8", "lsh_int4"),
+            *("tree", "tree_int8", "tree_int4", "auto"),
+        )
+    }
+    | {("placement", name): ["parallel.ep=2"] for name in ("balanced", "hecate")}
+)
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")
 
 
 def test_the_tree_is_where_it_should_be() -> None:
     assert (CONFIGS / "train.yaml").is_file()
-    groups = {"model", "router", "balance", "codec", "data", "optim", "schedule", "experiment"}
+    groups = {
+        "model",
+        "router",
+        "balance",
+        "codec",
+        "placement",
+        "data",
+        "optim",
+        "schedule",
+        "experiment",
+    }
     assert groups == set(group_options())
 
 

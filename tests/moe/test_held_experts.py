@@ -81,7 +81,7 @@ def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]
     placed = placements(size)
     own = placed[0].own(rank)
     parameters = {name: torch.nn.Parameter(whole[own].clone()) for name, whole in weights().items()}
-    experts = HeldExperts(**parameters)
+    experts = HeldExperts(**parameters, owned=own)
     experts.backend = "loop"
     collectives = SparseCollectives(dist.new_group(range(size)), per_node=2)
     layer = LayerPlacement(experts, placed[0].owner_E, collectives)

@@ -17,6 +17,7 @@ SCHEMA = (
     "config.data_schema",
     "config.component_schema",
     "config.dispatch_schema",
+    "config.placement_schema",
     "config.schema",
 )
 """What every key of a configuration is."""
@@ -25,11 +26,12 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config.data_schema": (),
     "config.component_schema": (),
     "config.dispatch_schema": ("config.component_schema",),
+    "config.placement_schema": (),
     "config.schema": SCHEMA,
     # Integers: the rules ask the equations themselves.
     "config": ("config", "parallel.dims", "plan"),
     "ops": ("ops",),
-    "plan": ("plan", "config.schema", "config.dispatch_schema"),
+    "plan": ("plan", "config.schema", "config.dispatch_schema", "config.placement_schema"),
     "parallel": ("parallel", "plan", "ops", "config.schema"),
     "profile": ("profile", "parallel", "plan", "ops", "config.schema"),
     "moe": (

@@ -1,0 +1,38 @@
+"""The section `placement` of schema.py: which ranks hold which experts, from step to step. Standard library only."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+PlacementPolicy = Literal["fixed", "balanced", "hecate"]
+Predictor = Literal["mean", "exponential", "last", "slope"]
+RouteKind = Literal["direct", "star", "relay"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+    """Copies of experts on other ranks of parallel.ep than their owner, in training, so that all have as many rows to work
+    on (FSSDP, 2502.02581). A copy is made before a step's first forward; its gradient goes to the owner, which alone has
+    optimizer state."""
+
+    policy: PlacementPolicy = "fixed"
+    """fixed = no copies; balanced = those that level the loads, near the rows where that is as good; hecate = of each layer's
+    hottest experts, in proportion to their loads (Hecate's algorithm 1)."""
+    copies: int = 2
+    """Experts of each layer, beside its own, that a rank may hold."""
+    overlap_degree: int = 8
+    """hecate: so many of each layer's hottest experts have copies."""
+    every_steps: int = 1
+    """Optimizer steps between plans; until the next one the same experts are copied."""
+    predictor: Predictor = "mean"
+    """From the loads of the steps before to the next step's: mean of the last window_steps; exponential mean; last; slope =
+    a line through them, as far as that was right before."""
+    window_steps: int = 5
+    """Optimizer steps that mean and slope look back, at least 1."""
+    route: RouteKind = "star"
+    """A copy's way: direct = from its owner; star = once from its owner to each node, and on from there; relay = from node
+    to node, twice as many having it each time."""
+
+    @property
+    def makes_copies(self) -> bool:
+        """Whether experts have other holders than their owners."""
+        return self.policy != "fixed"

@@ -1,0 +1,54 @@
+"""Which ranks hold copies of which experts in the next step, by the policy of a configuration. Pure.
+
+Shapes: M MoE layers, E experts, P ranks (`per_node` of each node one after another).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesys.config.placement_schema import PlacementConfig
+from moesys.plan.copies import balancing_copies
+from moesys.plan.placement import Amounts, Integers, Placement
+from moesys.plan.repair import repaired
+from moesys.plan.sparse_materialization import sparse_materialization
+
+REPAIRED_RANKS = 64
+"""Of at most so many, each layer's copies are changed one by one once more: it takes a millisecond a layer, and more of more."""
+REPAIR_STEPS = 16
+
+
+def planned_placements(
+    config: PlacementConfig,
+    loads_M: Sequence[Amounts],
+    owners_M: Sequence[Integers],
+    num_ranks: int,
+    per_node: int,
+) -> list[Placement]:
+    """Of each layer, from its experts' predicted loads [E] and owners [E]; layers may have different numbers of experts."""
+    placements: dict[int, Placement] = {}
+    for number in {len(loads_E) for loads_E in loads_M}:
+        layers = [layer for layer, loads_E in enumerate(loads_M) if len(loads_E) == number]
+        loads_ME = np.stack([loads_M[layer] for layer in layers])
+        owner_ME = np.stack([owners_M[layer] for layer in layers])
+        copies_MPC = _copies(config, loads_ME, owner_ME, num_ranks, per_node)
+        for layer, loads_E, owner_E, copies_PC in zip(
+            layers, loads_ME, owner_ME, copies_MPC, strict=True
+        ):
+            placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
+            if config.policy == "balanced" and num_ranks <= REPAIRED_RANKS:
+                placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS)
+            placements[layer] = placement
+    return [placements[layer] for layer in range(len(loads_M))]
+
+
+def _copies(
+    config: PlacementConfig, loads_ME: Amounts, owner_ME: Integers, num_ranks: int, per_node: int
+) -> Integers:
+    """int64 [M, P, C], -1 = none."""
+    if config.policy == "balanced":
+        return balancing_copies(loads_ME, owner_ME, num_ranks, per_node, config.copies)
+    assert config.policy == "hecate", config.policy
+    return sparse_materialization(
+        loads_ME, owner_ME, num_ranks, per_node, config.copies, config.overlap_degree
+    )

@@ -1,0 +1,192 @@
+"""Which ranks hold copies of which experts, planned before each step from the loads of the steps before.
+
+Shapes: M MoE layers of all pipeline stages, E experts of the layer with the most, W ranks.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moesys.config.schema import RunConfig
+from moesys.models.transformer import Transformer
+from moesys.moe.layer_placement import LayerPlacement
+from moesys.moe.placed import Levels, PlacedDispatcher
+from moesys.parallel.exchange import Traffic
+from moesys.parallel.mesh import Meshes
+from moesys.plan.chunk_routes import chunk_route
+from moesys.plan.expert_copies import planned_placements
+from moesys.plan.load_prediction import predicted_loads, steps_needed
+from moesys.plan.placement import Integers, Placement
+from moesys.plan.sharding import first_owners
+
+
+class _Loads(NamedTuple):
+    """Of a step, over all ranks."""
+
+    step: int
+    load_ME: Integers
+    """Of experts; of layers that have fewer, 0 at the end."""
+
+
+class _Layer(NamedTuple):
+    """Of this rank."""
+
+    placement: LayerPlacement
+    dispatcher: PlacedDispatcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementFigures:
+    """What copies did in a step, over all ranks."""
+
+    holders_ME: list[list[int]]
+    """Ranks of a group of parallel.ep that held each expert."""
+    busiest_rank_M: list[float]
+    """Rows of the busiest rank over the mean: 1 = level."""
+    busiest_owner_M: list[float]
+    """The same, had owners served all rows."""
+    sent_bytes: int
+    """Parameters and gradients for copies, that ranks sent."""
+    between_nodes_bytes: int
+    wait_ms: float
+    """For copies and their gradients, mean over ranks; part of forward, backward and optimizer."""
+
+
+class Placements:
+    """Of one run, on every rank. Every rank finds the same plan from the same loads."""
+
+    def __init__(self, config: RunConfig, model: Transformer, meshes: Meshes) -> None:
+        self._config, self._meshes = config.placement, meshes
+        self._layers = {
+            index: _Layer(layer.placement, layer.dispatcher)
+            for index, layer in model.moe_places().items()
+            if layer.placement is not None and isinstance(layer.dispatcher, PlacedDispatcher)
+        }
+        """Of this rank, by their place among all."""
+        experts_M = [config.model.moe_of(layer).num_experts for layer in config.model.moe_layers]
+        self._owners_M = first_owners(experts_M, meshes.dims.ep) if meshes.dims.ep > 1 else []
+        needed = steps_needed(self._config.predictor, self._config.window_steps)
+        self._history: deque[_Loads] = deque(maxlen=needed + self._config.every_steps - 1)
+        self._planned_M: list[Placement] = []
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """For a checkpoint: what the next plan, or the one in force, is made from."""
+        if not self._is_used:
+            return None
+        return {"loads": [[loads.step, loads.load_ME.tolist()] for loads in self._history]}
+
+    def at_resume(self, state: dict[str, Any] | None) -> None:
+        """Go on from a checkpoint's loads; without any as at a run's begin."""
+        self._history.clear()
+        self._planned_M = []
+        for step, load_ME in (state or {}).get("loads", []):
+            if [len(row) for row in load_ME] == [self._most_experts] * len(self._owners_M):
+                self.observe(step, load_ME)
+
+    def begin(self, step: int, micro_steps: int) -> None:
+        """Before the forwards of a step: plan where that is due, and tell the layers. Collective."""
+        if not self._is_used:
+            return
+        last_plan = step - (step - 1) % self._config.every_steps
+        if step == last_plan or not self._planned_M:
+            self._plan([loads for loads in self._history if loads.step < last_plan])
+        for index, layer in self._layers.items():
+            layer.dispatcher.levels = Levels()
+            if self._planned_M:
+                placed = self._planned_M[index]
+                per_node = layer.placement.collectives.per_node
+                route = chunk_route(placed, per_node, self._config.route)
+                layer.placement.take(placed, route, micro_steps)
+
+    def finish(self) -> None:
+        """After the backwards of a step: the gradients of copies are at the owners. Collective."""
+        for layer in self._layers.values():
+            layer.placement.finish()
+
+    def observe(self, step: int, load_MX: Sequence[Sequence[int]]) -> None:
+        """The loads of a step, the same on all ranks."""
+        if self._is_used:
+            load_ME = [row[: self._most_experts] for row in load_MX]
+            self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
+
+    def numbers(self) -> list[float]:
+        """What this rank adds to the step's figures: to be summed over ranks; as many on all."""
+        if not self._is_used:
+            return []
+        levels_3M = np.zeros((3, len(self._owners_M)))
+        for index, layer in self._layers.items():
+            levels = layer.dispatcher.levels
+            levels_3M[:, index] = levels.busiest, levels.if_owners_alone, levels.mean
+        collectives = {layer.placement.collectives for layer in self._layers.values()}
+        traffic = Traffic.total(each.meter.read() for each in collectives)
+        return [
+            *levels_3M.ravel().tolist(),
+            traffic.sent_bytes,
+            traffic.between_nodes_bytes,
+            traffic.seconds,
+        ]
+
+    def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
+        """Of the sums of all ranks' numbers."""
+        if not self._is_used:
+            return None
+        layers = len(self._owners_M)
+        busiest_M, owner_M, mean_M = np.array(numbers[: 3 * layers]).reshape(3, layers)
+        sent_bytes, between_bytes, seconds = numbers[3 * layers :]
+        mean_M = np.where(mean_M > 0, mean_M, 1.0)
+        return PlacementFigures(
+            holders_ME=[np.diff(placement.pairs.start_X).tolist() for placement in self._planned_M]
+            or [[1] * len(owner_E) for owner_E in self._owners_M],
+            busiest_rank_M=(busiest_M / mean_M).tolist(),
+            busiest_owner_M=(owner_M / mean_M).tolist(),
+            sent_bytes=int(sent_bytes),
+            between_nodes_bytes=int(between_bytes),
+            wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
+        )
+
+    @property
+    def _is_used(self) -> bool:
+        """The same on all ranks, also on those whose stage has no MoE layer."""
+        return self._meshes.copies_group is not None and bool(self._owners_M)
+
+    @property
+    def _most_experts(self) -> int:
+        return max(map(len, self._owners_M))
+
+    def _plan(self, history: Sequence[_Loads]) -> None:
+        if not history:
+            self._planned_M = []
+            return
+        loads_ME = predicted_loads(
+            np.stack([loads.load_ME for loads in history]),
+            self._config.predictor,
+            self._config.window_steps,
+        )
+        loads_M = [
+            loads_E[: len(owner_E)]
+            for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
+        ]
+        self._planned_M = planned_placements(
+            self._config, loads_M, self._owners_M, self._meshes.dims.ep, self._meshes.ep_per_node
+        )
+        self._agree()
+
+    def _agree(self) -> None:
+        """Raise on all ranks if one has planned otherwise, before any waits for a copy that nobody sends."""
+        planned = b"".join(placement.copies_PC.tobytes() for placement in self._planned_M)
+        digest = int.from_bytes(hashlib.sha256(planned).digest()[:7], "little")
+        both = torch.tensor([digest, -digest], device=self._meshes.expert.device_type)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        highest, lowest = both.tolist()
+        if highest != -lowest:
+            raise RuntimeError(
+                "ranks have planned different copies of experts from the same loads: they must run the same versions "
+                "of moesys and numpy, on processors that round alike; placement=fixed needs no plan"
+            )
