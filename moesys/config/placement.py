@@ -2,15 +2,12 @@
 
 from collections.abc import Iterator
 
-from moesys.config.bounds import in_range
+from moesys.config.bounds import in_range, multiples_near
 from moesys.config.errors import Problem
 from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import RunConfig
 from moesys.parallel.dims import ParallelDims, nodes_and_rails, parallel_dims
 from moesys.plan.pipeline import SPLITS_BACKWARD
-
-READERS = {"overlap_degree": ("hecate",)}
-"""Policies that read a key, of keys which not all do."""
 
 
 def find_placement_problems(
@@ -20,6 +17,14 @@ def find_placement_problems(
     placement = config.placement
     for key in ("copies", "overlap_degree", "every_steps", "window_steps"):
         yield from in_range(f"placement.{key}", getattr(placement, key), 1)
+    yield from in_range("placement.reshard_every_steps", placement.reshard_every_steps, 0)
+    if placement.every_steps >= 1 and placement.reshard_every_steps % placement.every_steps:
+        yield Problem(
+            key="placement.reshard_every_steps",
+            given=placement.reshard_every_steps,
+            rule=f"must be a multiple of placement.every_steps={placement.every_steps}: copies are planned for owners",
+            fix=f"use {multiples_near(placement.every_steps, placement.reshard_every_steps)}",
+        )
     if not placement.makes_copies:
         return
     try:
@@ -102,10 +107,16 @@ def placement_warnings(config: RunConfig) -> Iterator[str]:
     if placement.makes_copies and why:
         yield f"placement.policy={placement.policy} has no effect {why}: there is no other rank for an expert"
     for key, field in PlacementConfig.__dataclass_fields__.items():
-        readers = READERS.get(key, ("balanced", "hecate"))
         value = getattr(placement, key)
-        if key != "policy" and placement.policy not in readers and value != field.default:
-            yield f"placement.{key}={value} has no effect with placement.policy={placement.policy}"
+        if key == "policy" or value == field.default:
+            continue
+        if not placement.makes_copies:
+            yield f"placement.{key}={value} has no effect with placement.policy=fixed"
+        elif key == "overlap_degree" and not placement.reads_overlap_degree:
+            yield (
+                f"placement.{key}={value} has no effect with placement.policy={placement.policy} and "
+                "placement.reshard_every_steps=0"
+            )
     if placement.predictor in ("last", "exponential") and placement.makes_copies:
         default = PlacementConfig.__dataclass_fields__["window_steps"].default
         if placement.window_steps != default:

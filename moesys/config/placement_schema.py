@@ -20,9 +20,12 @@ class PlacementConfig:
     copies: int = 2
     """Experts of each layer, beside its own, that a rank may hold."""
     overlap_degree: int = 8
-    """hecate: so many of each layer's hottest experts have copies."""
+    """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads."""
     every_steps: int = 1
     """Optimizer steps between plans; until the next one the same experts are copied."""
+    reshard_every_steps: int = 0
+    """Optimizer steps between looks whether other owners, to whom experts move with their optimizer states, would level the
+    loads better (Hecate's algorithm 2, every 100); a multiple of every_steps. 0 = never."""
     predictor: Predictor = "mean"
     """From the loads of the steps before to the next step's: mean of the last window_steps; exponential mean; last; slope =
     a line through them, as far as that was right before."""
@@ -36,3 +39,7 @@ class PlacementConfig:
     def makes_copies(self) -> bool:
         """Whether experts have other holders than their owners."""
         return self.policy != "fixed"
+
+    @property
+    def reads_overlap_degree(self) -> bool:
+        return self.policy == "hecate" or (self.makes_copies and self.reshard_every_steps > 0)

@@ -39,6 +39,11 @@ class HeldExperts(nn.Module):
         """This one: all are of one width."""
         return [self]
 
+    def own(self, owned: Sequence[int]) -> None:
+        """The parameters' local parts have become those of these experts, ascending."""
+        self.owned = tuple(owned)
+        self._say_rows()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What moves parameters makes them anew."""
         super()._apply(fn, recurse)

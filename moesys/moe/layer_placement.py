@@ -17,9 +17,10 @@ class LayerPlacement:
         self.own(owner_E)
 
     def own(self, owner_E: Integers) -> None:
-        """From now on these are the owners."""
+        """From now on these are the owners: parameters and their optimizer states have moved."""
         self.owner_E = owner_E
         owners = owners_alone(owner_E, self.collectives.size)
+        self.experts.own(owners.own(self.collectives.rank))
         nowhere = chunk_route(owners, self.collectives.per_node, "direct")
         self._without = self._made(owners, nowhere, 1)
         self._copies: LayerCopies | None = None

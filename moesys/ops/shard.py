@@ -28,13 +28,25 @@ def set_rows(tensor: DTensor, rows: Sequence[int]) -> None:
 
 def set_rows_like(tensor: Tensor, other: Tensor) -> None:
     """Say that `tensor`, made of `other`, has its rows."""
-    if (rows := getattr(other, "_rows", None)) is not None:
+    if (rows := said_rows(other)) is not None:
         tensor._rows = rows  # type: ignore[attr-defined]
+
+
+def detached(tensor: Tensor) -> Tensor:
+    """The same storage and rows, outside of autograd."""
+    result = tensor.detach()
+    set_rows_like(result, tensor)
+    return result
+
+
+def said_rows(tensor: Tensor) -> tuple[int, ...] | None:
+    """As said by `set_rows`, by all ranks that have a part or by none."""
+    return getattr(tensor, "_rows", None)
 
 
 def local_rows(tensor: Tensor) -> Sequence[int]:
     """Of dim 0, the rows of which this rank has all or a part, in order of its storage."""
-    if (rows := getattr(tensor, "_rows", None)) is not None:
+    if (rows := said_rows(tensor)) is not None:
         return rows
     box = local_box(tensor)
     assert box is not None, f"{tensor.shape}: this rank's part is no box of the whole"
@@ -44,7 +56,7 @@ def local_rows(tensor: Tensor) -> Sequence[int]:
 
 def local_boxes(tensor: Tensor) -> list[Box] | None:
     """As `local_box`; of rows that are no run, the boxes of their runs, one after the other along dim 0 of the storage."""
-    rows: Sequence[int] | None = getattr(tensor, "_rows", None)
+    rows = said_rows(tensor)
     if rows is None:
         box = local_box(tensor)
         return None if box is None else [box]

@@ -10,12 +10,15 @@ import numpy as np
 from moesys.config.placement_schema import PlacementConfig
 from moesys.plan.copies import balancing_copies
 from moesys.plan.placement import Amounts, Integers, Placement
-from moesys.plan.repair import repaired
+from moesys.plan.repair import expected_loads, repaired
+from moesys.plan.sharding import heterogeneous_sharding
 from moesys.plan.sparse_materialization import sparse_materialization
 
 REPAIRED_RANKS = 64
 """Of at most so many, each layer's copies are changed one by one once more: it takes a millisecond a layer, and more of more."""
 REPAIR_STEPS = 16
+WORTH = 0.02
+"""Of the busiest ranks' rows, that other owners must save: experts move with all of their optimizer states."""
 
 
 def planned_placements(
@@ -40,6 +43,27 @@ def planned_placements(
                 placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS)
             placements[layer] = placement
     return [placements[layer] for layer in range(len(loads_M))]
+
+
+def better_owners(
+    config: PlacementConfig,
+    loads_M: Sequence[Amounts],
+    owners_M: Sequence[Integers],
+    num_ranks: int,
+    per_node: int,
+) -> list[Integers] | None:
+    """Other owners (plan/sharding.py) if with these, and the copies that would be planned, the busiest ranks of all layers had
+    less to do; None if not by `WORTH`."""
+    others_M = heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)
+
+    def busiest(owners_M: Sequence[Integers]) -> float:
+        placements = planned_placements(config, loads_M, owners_M, num_ranks, per_node)
+        return sum(
+            float(expected_loads(loads_E, placement)[1].max())
+            for loads_E, placement in zip(loads_M, placements, strict=True)
+        )
+
+    return others_M if busiest(others_M) < (1 - WORTH) * busiest(owners_M) else None
 
 
 def _copies(

@@ -53,6 +53,25 @@ def layers_of_stages(model: ModelConfig, parallel: ParallelConfig, seq_len: int)
     return [*stages[:-1], stages[-1] + ahead]
 
 
+def layers_of_ranks(model: ModelConfig, parallel: ParallelConfig, seq_len: int) -> list[list[int]]:
+    """The layers of each pipeline rank, of all its stages."""
+    of_stages, pp = layers_of_stages(model, parallel, seq_len), parallel.pp
+    return (
+        [
+            [
+                layer
+                for stage in stages_of_rank(
+                    parallel.pp_schedule, rank, pp, parallel.pp_virtual_stages
+                )
+                for layer in of_stages[stage]
+            ]
+            for rank in range(pp)
+        ]
+        if pp > 1
+        else of_stages
+    )
+
+
 def costs_of_stages(
     model: ModelConfig, layers: Sequence[Sequence[int]], seq_len: int
 ) -> list[float]:

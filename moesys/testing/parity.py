@@ -8,12 +8,15 @@ compare(ranks, reference[0]).worst          # relative, over losses and all grad
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from moesys.config.schema import RunConfig
+from moesys.ops.shard import detached, said_rows
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.step import StepResult
@@ -70,14 +73,14 @@ def train_small(rank: int, world_size: int, config: RunConfig, micro_steps: int)
 
     def keep_gradients(*_: object) -> None:
         named = run.model.named_parameters()
-        gradients.append({n: whole(p.grad) for n, p in named if p.grad is not None})
+        gradients.append({n: whole(p.grad, p) for n, p in named if p.grad is not None})
 
     run.optimizer.register_step_pre_hook(keep_gradients)
     results = [run.step() for _ in range(config.train.steps)]
     return Numbers(
         results=results,
         gradients=gradients,
-        weights={n: whole(p.detach()) for n, p in run.model.named_parameters()},
+        weights={n: whole(detached(p)) for n, p in run.model.named_parameters()},
         buffers={n: b.clone() for n, b in run.model.named_buffers()},
     )
 
@@ -115,9 +118,29 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return _finite(((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Collective for a DTensor: all of it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+def whole(tensor: Tensor, of: Tensor | None = None) -> Tensor:
+    """Collective for a DTensor: all of it. `of`: the parameter of which it is the gradient or a state."""
+    if not isinstance(tensor, DTensor):
+        return tensor.clone()
+    rows = said_rows(tensor if of is None else of)
+    return tensor.full_tensor().clone() if rows is None else _from_rows(tensor, rows)
+
+
+def _from_rows(tensor: DTensor, rows: Sequence[int]) -> Tensor:
+    """Of a tensor of which each rank has any rows of dim 0, over the first axis of its mesh; cut evenly over others."""
+    part = tensor.to_local().clone()
+    for axis, placement in enumerate(tensor.placements):
+        group = tensor.device_mesh.get_group(axis)
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, (rows, part), group=group)
+        if placement == Shard(0):
+            part = part.new_empty(tensor.shape[0], *part.shape[1:])
+            for rows_there, local in parts:
+                part[list(rows_there)] = local
+        else:
+            assert isinstance(placement, Shard)
+            part = torch.cat([local for _, local in parts], dim=placement.dim)
+    return part
 
 
 def _finite(error: float) -> float:

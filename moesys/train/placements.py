@@ -20,10 +20,12 @@ from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
 from moesys.parallel.mesh import Meshes
 from moesys.plan.chunk_routes import chunk_route
-from moesys.plan.expert_copies import planned_placements
+from moesys.plan.expert_copies import better_owners, planned_placements
 from moesys.plan.load_prediction import predicted_loads, steps_needed
-from moesys.plan.placement import Integers, Placement
-from moesys.plan.sharding import first_owners
+from moesys.plan.pipeline import layers_of_ranks
+from moesys.plan.placement import Amounts, Integers, Placement
+from moesys.plan.sharding import first_owners, moved
+from moesys.train.resharding import reshard
 
 
 class _Loads(NamedTuple):
@@ -54,6 +56,10 @@ class PlacementFigures:
     sent_bytes: int
     """Parameters and gradients for copies, that ranks sent."""
     between_nodes_bytes: int
+    moved_experts: int
+    """Of all layers, that have another owner since the step before."""
+    reshard_bytes: int
+    """Parameters and optimizer states that ranks sent with these."""
     wait_ms: float
     """For copies and their gradients, mean over ranks; part of forward, backward and optimizer."""
 
@@ -61,8 +67,14 @@ class PlacementFigures:
 class Placements:
     """Of one run, on every rank. Every rank finds the same plan from the same loads."""
 
-    def __init__(self, config: RunConfig, model: Transformer, meshes: Meshes) -> None:
-        self._config, self._meshes = config.placement, meshes
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        meshes: Meshes,
+    ) -> None:
+        self._config, self._optimizer, self._meshes = config.placement, optimizer, meshes
         self._layers = {
             index: _Layer(layer.placement, layer.dispatcher)
             for index, layer in model.moe_places().items()
@@ -71,32 +83,55 @@ class Placements:
         """Of this rank, by their place among all."""
         experts_M = [config.model.moe_of(layer).num_experts for layer in config.model.moe_layers]
         self._owners_M = first_owners(experts_M, meshes.dims.ep) if meshes.dims.ep > 1 else []
-        needed = steps_needed(self._config.predictor, self._config.window_steps)
-        self._history: deque[_Loads] = deque(maxlen=needed + self._config.every_steps - 1)
+        self._layers_of_ranks = [
+            [
+                config.model.moe_layers.index(layer)
+                for layer in layers
+                if layer in config.model.moe_layers
+            ]
+            for layers in layers_of_ranks(config.model, config.parallel, config.data.seq_len)
+        ]
+        """Of each pipeline rank, places of its MoE layers."""
+        self._needed = steps_needed(self._config.predictor, self._config.window_steps)
+        # A resume between two plans makes the one in force again.
+        most = self._needed + self._config.every_steps - 1
+        self._history: deque[_Loads] = deque(maxlen=most)
         self._planned_M: list[Placement] = []
+        self._moved_experts, self._reshard_bytes = 0, 0
 
     @property
     def state(self) -> dict[str, Any] | None:
         """For a checkpoint: what the next plan, or the one in force, is made from."""
         if not self._is_used:
             return None
-        return {"loads": [[loads.step, loads.load_ME.tolist()] for loads in self._history]}
+        return {
+            "loads": [[loads.step, loads.load_ME.tolist()] for loads in self._history],
+            "owners": [owner_E.tolist() for owner_E in self._owners_M],
+            "ranks": self._meshes.dims.ep,
+        }
 
     def at_resume(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint's loads; without any as at a run's begin."""
+        """Go on with a checkpoint's loads and owners, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
         self._planned_M = []
-        for step, load_ME in (state or {}).get("loads", []):
-            if [len(row) for row in load_ME] == [self._most_experts] * len(self._owners_M):
-                self.observe(step, load_ME)
+        if state is None or not self._is_used:
+            return
+        owners_M = [np.array(owner_E, dtype=np.int64) for owner_E in state["owners"]]
+        if list(map(len, owners_M)) != list(map(len, self._owners_M)):
+            return
+        for step, load_ME in state["loads"]:
+            self.observe(step, load_ME)
+        if state["ranks"] == self._meshes.dims.ep:
+            self._reshard(owners_M)
 
     def begin(self, step: int, micro_steps: int) -> None:
         """Before the forwards of a step: plan where that is due, and tell the layers. Collective."""
         if not self._is_used:
             return
+        self._moved_experts, self._reshard_bytes = 0, 0
         last_plan = step - (step - 1) % self._config.every_steps
         if step == last_plan or not self._planned_M:
-            self._plan([loads for loads in self._history if loads.step < last_plan])
+            self._plan(step, last_plan)
         for index, layer in self._layers.items():
             layer.dispatcher.levels = Levels()
             if self._planned_M:
@@ -131,6 +166,7 @@ class Placements:
             traffic.sent_bytes,
             traffic.between_nodes_bytes,
             traffic.seconds,
+            self._reshard_bytes,
         ]
 
     def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
@@ -139,7 +175,7 @@ class Placements:
             return None
         layers = len(self._owners_M)
         busiest_M, owner_M, mean_M = np.array(numbers[: 3 * layers]).reshape(3, layers)
-        sent_bytes, between_bytes, seconds = numbers[3 * layers :]
+        sent_bytes, between_bytes, seconds, reshard_bytes = numbers[3 * layers :]
         mean_M = np.where(mean_M > 0, mean_M, 1.0)
         return PlacementFigures(
             holders_ME=[np.diff(placement.pairs.start_X).tolist() for placement in self._planned_M]
@@ -148,6 +184,8 @@ class Placements:
             busiest_owner_M=(owner_M / mean_M).tolist(),
             sent_bytes=int(sent_bytes),
             between_nodes_bytes=int(between_bytes),
+            moved_experts=self._moved_experts,
+            reshard_bytes=int(reshard_bytes),
             wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
         )
 
@@ -160,33 +198,62 @@ class Placements:
     def _most_experts(self) -> int:
         return max(map(len, self._owners_M))
 
-    def _plan(self, history: Sequence[_Loads]) -> None:
-        if not history:
+    def _plan(self, step: int, as_of: int) -> None:
+        """As it was to be planned before step `as_of`."""
+        known = [loads.load_ME for loads in self._history if loads.step < as_of][-self._needed :]
+        if not known:
             self._planned_M = []
             return
-        loads_ME = predicted_loads(
-            np.stack([loads.load_ME for loads in history]),
-            self._config.predictor,
-            self._config.window_steps,
-        )
+        config = self._config
+        loads_ME = predicted_loads(np.stack(known), config.predictor, config.window_steps)
         loads_M = [
             loads_E[: len(owner_E)]
             for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
         ]
-        self._planned_M = planned_placements(
-            self._config, loads_M, self._owners_M, self._meshes.dims.ep, self._meshes.ep_per_node
-        )
-        self._agree()
+        ranks = self._meshes.dims.ep, self._meshes.ep_per_node
+        every = config.reshard_every_steps
+        if every and step == as_of and (step - 1) % every == 0:
+            owners_M = self._better_owners(loads_M)
+            self._agree(owners_M)
+            self._reshard(owners_M)
+        self._planned_M = planned_placements(config, loads_M, self._owners_M, *ranks)
+        self._agree([placement.copies_PC for placement in self._planned_M])
 
-    def _agree(self) -> None:
-        """Raise on all ranks if one has planned otherwise, before any waits for a copy that nobody sends."""
-        planned = b"".join(placement.copies_PC.tobytes() for placement in self._planned_M)
-        digest = int.from_bytes(hashlib.sha256(planned).digest()[:7], "little")
+    def _better_owners(self, loads_M: list[Amounts]) -> list[Integers]:
+        """For each pipeline rank by itself, whose memory it is."""
+        owners_M = list(self._owners_M)
+        for layers in filter(None, self._layers_of_ranks):
+            found = better_owners(
+                self._config,
+                [loads_M[layer] for layer in layers],
+                [owners_M[layer] for layer in layers],
+                self._meshes.dims.ep,
+                self._meshes.ep_per_node,
+            )
+            for layer, owner_E in zip(layers, found or (), strict=False):
+                owners_M[layer] = owner_E
+        return owners_M
+
+    def _reshard(self, owners_M: list[Integers]) -> None:
+        """Collective."""
+        self._moved_experts = len(moved(self._owners_M, owners_M))
+        self._owners_M = owners_M
+        self._reshard_bytes = reshard(
+            {index: layer.placement for index, layer in self._layers.items()},
+            {index: owners_M[index] for index in self._layers},
+            self._optimizer,
+            self._meshes.ep_group,
+        )
+
+    def _agree(self, planned: Sequence[Integers]) -> None:
+        """Raise on all ranks if one has planned otherwise, before any waits for what nobody sends. Collective."""
+        together = b"".join(part.tobytes() for part in planned)
+        digest = int.from_bytes(hashlib.sha256(together).digest()[:7], "little")
         both = torch.tensor([digest, -digest], device=self._meshes.expert.device_type)
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         highest, lowest = both.tolist()
         if highest != -lowest:
             raise RuntimeError(
-                "ranks have planned different copies of experts from the same loads: they must run the same versions "
+                "ranks have planned different places of experts from the same loads: they must run the same versions "
                 "of moesys and numpy, on processors that round alike; placement=fixed needs no plan"
             )

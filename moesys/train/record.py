@@ -134,6 +134,8 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
         "copies_bytes": found.sent_bytes,
         "copies_between_nodes_bytes": found.between_nodes_bytes,
         "copies_wait_ms": found.wait_ms,
+        "moved_experts": found.moved_experts,
+        "reshard_bytes": found.reshard_bytes,
         "rank_imbalance": statistics.fmean(found.busiest_rank_M),
         "owner_imbalance": statistics.fmean(found.busiest_owner_M),
         "rank_imbalance_by_layer": found.busiest_rank_M,

@@ -126,7 +126,7 @@ class TrainStep:
         if parallel.pipeline is not None:
             self._start_pipeline(parallel.pipeline)
         self._recorder = ChoiceRecorder(config, self.model, self.device)
-        self.placements = Placements(config, self.model, meshes)
+        self.placements = Placements(config, self.model, optimizer, meshes)
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ from moesys.parallel.sparse import SparseCollectives
 from moesys.plan.chunk_routes import ROUTE_KINDS, RouteKind, chunk_route
 from moesys.plan.placement import Placement
 from moesys.testing.ranks import run_ranks
-from tests.plan.placements import random_placement
+from tests.plan.placements import random_copies, random_owners
 
 TOKENS, D, HIDDEN, EXPERTS, TOP_K, MICRO_STEPS, STEPS = 11, 6, 4, 5, 2, 2, 3
 
@@ -45,17 +45,8 @@ def batch(rank: int, step: int, micro_step: int) -> tuple[Tensor, Tensor, Tensor
 
 def placements(size: int) -> list[Placement]:
     """Of each step, all with one owner table."""
-    first = random_placement(np.random.default_rng(3), EXPERTS, size, 0)
-    made = []
-    for step in range(STEPS):
-        rng = np.random.default_rng(step)
-        copies_PC = np.full((size, 2), -1)
-        for rank in range(size):
-            others = np.flatnonzero(first.owner_E != rank)
-            number = int(rng.integers(0, min(2, len(others)) + 1))
-            copies_PC[rank, :number] = rng.permutation(others)[:number]
-        made.append(Placement(owner_E=first.owner_E, copies_PC=copies_PC))
-    return made
+    owner_E = random_owners(np.random.default_rng(3), EXPERTS, size)
+    return [random_copies(np.random.default_rng(step), owner_E, size, 2) for step in range(STEPS)]
 
 
 def passed(dispatcher, experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -15,8 +15,14 @@ def random_owners(rng: np.random.Generator, num_experts: int, num_ranks: int) ->
 def random_placement(
     rng: np.random.Generator, num_experts: int, num_ranks: int, most_copies: int
 ) -> Placement:
+    """Of any owners."""
+    return random_copies(rng, random_owners(rng, num_experts, num_ranks), num_ranks, most_copies)
+
+
+def random_copies(
+    rng: np.random.Generator, owner_E: NDArray[np.int64], num_ranks: int, most_copies: int
+) -> Placement:
     """Each rank with 0 to `most_copies` copies of experts that it does not own."""
-    owner_E = random_owners(rng, num_experts, num_ranks)
     copies_PC = np.full((num_ranks, most_copies), -1, dtype=np.int64)
     for rank in range(num_ranks):
         others = np.flatnonzero(owner_E != rank)

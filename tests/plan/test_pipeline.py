@@ -7,14 +7,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moesys.config.schema import ParallelConfig
 from moesys.plan.pipeline import (
     SCHEDULES,
     ScheduleProblem,
+    layers_of_ranks,
+    layers_of_stages,
     schedule_problems,
     split_layers,
     stages_of_rank,
     stages_per_rank,
 )
+from moesys.testing.small_run import small_model
 
 
 def all_cuts(num_layers: int, num_stages: int) -> Iterator[list[list[int]]]:
@@ -133,3 +137,16 @@ def test_a_problem_reads_as_a_sentence() -> None:
     assert (layers.key, layers.works, layers.schedule) == ("parallel.pp", (3,), "gpipe")
     assert (batches.key, batches.works, batches.schedule) == ("num_micro_batches", (8,), "gpipe")
     assert schedule_problems("zbv", 4, 2, 1, 8) == []
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_layers_of_a_rank_are_those_of_its_stages(schedule: str) -> None:
+    model = small_model(num_layers=9, mtp_depth=1)
+    parallel = ParallelConfig(pp=2, pp_schedule=schedule)  # type: ignore[arg-type]
+    of_stages = layers_of_stages(model, parallel, 16)
+    found = layers_of_ranks(model, parallel, 16)
+    assert sorted(layer for layers in found for layer in layers) == list(range(10))
+    for rank, layers in enumerate(found):
+        stages = stages_of_rank(schedule, rank, 2, parallel.pp_virtual_stages)
+        assert layers == [layer for stage in stages for layer in of_stages[stage]]
+    assert layers_of_ranks(model, ParallelConfig(), 16) == [list(range(10))]

@@ -168,6 +168,7 @@ def test_every_way_to_start_is_shown() -> None:
     assert {name for name, _ in TRAININGS} == {
         "README.md",
         "launch.md",
+        "placement.md",
         "custom_router.md",
         "data.md",
         "fabric.md",

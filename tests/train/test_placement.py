@@ -6,7 +6,7 @@ import pytest
 
 from moesys.config.dispatch_schema import DispatchConfig
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
-from moesys.config.schema import RunConfig
+from moesys.config.schema import Recompute, RunConfig
 from moesys.testing.parity import Numbers, compare, parity
 from tests.train.coded import INT8, LSH, config
 
@@ -15,11 +15,15 @@ STEPS = 3
 
 
 def spread(
-    placement: PlacementConfig, dispatch: DispatchConfig | None = None, recompute="none", **degrees
+    placement: PlacementConfig,
+    dispatch: DispatchConfig | None = None,
+    recompute: Recompute = "none",
+    steps: int = STEPS,
+    **degrees: int,
 ) -> RunConfig:
     dispatch = dispatch or DispatchConfig(ranks_per_node=2)
     run_config = config(dispatch, recompute, **{"ep": 4} | degrees)
-    return replace(run_config, placement=placement, train=replace(run_config.train, steps=STEPS))
+    return replace(run_config, placement=placement, train=replace(run_config.train, steps=steps))
 
 
 def assert_copies_made(numbers: list[Numbers]) -> None:

@@ -1,0 +1,69 @@
+"""What is planned for a run: of layers with different numbers of experts, never over its memory, owners only where they help."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
+from moesys.plan.expert_copies import WORTH, better_owners, planned_placements
+from moesys.plan.placement import even_owners, problems
+from moesys.plan.placement_optimum import best_copies
+from moesys.plan.repair import expected_loads
+from moesys.plan.sharding import owned_at_most
+from tests.plan.placements import random_loads, random_owners, seeds
+
+BALANCED = PlacementConfig(policy="balanced")
+POLICIES: tuple[PlacementPolicy, ...] = ("balanced", "hecate")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@given(rng=seeds(), copies=st.integers(1, 3))
+def test_memory_is_kept_to_and_layers_are_planned_one_by_one(
+    policy: PlacementPolicy, rng: np.random.Generator, copies: int
+) -> None:
+    ranks, per_node = (8, 2) if rng.integers(2) else (4, 4)
+    numbers = rng.choice([4, 8, 16], size=int(rng.integers(1, 5))).tolist()
+    loads_M = [random_loads(rng, number).astype(float) for number in numbers]
+    owners_M = [random_owners(rng, number, ranks) for number in numbers]
+    config = replace(BALANCED, policy=policy, copies=copies, overlap_degree=3)
+    placements = planned_placements(config, loads_M, owners_M, ranks, per_node)
+    for loads_E, owner_E, placement in zip(loads_M, owners_M, placements, strict=True):
+        assert problems(placement, copies) == []
+        assert np.array_equal(placement.owner_E, owner_E)
+        (alone,) = planned_placements(config, [loads_E], [owner_E], ranks, per_node)
+        assert np.array_equal(placement.copies_PC, alone.copies_PC)
+
+
+def test_small_cases_are_near_the_best_that_there_is() -> None:
+    """The highest load over the least that any copies allow, 1000 cases."""
+    rng, worst = np.random.default_rng(5), 0.0
+    for _ in range(1000):
+        ranks, experts = int(rng.integers(2, 4)), int(rng.integers(2, 5))
+        loads_E, copies = random_loads(rng, experts).astype(float), int(rng.integers(1, 3))
+        owner_E = rng.permutation(np.arange(experts) % ranks)
+        config = replace(BALANCED, copies=copies)
+        (placement,) = planned_placements(config, [loads_E], [owner_E], ranks, 1)
+        found = expected_loads(loads_E, placement)[1].max()
+        best = best_copies(loads_E, owner_E, ranks, copies)
+        worst = max(worst, float(found / best) if best else 1.0)
+    assert worst <= 1.1
+
+
+def test_owners_change_only_where_that_helps() -> None:
+    config = replace(BALANCED, copies=1, overlap_degree=2)
+    owners_M = [even_owners(16, 4)]
+    level_M = [np.full(16, 100.0)]
+    assert better_owners(config, level_M, owners_M, 4, 4) is None
+    # One rank has the four hottest, of which copies relieve it only in part.
+    skewed_M = [np.array([400.0] * 4 + [100.0] * 4 + [1.0] * 8)]
+    found = better_owners(config, skewed_M, owners_M, 4, 4)
+    assert found is not None
+    assert np.bincount(found[0], minlength=4).max() == owned_at_most([16], 4)
+    before, after = (
+        expected_loads(skewed_M[0], planned_placements(config, skewed_M, owners, 4, 4)[0])[1].max()
+        for owners in (owners_M, found)
+    )
+    assert after < (1 - WORTH) * before

@@ -1,0 +1,192 @@
+"""Experts that change their owners in training: no number is lost or changed, and a resume finds them again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import moesys.train.placements as placements_module
+from moesys.checkpoint.store import load, save
+from moesys.config.placement_schema import PlacementConfig
+from moesys.config.schema import RunConfig
+from moesys.plan import expert_copies
+from moesys.plan.placement import Integers
+from moesys.testing.parity import Numbers, compare, parity, train_small, whole
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
+from moesys.train import resharding
+from moesys.train.state import run_tensors
+from tests.plan.placements import random_copies, random_owners
+from tests.train.test_placement import spread
+
+EVERY_STEP = PlacementConfig(policy="balanced", reshard_every_steps=1)
+
+
+def _with_random_places(rank: int, size: int, run_config: RunConfig) -> Numbers:
+    """Other owners and other copies before every step but the first."""
+    rng = np.random.default_rng(7)
+
+    def owners(config, loads_M, owners_M, num_ranks, per_node) -> list[Integers]:
+        return [random_owners(rng, len(owner_E), num_ranks) for owner_E in owners_M]
+
+    def planned(config, loads_M, owners_M, num_ranks, per_node):
+        return [random_copies(rng, owner_E, num_ranks, 3) for owner_E in owners_M]
+
+    placements_module.better_owners = owners  # type: ignore[assignment]
+    placements_module.planned_placements = planned  # type: ignore[assignment]
+    return train_small(rank, size, run_config, 2)
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.parity)])
+def test_any_places_give_the_numbers_of_plain_expert_parallelism(steps: int) -> None:
+    """Sums in another order differ in their last bits, which grow with the learning rate and the steps."""
+    plain, placed = (
+        replace(found, optim=replace(found.optim, lr=3e-4))
+        for found in (spread(PlacementConfig(), steps=steps), spread(EVERY_STEP, steps=steps))
+    )
+    expected = parity(plain, 4, micro_steps=2)[0]
+    ranks = run_ranks(_with_random_places, 4, placed, timeout_s=400.0)
+    found = compare(ranks, expected)
+    assert not found.missing
+    assert found.are_counters_equal
+    assert found.figures < 1e-6
+    for step in range(steps):
+        assert difference(ranks[0].gradients[step], expected.gradients[step]) < 1e-6
+    first, *others = (result.placement for result in ranks[0].results)
+    assert first is not None
+    assert first.moved_experts == 0
+    assert all(figures.moved_experts and figures.reshard_bytes for figures in others if figures)
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Of all parameters' gradients together, relative."""
+    squared = sum((ours[name] - theirs[name]).double().square().sum() for name in theirs)
+    norm = sum(gradient.double().square().sum() for gradient in theirs.values())
+    return float(torch.as_tensor(squared / norm).sqrt())
+
+
+def gathered(run: SmallRun) -> dict[str, Tensor]:
+    """Parameters and optimizer states, whole."""
+    return {name: whole(t) for name, t in run_tensors(run.model, run.optimizer).items()}
+
+
+def _before_and_after(rank: int, size: int, degrees: dict[str, int]) -> list[dict[str, Tensor]]:
+    run = SmallRun(with_micro_steps(spread(EVERY_STEP, **degrees), size, 2), size)
+    run.step()
+    found = [gathered(run)]
+    rng = np.random.default_rng(0)
+    placements = run.train_step.placements
+    for _ in range(3):
+        owners_M = [random_owners(rng, 8, run.dims.ep) for _ in range(3)]
+        placements._reshard(owners_M)
+        found.append(gathered(run))
+    owned = [layer.experts.owned for layer in run.model.moe_layers()]  # type: ignore[union-attr]
+    ep_rank = run.meshes.expert.get_local_rank("ep")
+    assert owned == [tuple(np.flatnonzero(o == ep_rank)) for o in owners_M]  # pyright: ignore
+    return found
+
+
+@pytest.mark.parametrize(
+    "degrees", [{}, pytest.param({"ep": 2, "etp": 2}, marks=pytest.mark.parity)], ids=["ep", "etp"]
+)
+def test_states_are_bitwise_what_they_were(degrees: dict[str, int]) -> None:
+    for before, *others in run_ranks(_before_and_after, 4, degrees):
+        assert any(".experts." in name and name.endswith("exp_avg") for name in before)
+        for after in others:
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _with_a_flipped_bit(rank: int, size: int) -> str:
+    run = SmallRun(with_micro_steps(spread(EVERY_STEP), size, 2), size)
+    run.step()
+    exchanged = resharding._Move._exchanged
+
+    def damaged(move: Any, send: Tensor) -> Tensor:
+        received = exchanged(move, send)
+        if rank == 2 and received.is_floating_point() and received.numel():
+            received.view(torch.int32).view(-1)[0] ^= 1
+        return received
+
+    resharding._Move._exchanged = damaged  # type: ignore[method-assign]
+    try:
+        run.train_step.placements._reshard([np.arange(8) % 4] * 3)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_number_that_changed_on_its_way_ends_the_job_on_all_ranks() -> None:
+    said = run_ranks(_with_a_flipped_bit, 4)
+    assert all("gate_up of MoE layer 0: 1 rows arrived otherwise" in text for text in said)
+    assert "expert 2 from rank 1 of the group" in said[2]
+    assert "on other ranks" in said[0]
+
+
+def _stopped_and_resumed(
+    rank: int, size: int, folder: Path, after: RunConfig
+) -> tuple[Numbers, Numbers]:
+    """The last steps of a run in one go, and of one that goes on from a checkpoint as `after` says."""
+    expert_copies.WORTH = -1e9  # type: ignore[misc]
+    run_config = with_micro_steps(spread(PLANNED, steps=3), size, 2)
+    run = SmallRun(run_config, size)
+    for _ in range(STOP):
+        run.step()
+    save(
+        folder,
+        STOP,
+        run_tensors(run.model, run.optimizer),
+        {"placement": run.train_step.placements.state},
+        keep_last=1,
+    )
+    in_one_go = numbers(run)
+    resumed = SmallRun(with_micro_steps(after, size, 2), size)
+    loaded = load(folder / f"step_{STOP:08d}", run_tensors(resumed.model, resumed.optimizer))
+    resumed.train_step.placements.at_resume(loaded.state["placement"])
+    resumed.steps = STOP
+    return in_one_go, numbers(resumed)
+
+
+def numbers(run: SmallRun) -> Numbers:
+    results = [run.step() for _ in range(3)]
+    return Numbers(results=results, gradients=[], weights=gathered(run), buffers={})
+
+
+PLANNED = PlacementConfig(policy="balanced", every_steps=2, reshard_every_steps=2, copies=1)
+STOP = 3
+"""In the middle between two plans, so that the one in force is made again."""
+
+
+def test_a_resume_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    after = spread(PLANNED, steps=3)
+    for whole_run, resumed in run_ranks(_stopped_and_resumed, 4, tmp_path, after):
+        assert whole_run.results[0].placement is not None
+        assert max(map(max, whole_run.results[0].placement.holders_ME)) > 1
+        assert whole_run.results[1].placement.moved_experts > 0  # type: ignore[union-attr]
+        for ours, theirs in zip(resumed.results, whole_run.results, strict=True):
+            assert timeless(ours) == timeless(theirs)
+        assert all(
+            torch.equal(resumed.weights[name], whole_run.weights[name])
+            for name in whole_run.weights
+        )
+
+
+def timeless(result: Any) -> Any:
+    placement = result.placement and replace(result.placement, wait_ms=0.0)
+    return replace(result, exchange_ms=0.0, placement=placement)
+
+
+@pytest.mark.parametrize(
+    "degrees", [{"ep": 4}, pytest.param({"ep": 2}, marks=pytest.mark.parity)], ids=["ep 4", "ep 2"]
+)
+def test_a_resume_may_be_without_copies(tmp_path: Path, degrees: dict[str, int]) -> None:
+    after = spread(PlacementConfig(), steps=3, **degrees)
+    for whole_run, resumed in run_ranks(_stopped_and_resumed, 4, tmp_path, after):
+        for ours, theirs in zip(resumed.results, whole_run.results, strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+            assert ours.expert_load_ME == theirs.expert_load_ME
+            assert ours.placement is None
