@@ -110,7 +110,7 @@ OF_LAYERS = [
     ("widths", "zero", "none"),
     ("widths", "one rank", "selective"),
 ]
-QUICK_OF_LAYERS = (("widths", "etp", "none"),)
+QUICK_OF_LAYERS = (("widths", "one rank", "selective"),)
 
 
 def with_layers(config: RunConfig, variant: str, recompute="none") -> RunConfig:

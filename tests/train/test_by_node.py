@@ -68,7 +68,10 @@ def test_each_node_is_told_what_its_ranks_sent(exchange: Exchange) -> None:
     assert [told for told, _ in ranks] == [expected] * 4
 
 
-@pytest.mark.parametrize("codec", [None, LSH], ids=["int8", "lsh+int8"])
+@pytest.mark.parametrize(
+    "codec",
+    [pytest.param(None, id="int8"), pytest.param(LSH, marks=pytest.mark.parity, id="lsh+int8")],
+)
 def test_two_steps_write_rows_once(codec: ComponentConfig | None) -> None:
     """In few bits, and read once: bit for bit again, also where fewer travel, and the same bytes between nodes."""
     how = DispatchConfig(codec=codec, wire=INT8, ranks_per_node=2)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from moesys.cli import main
 from moesys.config.build import config_hash
 from moesys.config.dispatch_schema import CandidateConfig, DispatchConfig
 from moesys.config.schema import ComponentConfig
 from moesys.moe.compression import UNCOMPRESSED, Compression
+from moesys.moe.layer import MoELayer
 from moesys.train.codec_choice import CodecChoice
 from tests.moe.test_lsh import D, as_in_paper, make_layer
 from tests.train.launched import overrides, records
@@ -104,8 +104,8 @@ def test_other_axes_choose_too(degrees, tiny_data, tmp_path):
     assert len(evaluated) == 3, "no evaluation runs the layer for multi-token prediction"
 
 
-def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
-    """Or to having to choose."""
+def with_candidates(ep: int) -> tuple[CodecChoice, MoELayer, DispatchConfig]:
+    """Of a run with one MoE layer."""
     layer = make_layer(None)
     layer.candidates = {"near": Compression(codec=as_in_paper(d_model=D))}
     codec = ComponentConfig(target="moesys.moe.codecs.LshCodec")
@@ -115,12 +115,17 @@ def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
     run: Any = SimpleNamespace(
         config=SimpleNamespace(
             dispatch=dispatch,
-            parallel=SimpleNamespace(ep=2),
+            parallel=SimpleNamespace(ep=ep),
             model=SimpleNamespace(moe_layers=(0,)),
         ),
         model=SimpleNamespace(moe_places=lambda: {0: layer}, moe_layers=lambda: [layer]),
     )
-    choice = CodecChoice(run)
+    return CodecChoice(run), layer, dispatch
+
+
+def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
+    """Or to having to choose."""
+    choice, layer, dispatch = with_candidates(ep=2)
     choice.rewind(None)
     assert choice.state is None
     of_four = {"by_layer": ["near"], "of": config_hash(dispatch)}
@@ -139,7 +144,6 @@ def test_a_roll_back_goes_back_to_what_was_chosen_then() -> None:
         choice.before(5)  # due again
 
 
-def test_one_rank_has_nothing_to_choose(tiny_data, tmp_path):
-    words = overrides(tmp_path, tiny_data, *CANDIDATES, "dispatch.error_budget=0.2")
-    assert main(["train", *words, "parallel.ep=1", "train.steps=6"]) == 0
-    assert records(tmp_path, "codecs") == []
+def test_one_rank_has_nothing_to_choose() -> None:
+    choice, *_ = with_candidates(ep=1)
+    assert choice.before(5) is None

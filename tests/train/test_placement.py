@@ -44,7 +44,7 @@ def plain() -> list[Numbers]:
     return parity(spread(PlacementConfig()), 4, micro_steps=2)
 
 
-@pytest.mark.parametrize("policy", ["balanced", "hecate"])
+@pytest.mark.parametrize("policy", ["balanced", pytest.param("hecate", marks=pytest.mark.parity)])
 def test_steps_are_those_of_plain_expert_parallelism(
     policy: PlacementPolicy, plain: list[Numbers]
 ) -> None:

@@ -20,6 +20,7 @@ from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train import resharding
 from moesys.train.state import run_tensors
+from moesys.train.step import StepResult
 from tests.plan.placements import random_copies, random_owners
 from tests.train.test_placement import spread
 
@@ -128,11 +129,11 @@ def test_a_number_that_changed_on_its_way_ends_the_job_on_all_ranks() -> None:
 
 
 def _stopped_and_resumed(
-    rank: int, size: int, folder: Path, after: RunConfig
-) -> tuple[Numbers, Numbers]:
-    """The last steps of a run in one go, and of one that goes on from a checkpoint as `after` says."""
+    rank: int, size: int, folder: Path, *after: RunConfig
+) -> tuple[Numbers, list[Numbers]]:
+    """The last steps of a run in one go, and of those that go on from its checkpoint."""
     expert_copies.WORTH = -1e9  # type: ignore[misc]
-    run_config = with_micro_steps(spread(PLANNED, steps=3), size, 2)
+    run_config = with_micro_steps(spread(PLANNED), size, 2)
     run = SmallRun(run_config, size)
     for _ in range(STOP):
         run.step()
@@ -144,11 +145,15 @@ def _stopped_and_resumed(
         keep_last=1,
     )
     in_one_go = numbers(run)
-    resumed = SmallRun(with_micro_steps(after, size, 2), size)
-    loaded = load(folder / f"step_{STOP:08d}", run_tensors(resumed.model, resumed.optimizer))
-    resumed.train_step.placements.at_resume(loaded.state["placement"])
-    resumed.steps = STOP
-    return in_one_go, numbers(resumed)
+    return in_one_go, [_resumed(folder, with_micro_steps(found, size, 2), size) for found in after]
+
+
+def _resumed(folder: Path, run_config: RunConfig, size: int) -> Numbers:
+    run = SmallRun(run_config, size)
+    loaded = load(folder / f"step_{STOP:08d}", run_tensors(run.model, run.optimizer))
+    run.train_step.placements.at_resume(loaded.state["placement"])
+    run.steps = STOP
+    return numbers(run)
 
 
 def numbers(run: SmallRun) -> Numbers:
@@ -161,32 +166,21 @@ STOP = 3
 """In the middle between two plans, so that the one in force is made again."""
 
 
-def test_a_resume_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    after = spread(PLANNED, steps=3)
-    for whole_run, resumed in run_ranks(_stopped_and_resumed, 4, tmp_path, after):
-        assert whole_run.results[0].placement is not None
-        assert max(map(max, whole_run.results[0].placement.holders_ME)) > 1
-        assert whole_run.results[1].placement.moved_experts > 0  # type: ignore[union-attr]
-        for ours, theirs in zip(resumed.results, whole_run.results, strict=True):
-            assert timeless(ours) == timeless(theirs)
-        assert all(
-            torch.equal(resumed.weights[name], whole_run.weights[name])
-            for name in whole_run.weights
-        )
+def test_a_resume_goes_on_bit_for_bit_or_without_copies(tmp_path: Path) -> None:
+    after = (spread(PLANNED), spread(PlacementConfig()), spread(PlacementConfig(), ep=2))
+    for in_one_go, (same, *without) in run_ranks(_stopped_and_resumed, 4, tmp_path, *after):
+        first, second, _ = (result.placement for result in in_one_go.results)
+        assert max(map(max, first.holders_ME)) > 1
+        assert second.moved_experts > 0
+        assert [timeless(r) for r in same.results] == [timeless(r) for r in in_one_go.results]
+        assert all(torch.equal(same.weights[name], t) for name, t in in_one_go.weights.items())
+        for plain in without:
+            for ours, theirs in zip(plain.results, in_one_go.results, strict=True):
+                assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+                assert ours.expert_load_ME == theirs.expert_load_ME
+                assert ours.placement is None
 
 
-def timeless(result: Any) -> Any:
-    placement = result.placement and replace(result.placement, wait_ms=0.0)
-    return replace(result, exchange_ms=0.0, placement=placement)
-
-
-@pytest.mark.parametrize(
-    "degrees", [{"ep": 4}, pytest.param({"ep": 2}, marks=pytest.mark.parity)], ids=["ep 4", "ep 2"]
-)
-def test_a_resume_may_be_without_copies(tmp_path: Path, degrees: dict[str, int]) -> None:
-    after = spread(PlacementConfig(), steps=3, **degrees)
-    for whole_run, resumed in run_ranks(_stopped_and_resumed, 4, tmp_path, after):
-        for ours, theirs in zip(resumed.results, whole_run.results, strict=True):
-            assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-            assert ours.expert_load_ME == theirs.expert_load_ME
-            assert ours.placement is None
+def timeless(result: StepResult) -> StepResult:
+    assert result.placement is not None
+    return replace(result, exchange_ms=0.0, placement=replace(result.placement, wait_ms=0.0))
