@@ -1,6 +1,7 @@
 """The rules of `placement`. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 from moesys.config.bounds import in_range, multiples_near
 from moesys.config.errors import Problem
@@ -8,6 +9,18 @@ from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import RunConfig
 from moesys.parallel.dims import ParallelDims, nodes_and_rails, parallel_dims
 from moesys.plan.pipeline import SPLITS_BACKWARD
+
+COPYING = ("balanced", "hecate", "everywhere", "eplb")
+READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "overlap_degree": ("balanced", "hecate"),
+        "reshard_every_steps": ("balanced", "hecate"),
+        **dict.fromkeys(
+            ("every_steps", "predictor", "window_steps"), ("balanced", "hecate", "eplb")
+        ),
+    }
+)
+"""Policies that read a key, of keys which not all of `COPYING` read."""
 
 
 def find_placement_problems(
@@ -110,14 +123,14 @@ def placement_warnings(config: RunConfig) -> Iterator[str]:
         value = getattr(placement, key)
         if key == "policy" or value == field.default:
             continue
-        if not placement.makes_copies:
-            yield f"placement.{key}={value} has no effect with placement.policy=fixed"
+        if placement.policy not in READERS.get(key, COPYING):
+            yield f"placement.{key}={value} has no effect with placement.policy={placement.policy}"
         elif key == "overlap_degree" and not placement.reads_overlap_degree:
             yield (
                 f"placement.{key}={value} has no effect with placement.policy={placement.policy} and "
                 "placement.reshard_every_steps=0"
             )
-    if placement.predictor in ("last", "exponential") and placement.makes_copies:
+    if placement.predictor in ("last", "exponential") and placement.plans_ahead:
         default = PlacementConfig.__dataclass_fields__["window_steps"].default
         if placement.window_steps != default:
             yield (

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-PlacementPolicy = Literal["fixed", "balanced", "hecate"]
+PlacementPolicy = Literal["fixed", "balanced", "hecate", "everywhere", "eplb"]
 Predictor = Literal["mean", "exponential", "last", "slope"]
 RouteKind = Literal["direct", "star", "relay"]
 
@@ -16,13 +16,14 @@ class PlacementConfig:
 
     policy: PlacementPolicy = "fixed"
     """fixed = no copies; balanced = those that level the loads, near the rows where that is as good; hecate = of each layer's
-    hottest experts, in proportion to their loads (Hecate's algorithm 1)."""
+    hottest experts, in proportion to their loads (Hecate's algorithm 1); everywhere = each layer's hottest ones, once it has
+    routed, on all ranks (FasterMoE); eplb = copies and owners packed anew, first over nodes (EPLB)."""
     copies: int = 2
     """Experts of each layer, beside its own, that a rank may hold."""
     overlap_degree: int = 8
     """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads."""
     every_steps: int = 1
-    """Optimizer steps between plans; until the next one the same experts are copied."""
+    """Optimizer steps between plans; until the next one the same experts are copied. Not of everywhere, which plans in the step."""
     reshard_every_steps: int = 0
     """Optimizer steps between looks whether other owners, to whom experts move with their optimizer states, would level the
     loads better (Hecate's algorithm 2, every 100); a multiple of every_steps. 0 = never."""
@@ -41,5 +42,13 @@ class PlacementConfig:
         return self.policy != "fixed"
 
     @property
+    def plans_ahead(self) -> bool:
+        """Whether copies are planned before a step, from the loads of those before."""
+        return self.policy in ("balanced", "hecate", "eplb")
+
+    @property
     def reads_overlap_degree(self) -> bool:
-        return self.policy == "hecate" or (self.makes_copies and self.reshard_every_steps > 0)
+        """Whether anything hangs on it."""
+        return self.policy == "hecate" or (
+            self.policy == "balanced" and self.reshard_every_steps > 0
+        )

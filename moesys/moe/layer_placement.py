@@ -1,9 +1,14 @@
 """Who holds which experts of one layer, on this rank, for a step: what was planned, as it is carried out."""
 
+from collections.abc import Callable
+
 from moesys.moe.held_experts import HeldExperts, LayerCopies
 from moesys.parallel.sparse import SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route, in_order_of_arrival
 from moesys.plan.placement import Integers, Placement, owners_alone
+
+Plan = Callable[[Integers], tuple[Placement, ChunkRoute]]
+"""From the rows of each expert [E]; the same on all ranks."""
 
 
 class LayerPlacement:
@@ -24,10 +29,15 @@ class LayerPlacement:
         nowhere = chunk_route(owners, self.collectives.per_node, "direct")
         self._without = self._made(owners, nowhere, 1)
         self._copies: LayerCopies | None = None
+        self._plan: Plan | None = None
 
     def take(self, placement: Placement, route: ChunkRoute, backwards: int) -> None:
         """For the next step, of so many micro-steps. What the last step had is finished."""
         self._copies = self._made(in_order_of_arrival(placement, route), route, backwards)
+
+    def plan_after_routing(self, plan: Plan, backwards: int) -> None:
+        """For the next step: the first forward's rows decide, and copies are waited for there."""
+        self._plan, self._backwards = plan, backwards
 
     def begin(self) -> None:
         """Start to gather, where that is still to be done in this step. Collective."""
@@ -36,9 +46,12 @@ class LayerPlacement:
 
     def decide(self, counts_PE: Integers) -> LayerCopies:
         """Who serves the rows of one forward, of which each rank has so many."""
-        if self._copies is not None and self.experts.training:
-            return self._copies
-        return self._without
+        if not self.experts.training:
+            return self._without
+        if self._plan is not None:
+            self.take(*self._plan(counts_PE.sum(0)), self._backwards)
+            self._plan = None
+        return self._copies or self._without
 
     def finish(self) -> None:
         """Of a step: add the gradients of copies to those of owners. Collective."""

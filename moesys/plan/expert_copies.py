@@ -11,8 +11,9 @@ from moesys.config.placement_schema import PlacementConfig
 from moesys.plan.copies import balancing_copies
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.repair import expected_loads, repaired
+from moesys.plan.replication import replicated
 from moesys.plan.sharding import heterogeneous_sharding
-from moesys.plan.sparse_materialization import sparse_materialization
+from moesys.plan.sparse_materialization import hottest_everywhere, sparse_materialization
 
 REPAIRED_RANKS = 64
 """Of at most so many, each layer's copies are changed one by one once more: it takes a millisecond a layer, and more of more."""
@@ -28,7 +29,10 @@ def planned_placements(
     num_ranks: int,
     per_node: int,
 ) -> list[Placement]:
-    """Of each layer, from its experts' predicted loads [E] and owners [E]; layers may have different numbers of experts."""
+    """Of each layer, from its experts' loads [E] and owners [E]; layers may have different numbers of experts. Owners stay but
+    with `policy=eplb`."""
+    if config.policy == "eplb":
+        return [replicated(loads_E, num_ranks, per_node, config.copies) for loads_E in loads_M]
     placements: dict[int, Placement] = {}
     for number in {len(loads_E) for loads_E in loads_M}:
         layers = [layer for layer, loads_E in enumerate(loads_M) if len(loads_E) == number]
@@ -72,6 +76,9 @@ def _copies(
     """int64 [M, P, C], -1 = none."""
     if config.policy == "balanced":
         return balancing_copies(loads_ME, owner_ME, num_ranks, per_node, config.copies)
+    if config.policy == "everywhere":
+        hottest_M = np.full(len(loads_ME), config.copies)
+        return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.copies)
     assert config.policy == "hecate", config.policy
     return sparse_materialization(
         loads_ME, owner_ME, num_ranks, per_node, config.copies, config.overlap_degree

@@ -7,6 +7,7 @@ import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
 from moesys.parallel.mesh import Meshes
-from moesys.plan.chunk_routes import chunk_route
+from moesys.plan.chunk_routes import ChunkRoute, chunk_route
 from moesys.plan.expert_copies import better_owners, planned_placements
 from moesys.plan.load_prediction import predicted_loads, steps_needed
 from moesys.plan.pipeline import layers_of_ranks
@@ -48,7 +49,7 @@ class PlacementFigures:
     """What copies did in a step, over all ranks."""
 
     holders_ME: list[list[int]]
-    """Ranks of a group of parallel.ep that held each expert."""
+    """Ranks of a group of parallel.ep that held each expert; [] where that is decided within the step."""
     busiest_rank_M: list[float]
     """Rows of the busiest rank over the mean: 1 = level."""
     busiest_owner_M: list[float]
@@ -129,16 +130,19 @@ class Placements:
         if not self._is_used:
             return
         self._moved_experts, self._reshard_bytes = 0, 0
+        for layer in self._layers.values():
+            layer.dispatcher.levels = Levels()
+        if not self._config.plans_ahead:
+            for index, layer in self._layers.items():
+                after_routing = partial(self._planned_after_routing, index)
+                layer.placement.plan_after_routing(after_routing, micro_steps)
+            return
         last_plan = step - (step - 1) % self._config.every_steps
         if step == last_plan or not self._planned_M:
             self._plan(step, last_plan)
         for index, layer in self._layers.items():
-            layer.dispatcher.levels = Levels()
             if self._planned_M:
-                placed = self._planned_M[index]
-                per_node = layer.placement.collectives.per_node
-                route = chunk_route(placed, per_node, self._config.route)
-                layer.placement.take(placed, route, micro_steps)
+                layer.placement.take(*self._with_route(self._planned_M[index]), micro_steps)
 
     def finish(self) -> None:
         """After the backwards of a step: the gradients of copies are at the owners. Collective."""
@@ -178,8 +182,7 @@ class Placements:
         sent_bytes, between_bytes, seconds, reshard_bytes = numbers[3 * layers :]
         mean_M = np.where(mean_M > 0, mean_M, 1.0)
         return PlacementFigures(
-            holders_ME=[np.diff(placement.pairs.start_X).tolist() for placement in self._planned_M]
-            or [[1] * len(owner_E) for owner_E in self._owners_M],
+            holders_ME=self._holders_ME(),
             busiest_rank_M=(busiest_M / mean_M).tolist(),
             busiest_owner_M=(owner_M / mean_M).tolist(),
             sent_bytes=int(sent_bytes),
@@ -188,6 +191,13 @@ class Placements:
             reshard_bytes=int(reshard_bytes),
             wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
         )
+
+    def _holders_ME(self) -> list[list[int]]:
+        if not self._config.plans_ahead:
+            return []
+        if not self._planned_M:
+            return [[1] * len(owner_E) for owner_E in self._owners_M]
+        return [np.diff(placed.pairs.start_X).tolist() for placed in self._planned_M]
 
     @property
     def _is_used(self) -> bool:
@@ -216,8 +226,25 @@ class Placements:
             owners_M = self._better_owners(loads_M)
             self._agree(owners_M)
             self._reshard(owners_M)
-        self._planned_M = planned_placements(config, loads_M, self._owners_M, *ranks)
-        self._agree([placement.copies_PC for placement in self._planned_M])
+        planned_M = planned_placements(config, loads_M, self._owners_M, *ranks)
+        self._agree([part for placed in planned_M for part in (placed.owner_E, placed.copies_PC)])
+        if config.policy == "eplb":
+            self._reshard([placed.owner_E for placed in planned_M])
+        self._planned_M = planned_M
+
+    def _planned_after_routing(self, layer: int, loads_E: Integers) -> tuple[Placement, ChunkRoute]:
+        """Of one layer, from the rows of its first forward."""
+        (placed,) = planned_placements(
+            self._config,
+            [loads_E.astype(np.float64)],
+            [self._owners_M[layer]],
+            self._meshes.dims.ep,
+            self._meshes.ep_per_node,
+        )
+        return self._with_route(placed)
+
+    def _with_route(self, placed: Placement) -> tuple[Placement, ChunkRoute]:
+        return placed, chunk_route(placed, self._meshes.ep_per_node, self._config.route)
 
     def _better_owners(self, loads_M: list[Amounts]) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""

@@ -140,7 +140,7 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
         "owner_imbalance": statistics.fmean(found.busiest_owner_M),
         "rank_imbalance_by_layer": found.busiest_rank_M,
         "owner_imbalance_by_layer": found.busiest_owner_M,
-        "expert_holders": found.holders_ME,
+        **({"expert_holders": found.holders_ME} if found.holders_ME else {}),
     }
 
 

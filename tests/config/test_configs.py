@@ -23,7 +23,10 @@ REQUIRED = (
             *("tree", "tree_int8", "tree_int4", "auto"),
         )
     }
-    | {("placement", name): ["parallel.ep=2"] for name in ("balanced", "hecate")}
+    | {
+        ("placement", name): ["parallel.ep=2"]
+        for name in ("balanced", "hecate", "everywhere", "eplb")
+    }
 )
 """What an option leaves to its user."""
 _LINE = re.compile(r"^\s*(?P<key>[\w/]+):\s*(?P<value>[^#\s][^#]*?)?\s*(?P<comment>#.*)?$")

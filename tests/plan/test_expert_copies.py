@@ -16,7 +16,7 @@ from moesys.plan.sharding import owned_at_most
 from tests.plan.placements import random_loads, random_owners, seeds
 
 BALANCED = PlacementConfig(policy="balanced")
-POLICIES: tuple[PlacementPolicy, ...] = ("balanced", "hecate")
+POLICIES: tuple[PlacementPolicy, ...] = ("balanced", "hecate", "everywhere")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
