@@ -32,6 +32,9 @@ class PlacementConfig:
     a line through them, as far as that was right before."""
     window_steps: int = 5
     """Optimizer steps that mean and slope look back, at least 1."""
+    release: bool = False
+    """Copies are freed after a forward and gathered again for its backward (Hecate-RM): memory for those of two layers, and
+    half as many bytes again, of each micro-step. false = they stay for the step."""
     route: RouteKind = "star"
     """A copy's way: direct = from its owner; star = once from its owner to each node, and on from there; relay = from node
     to node, twice as many having it each time."""

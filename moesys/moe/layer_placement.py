@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from moesys.moe.held_experts import HeldExperts, LayerCopies
+from moesys.moe.held_experts import HeldExperts
+from moesys.moe.layer_copies import LayerCopies
 from moesys.parallel.sparse import SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route, in_order_of_arrival
 from moesys.plan.placement import Integers, Placement, owners_alone
@@ -16,9 +17,17 @@ class LayerPlacement:
     gradients home. Without training, and before anything was planned, rows go to owners."""
 
     def __init__(
-        self, experts: HeldExperts, owner_E: Integers, collectives: SparseCollectives
+        self,
+        experts: HeldExperts,
+        owner_E: Integers,
+        collectives: SparseCollectives,
+        releases: bool = False,
     ) -> None:
-        self.experts, self.collectives = experts, collectives
+        """`releases`: as `LayerCopies`."""
+        self.experts, self.collectives, self.releases = experts, collectives, releases
+        self.earlier: LayerPlacement | None = None
+        """The layer whose backward comes next, on this rank."""
+        self.later: LayerPlacement | None = None
         self.own(owner_E)
 
     def own(self, owner_E: Integers) -> None:
@@ -66,4 +75,15 @@ class LayerPlacement:
             route=route,
             collectives=self.collectives,
             backwards=backwards,
+            releases=self.releases,
+            after_backward=self._after_backward,
         )
+
+    def _after_backward(self) -> None:
+        """Memory for the copies' gradients, and for copies, is that of two layers: one at work, one on its way."""
+        if not self.releases:
+            return
+        if self.later is not None and self.later._copies is not None:
+            self.later._copies.settle()
+        if self.earlier is not None:
+            self.earlier.begin()

@@ -32,14 +32,20 @@ class SparseCollectives:
         self.meter = ExchangeMeter()
 
     def begin_gather(
-        self, own: Mapping[int, Tensor], sizes_E: Sequence[int], route: ChunkRoute, like: Tensor
+        self,
+        own: Mapping[int, Tensor],
+        sizes_E: Sequence[int],
+        route: ChunkRoute,
+        like: Tensor,
+        into: Tensor | None = None,
     ) -> "Gather":
         """Start to send what others need; `own` are the chunks whose owner this rank is, by expert. Collective.
 
         They travel in the type of `like`, and copies are on its device. `sizes_E`: numbers of each expert's chunk. Chunks must not change before the result
-        was waited for.
+        was waited for. `into`: the `flat` of an earlier gather by the same route, whose storage may have been freed; what autograd has
+        saved of it counts as unchanged.
         """
-        return Gather(self, own, sizes_E, route, like)
+        return Gather(self, own, sizes_E, route, like, into)
 
     def begin_reduce(
         self, copies: Mapping[int, Tensor], sizes_E: Sequence[int], route: ChunkRoute, like: Tensor
@@ -98,6 +104,7 @@ class Gather:
     sizes_E: Sequence[int]
     route: ChunkRoute
     like: Tensor
+    into: Tensor | None
     flat: Tensor = field(init=False)
     """All copies of this rank one after the other, in order of arrival; whole once waited for."""
     copies: dict[int, Tensor] = field(init=False)
@@ -106,7 +113,11 @@ class Gather:
     def __post_init__(self) -> None:
         arriving = self.route.arrivals(self.collectives.rank)
         sizes = [self.sizes_E[expert] for expert in arriving]
-        self.flat = self.like.new_empty(sum(sizes))
+        if self.into is None:
+            self.flat = self.like.new_empty(sum(sizes))
+        else:
+            self.flat = self.into
+            self.flat.untyped_storage().resize_(self.flat.nbytes)
         self.copies = dict(zip(arriving, self.flat.split(sizes), strict=True))
         self._place = 0
         self._left = list(self.route.stages)
@@ -133,12 +144,13 @@ class Gather:
         come = [hop for hop in stage if hop.dest == rank]
         begin, self._place = self._place, self._place + sum(self.sizes_E[h.expert] for h in come)
         received = self.flat[begin : self._place]
-        work = self.collectives.exchange(
-            send,
-            [(hop.dest, self.sizes_E[hop.expert]) for hop in sent],
-            received,
-            [(hop.source, self.sizes_E[hop.expert]) for hop in come],
-        )
+        with torch.autograd._unsafe_preserve_version_counter(self.flat):
+            work = self.collectives.exchange(
+                send,
+                [(hop.dest, self.sizes_E[hop.expert]) for hop in sent],
+                received,
+                [(hop.source, self.sizes_E[hop.expert]) for hop in come],
+            )
         self._pending = _Pending(work, send, received, come)
 
 

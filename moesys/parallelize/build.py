@@ -3,6 +3,7 @@ pipeline cut, experts, tensors, context, compilation, recompute, data; then stor
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -68,9 +69,12 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
     # Otherwise the step is judged by its loss, and dropped.
     is_checked = config.anomaly.policy == "stop"
-    _shard_with_experts(whole, meshes, config.dispatch, is_checked)
+    releases = config.placement.release
+    _shard_with_experts(whole, meshes, config.dispatch, is_checked, releases)
     for part in parts:
         _begin_copies_early(part)
+    if pipeline is None:  # whose backwards mix
+        _follow_backward(whole)
     if meshes.dims.tp > 1:
         tp = TensorParallel(meshes.tp_group, parallel.sequence_parallel)
         for part in parts:
@@ -111,11 +115,15 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
 
 
 def _shard_with_experts(
-    model: Transformer, meshes: Meshes, dispatch: DispatchConfig, is_checked: bool = True
+    model: Transformer,
+    meshes: Meshes,
+    dispatch: DispatchConfig,
+    is_checked: bool = True,
+    releases: bool = False,
 ) -> None:
     collectives = copy_collectives(meshes)
     for layer in modules_of(model, MoELayer):
-        shard_experts(layer, meshes, dispatch, is_checked, collectives)
+        shard_experts(layer, meshes, dispatch, is_checked, collectives, releases)
     for table in modules_of(model, MemoryTable):
         shard_memory(table, meshes)
 
@@ -131,6 +139,13 @@ def _begin_copies_early(part: Transformer) -> None:
     for block in part.blocks():
         if isinstance(block, MoEBlock) and block.moe.placement is not None:
             block.register_forward_pre_hook(begin)
+
+
+def _follow_backward(model: Transformer) -> None:
+    """Released copies are on their way again while the backward of the layer after them computes."""
+    placed = [layer.placement for layer in model.moe_layers() if layer.placement is not None]
+    for earlier, later in pairwise(placed):
+        earlier.later, later.earlier = later, earlier
 
 
 def _has_a_table_of_two(parts: list[Transformer]) -> bool:

@@ -36,10 +36,12 @@ def shard_experts(
     dispatch: DispatchConfig = AS_IT_IS,
     is_checked: bool = True,
     collectives: SparseCollectives | None = None,
+    releases: bool = False,
 ) -> None:
     """Keep this rank's experts of the layer, exchange rows over ep and etp, count load over all that have tokens.
 
-    `is_checked`: what is to be compressed and is not finite is an error. `collectives`: experts may have copies, by these.
+    `is_checked`: what is to be compressed and is not finite is an error. `collectives`: experts may have copies, by these,
+    which `releases` frees between a forward and its backward.
     """
     dims = meshes.dims
     layer.balance.group = meshes.stage_group
@@ -61,7 +63,7 @@ def shard_experts(
                 return  # shared with another layer
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
     if collectives is not None:
-        layer.placement = _placement(layer, collectives)
+        layer.placement = _placement(layer, collectives, releases)
     layer.dispatcher = _dispatcher(layer, meshes, dispatch)
 
 
@@ -73,13 +75,13 @@ def copy_collectives(meshes: Meshes) -> SparseCollectives | None:
     return SparseCollectives(group, meshes.ep_per_node)
 
 
-def _placement(layer: MoELayer, collectives: SparseCollectives) -> LayerPlacement:
+def _placement(layer: MoELayer, collectives: SparseCollectives, releases: bool) -> LayerPlacement:
     """Each rank begins with its equal run of experts."""
     (experts,) = layer.experts.classes()
     owner_E = even_owners(layer.config.num_experts, collectives.size)
     owned = np.flatnonzero(owner_E == collectives.rank).tolist()
     layer.experts = HeldExperts(experts.gate_up, experts.down, owned)
-    return LayerPlacement(layer.experts, owner_E, collectives)
+    return LayerPlacement(layer.experts, owner_E, collectives, releases)
 
 
 def _compression(

@@ -68,16 +68,19 @@ def trained(dispatcher, experts, rank: int, step: int) -> dict[str, Tensor]:
     return {"y": torch.cat(ys), "dx": torch.cat(dxs)}
 
 
-def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]]:
+def _over_ranks(
+    rank: int, size: int, kind: RouteKind, releases: bool
+) -> tuple[list[dict[str, Tensor]], list[int]]:
+    """And the bytes that this rank sent for copies in each step."""
     placed = placements(size)
     own = placed[0].own(rank)
     parameters = {name: torch.nn.Parameter(whole[own].clone()) for name, whole in weights().items()}
     experts = HeldExperts(**parameters, owned=own)
     experts.backend = "loop"
     collectives = SparseCollectives(dist.new_group(range(size)), per_node=2)
-    layer = LayerPlacement(experts, placed[0].owner_E, collectives)
+    layer = LayerPlacement(experts, placed[0].owner_E, collectives, releases)
     dispatcher = PlacedDispatcher(EXPERTS, FlatExchange(dist.group.WORLD), None, 2, layer.decide)
-    found = []
+    found, sent_bytes = [], []
     for step, placement in enumerate(placed):
         layer.take(placement, chunk_route(placement, 2, kind), MICRO_STEPS)
         layer.begin()
@@ -85,14 +88,24 @@ def _over_ranks(rank: int, size: int, kind: RouteKind) -> list[dict[str, Tensor]
         layer.finish()
         grads = {name: getattr(experts, name).grad for name in weights()}
         found.append({**rows, **grads})
+        sent_bytes.append(collectives.meter.read().sent_bytes)
         experts.zero_grad(set_to_none=True)
-    return found
+    return found, sent_bytes
 
 
 @pytest.mark.parametrize("kind", ROUTE_KINDS)
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_copies_change_no_number(size: int, kind: RouteKind) -> None:
-    results = run_ranks(_over_ranks, size, kind)
+@pytest.mark.parametrize(("size", "releases"), [(1, False), (2, False), (4, False), (4, True)])
+def test_copies_change_no_number(size: int, kind: RouteKind, releases: bool) -> None:
+    """And travel once a step and way, or for each forward and each backward where they are released."""
+    results, sent_bytes = zip(*run_ranks(_over_ranks, size, kind, releases), strict=True)
+    chunk_bytes = 8 * 3 * HIDDEN * D
+    for rank, of_rank in enumerate(sent_bytes):
+        for placement, sent in zip(placements(size), of_rank, strict=True):
+            route = chunk_route(placement, 2, kind)
+            gathers = MICRO_STEPS * 2 if releases else 1
+            reduces = MICRO_STEPS if releases else 1
+            chunks = gathers * route.sent_chunks(rank) + reduces * len(route.arrivals(rank))
+            assert sent == chunks * chunk_bytes
     experts = Experts(EXPERTS, D, HIDDEN).double()
     experts.backend = "loop"
     for name, whole in weights().items():

@@ -83,9 +83,11 @@ def test_steps_are_those_of_plain_expert_parallelism(
     ],
     ids=["moe", "layer", "tp", "cp+layer", "etp", "pp", "zero 3", "edp"],
 )
-def test_other_axes_find_the_same(recompute, degrees: dict[str, int]) -> None:
+@pytest.mark.parametrize("release", [False, True], ids=["", "release"])
+def test_other_axes_find_the_same(recompute, degrees: dict[str, int], release: bool) -> None:
     expected = parity(spread(PlacementConfig(), None, recompute, **degrees), 4, micro_steps=2)
-    ranks = parity(spread(BALANCED, None, recompute, **degrees), 4, micro_steps=2)
+    placement = replace(BALANCED, release=release)
+    ranks = parity(spread(placement, None, recompute, **degrees), 4, micro_steps=2)
     assert_copies_made(ranks)
     for ours, theirs in zip(ranks, expected, strict=True):
         found = compare([ours], theirs)
