@@ -80,10 +80,8 @@ class LayerPlacement:
         )
 
     def _after_backward(self) -> None:
-        """Memory for the copies' gradients, and for copies, is that of two layers: one at work, one on its way."""
-        if not self.releases:
-            return
+        """Gradients that leave, and copies that come again, are of two layers at once: one at work, one on its way."""
         if self.later is not None and self.later._copies is not None:
             self.later._copies.settle()
-        if self.earlier is not None:
+        if self.releases and self.earlier is not None:
             self.earlier.begin()

@@ -43,6 +43,8 @@ class RankMemory:
     """Parameters that `zero` shares out, whole, and the flat buffer that they come in."""
     unreduced: int
     """Gradients of these, beyond this rank's shards, until they are reduced; and the flat buffer that they leave in."""
+    copies: int
+    """Of other ranks' experts, in the compute type; the sums of their gradients, and these on their way home."""
     casts: int
     """Weights in bf16, which each forward makes and keeps for its backward."""
     activations: int
@@ -119,6 +121,7 @@ def rank_memory(case: MemoryCase) -> RankMemory:
         optimizer=MOMENTS * shards + FP32 * tensors,
         gathered=_gathered(case),
         unreduced=_unreduced(case),
+        copies=_copied_experts(case),
         casts=_casts(case),
         activations=_activations(case),
         boundaries=_boundaries(case),
@@ -151,22 +154,25 @@ def _unreduced(case: MemoryCase) -> int:
     if not case.config.parallel.zero:
         return 0
     if case.config.parallel.zero == 1 or case.config.parallel.pp > 1:
-        return _all_flat(case) - case.stored_bytes + _largest_flat(case)
+        return _all_flat(case) - case.sharded_bytes + _largest_flat(case)
     return _largest_block(case) + _largest_flat(case)
 
 
 def _all_flat(case: MemoryCase) -> int:
-    return sum(count * case.flat_bytes(unit) for count, unit in case.counted_units)
+    return sum(count * case.flat_bytes(unit) for count, unit in case.sharded_units)
 
 
 def _largest_flat(case: MemoryCase) -> int:
-    return max(case.flat_bytes(unit) for _, unit in case.counted_units)
+    return max(case.flat_bytes(unit) for _, unit in case.sharded_units)
 
 
 def _largest_block(case: MemoryCase) -> int:
     """Experts and the rest of one, or the embedding or the head; and what layers share."""
-    blocks = [sum(map(case.flat_bytes, units)) for _, units in case.blocks]
-    units = [unit for _, unit in case.counted_units]
+    blocks = [
+        sum(case.flat_bytes(unit) for unit in units if case.is_sharded(unit))
+        for _, units in case.blocks
+    ]
+    units = [unit for _, unit in case.sharded_units]
     shared = [[p for p in unit if p.is_over_depth] for unit in units]
     others = (case.flat_bytes([p for p in unit if not p.is_over_depth]) for unit in units)
     return max([*blocks, *others]) + sum(map(case.flat_bytes, shared))
@@ -181,7 +187,7 @@ def _summed(case: MemoryCase) -> int:
         total += case.shard_bytes(table)
     for count, parameter in case.counted_parameters:
         is_partial = parameter.is_partial_over_tp(parallel.sequence_parallel)
-        if parallel.zero:
+        if parallel.zero and case.is_sharded([parameter]):
             group = "tp" if is_partial else None
         elif parameter.is_expert:
             group = "edp"
@@ -191,6 +197,23 @@ def _summed(case: MemoryCase) -> int:
         sums = sum(name is not None and case.size(name) > 1 for name in groups)
         total += sums * count * case.shard_bytes(parameter)
     return total
+
+
+# --- Experts of other ranks -----------------------------------------------------------------------
+
+
+def _copied_experts(case: MemoryCase) -> int:
+    """As many as a rank may hold, and as many that leave it, as owners do in the mean. Gradients are summed until the last
+    micro-step, then they go home layer by layer."""
+    placement, moe = case.config.placement, case.config.model.moe
+    if not placement.makes_copies or case.axes["ep"] == 1:
+        return 0
+    one = placement.copies * 3 * case.config.model.d_row * moe.d_expert // case.axes["etp"]
+    layers = sum(case.is_moe(layer) for layer in case.layers)
+    at_once = min(2, layers)
+    kept = at_once if placement.release else layers
+    summed = at_once if placement.release or case.micro_steps == 1 else layers
+    return one * ((kept + 1) * case.width + FP32 * (summed + 2 * at_once))
 
 
 # --- What a micro-batch leaves --------------------------------------------------------------------

@@ -123,6 +123,22 @@ class MemoryCase(RankOfRun):
         outer = [(1, unit) for stage in self.own_stages for unit in self.outer_units(stage)]
         return [(count, unit) for count, units in self.blocks for unit in units] + outer
 
+    def is_sharded(self, unit: Sequence[Parameter]) -> bool:
+        """Whether FSDP has it: experts that may have copies lie whole on their owners."""
+        return not (
+            self.config.placement.makes_copies and self.axes["ep"] > 1 and unit[0].is_expert
+        )
+
+    @property
+    def sharded_units(self) -> list[tuple[int, list[Parameter]]]:
+        """Of the counted ones."""
+        return [(count, unit) for count, unit in self.counted_units if self.is_sharded(unit)]
+
+    @property
+    def sharded_bytes(self) -> int:
+        """fp32, of this rank's shares of these."""
+        return sum(count * self.shard_bytes(p) for count, unit in self.sharded_units for p in unit)
+
     @property
     def counted_parameters(self) -> Iterator[tuple[int, Parameter]]:
         """(how many, one parameter) of all that are here."""
