@@ -57,14 +57,18 @@ def shard_experts(
             name: _compression(layer, candidate.codec, candidate.wire, is_checked)
             for name, candidate in dispatch.candidates.items()
         }
+    _shard_parameters(layer, meshes)
+    if collectives is not None:
+        layer.placement = _placement(layer, collectives, releases)
+    layer.dispatcher = _dispatcher(layer, meshes, dispatch)
+
+
+def _shard_parameters(layer: MoELayer, meshes: Meshes) -> None:
     for experts in layer.experts.classes():
         for name, parameter in list(experts.named_parameters()):
             if isinstance(parameter, DTensor):
                 return  # shared with another layer
             experts.register_parameter(name, _shard(parameter, HIDDEN_DIM[name], meshes))
-    if collectives is not None:
-        layer.placement = _placement(layer, collectives, releases)
-    layer.dispatcher = _dispatcher(layer, meshes, dispatch)
 
 
 def copy_collectives(meshes: Meshes) -> SparseCollectives | None:

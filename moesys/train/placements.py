@@ -137,7 +137,8 @@ class Placements:
                 after_routing = partial(self._planned_after_routing, index)
                 layer.placement.plan_after_routing(after_routing, micro_steps)
             return
-        last_plan = step - (step - 1) % self._config.every_steps
+        # The first step knows no loads: a plan that would be due there is made before the second.
+        last_plan = max(2, step - (step - 1) % self._config.every_steps)
         if step == last_plan or not self._planned_M:
             self._plan(step, last_plan)
         for index, layer in self._layers.items():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from torch._dynamo.utils import counters
 
@@ -12,6 +13,7 @@ from moesys.parallelize.expert_backend import set_expert_backend
 from moesys.testing.layouts import BASE
 
 
+@pytest.mark.parity
 def test_all_blocks_share_one_graph():
     config = replace(BASE.model, num_layers=12, num_dense_layers=2)
     plain, compiled = Transformer(config), Transformer(config)

@@ -198,7 +198,7 @@ PEAKS = [
     ("zbv", "fp32", "none"),
     ("pp+tp+ep", "fp32", "none"),
 ]
-QUICK_PEAKS = (("one rank", "bf16", "none"), ("pp", "fp32", "none"))
+QUICK_PEAKS = (("pp", "fp32", "none"),)
 
 
 @pytest.mark.parametrize(

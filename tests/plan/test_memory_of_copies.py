@@ -49,8 +49,10 @@ def _peaks(rank: int, size: int, *configs: RunConfig) -> list[int]:
     return [peak(rank, size, config) for config in configs]
 
 
-@pytest.mark.parametrize("micro_steps", [1, pytest.param(3, marks=pytest.mark.parity)])
-def test_the_peak_grows_by_what_the_formula_says(micro_steps: int) -> None:
+@pytest.mark.parity
+@pytest.mark.parametrize(("micro_steps", "least"), [(1, 0.25), (3, 0.6)])
+def test_the_peak_grows_by_what_the_formula_says(micro_steps: int, least: float) -> None:
+    """At most: in a single micro-step weights have gone from most layers when gradients come."""
     configs = [spread(placement, micro_steps) for placement in (PLAIN, PLACED, RELEASED)]
     for rank, (plain, *with_copies) in enumerate(run_ranks(_peaks, 4, *configs)):
         without = formula(configs[0], 4, rank)
@@ -58,7 +60,7 @@ def test_the_peak_grows_by_what_the_formula_says(micro_steps: int) -> None:
         for config, most in zip(configs[1:], with_copies, strict=True):
             expected = formula(config, 4, rank)
             assert expected.held - without.held == expected.copies
-            assert 0.4 * expected.copies < most - plain <= expected.copies
+            assert least * expected.copies < most - plain <= expected.copies
 
 
 @pytest.mark.parity
