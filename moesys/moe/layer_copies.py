@@ -177,36 +177,26 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def entered(rows_RD: Tensor, copies: LayerCopies) -> Tensor:
     """The rows, before the experts that read them: a backward that reaches them has come through all of these."""
-    return _Entered.apply(rows_RD, copies) if rows_RD.requires_grad else rows_RD
+    return _Passed.apply(rows_RD, copies.end_backward) if rows_RD.requires_grad else rows_RD
 
 
 def left(rows_RD: Tensor, copies: LayerCopies) -> Tensor:
     """The results, after the experts."""
     copies.end_forward()
-    return _Left.apply(rows_RD, copies) if rows_RD.requires_grad else rows_RD
+    return _Passed.apply(rows_RD, copies.begin_backward) if rows_RD.requires_grad else rows_RD
 
 
-class _Entered(torch.autograd.Function):
+class _Passed(torch.autograd.Function):
+    """The identity, whose backward first calls something."""
+
     @staticmethod
-    def forward(ctx, rows_RD: Tensor, copies: LayerCopies) -> Tensor:
-        ctx.copies = copies
+    def forward(ctx, rows_RD: Tensor, at_backward: Callable[[], None]) -> Tensor:
+        ctx.at_backward = at_backward
         return rows_RD.view_as(rows_RD)
 
     @staticmethod
     def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
-        ctx.copies.end_backward()
-        return grad_RD, None
-
-
-class _Left(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RD: Tensor, copies: LayerCopies) -> Tensor:
-        ctx.copies = copies
-        return rows_RD.view_as(rows_RD)
-
-    @staticmethod
-    def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
-        ctx.copies.begin_backward()
+        ctx.at_backward()
         return grad_RD, None
 
 

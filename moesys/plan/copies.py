@@ -22,12 +22,8 @@ def balancing_copies(
     num_ranks: int,
     per_node: int,
     most_copies: int,
-    near_M: Integers | None = None,
 ) -> Integers:
     """int64 [M, P, C], -1 = none: the hottest experts of ranks with too much, on ranks with room, on their own node first.
-
-    With `near_M` every node first gets a copy of so many of each layer's hottest experts, as far as its ranks have places, so that
-    rows for these need not leave it.
 
     What overloaded ranks then have above the mean, expert by expert from the hottest, is laid on a line beside the room of the
     others, the largest beside the largest. Where a piece lies beside a rank's room the rank gets a copy, so that about as few
@@ -37,8 +33,6 @@ def balancing_copies(
     state = _State(loads_ME, owner_ME, num_ranks, per_node, most_copies)
     if most_copies == 0 or num_ranks == 1:
         return state.copies_MPC
-    if near_M is not None and near_M.any():
-        state.bring_near(near_M)
     state.find_room()
     layer_M1 = np.arange(len(loads_ME))[:, None]
     if 1 < per_node < num_ranks:
@@ -66,39 +60,16 @@ class _State:
         mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
         self.at_owner_ME = loads_ME / mean_M1
         """Of each expert's load what its owner has."""
-        self.elsewhere_MP = np.zeros((layers, num_ranks))
-        """What each rank has of other ranks' experts."""
         self.used_MP = np.zeros((layers, num_ranks), dtype=np.int64)
         """Copies that each rank has."""
         self.copies_MPC = np.full((layers, num_ranks, most_copies), -1, dtype=np.int64)
-
-    def bring_near(self, near_M: Integers) -> None:
-        """The hottest experts to a rank of every node: from the first rank to the last and back."""
-        most = min(int(near_M.max()), self.at_owner_ME.shape[1])
-        hottest_ME = np.argsort(-self.at_owner_ME, axis=1, kind="stable")[:, :most]
-        node_P, per_node = self.nodes.node_P, self.nodes.per_node
-        layer_M, nodes_N = np.arange(len(near_M)), np.arange(self.nodes.number)
-        num_ranks, slots = self.used_MP.shape[1], self.copies_MPC.shape[2]
-        for turn in range(min(most, per_node * slots)):
-            there, back = divmod(turn, per_node)
-            place = back if there % 2 == 0 else per_node - 1 - back
-            expert_M = hottest_ME[:, turn]
-            owner_M = self.owner_ME[layer_M, expert_M]
-            rank_N = nodes_N * per_node + place
-            is_there_MN = (node_P[owner_M][:, None] != nodes_N) & (rank_N < num_ranks)
-            layer_T, node_T = np.nonzero(is_there_MN & (turn < near_M)[:, None])
-            rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
-            amount_M = self.at_owner_ME[layer_M, expert_M] / self.nodes.number
-            self._hold(layer_T * num_ranks + rank_T, expert_T)
-            self.elsewhere_MP[layer_T, rank_T] += amount_M[layer_T]
-            np.subtract.at(self.at_owner_ME, (layer_T, expert_T), amount_M[layer_T])
 
     def find_room(self) -> None:
         """Which ranks have too much, and of which experts, and which have room."""
         layers, num_ranks = self.used_MP.shape
         rank_of_all = self.owner_ME + np.arange(layers)[:, None] * num_ranks
         own_X = np.bincount(rank_of_all.ravel(), self.at_owner_ME.ravel(), layers * num_ranks)
-        has_MP = own_X.reshape(layers, num_ranks) + self.elsewhere_MP
+        has_MP = own_X.reshape(layers, num_ranks)
         self.over_ME = _hottest_first(
             self.at_owner_ME, self.owner_ME, np.maximum(has_MP - 1.0, 0.0)
         )

@@ -76,6 +76,7 @@ class Placements:
         meshes: Meshes,
     ) -> None:
         self._config, self._optimizer, self._meshes = config.placement, optimizer, meshes
+        self._per_node = meshes.ep_per_node if meshes.copies_group is not None else 1
         self._layers = {
             index: _Layer(layer.placement, layer.dispatcher)
             for index, layer in model.moe_places().items()
@@ -221,7 +222,7 @@ class Placements:
             loads_E[: len(owner_E)]
             for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
         ]
-        ranks = self._meshes.dims.ep, self._meshes.ep_per_node
+        ranks = self._meshes.dims.ep, self._per_node
         every = config.reshard_every_steps
         if every and step == as_of and (step - 1) % every == 0:
             owners_M = self._better_owners(loads_M)
@@ -240,12 +241,12 @@ class Placements:
             [loads_E.astype(np.float64)],
             [self._owners_M[layer]],
             self._meshes.dims.ep,
-            self._meshes.ep_per_node,
+            self._per_node,
         )
         return self._with_route(placed)
 
     def _with_route(self, placed: Placement) -> tuple[Placement, ChunkRoute]:
-        return placed, chunk_route(placed, self._meshes.ep_per_node, self._config.route)
+        return placed, chunk_route(placed, self._per_node, self._config.route)
 
     def _better_owners(self, loads_M: list[Amounts]) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""
@@ -256,7 +257,7 @@ class Placements:
                 [loads_M[layer] for layer in layers],
                 [owners_M[layer] for layer in layers],
                 self._meshes.dims.ep,
-                self._meshes.ep_per_node,
+                self._per_node,
             )
             for layer, owner_E in zip(layers, found or (), strict=False):
                 owners_M[layer] = owner_E

@@ -7,7 +7,7 @@ import pytest
 from moesys.config.dispatch_schema import DispatchConfig
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
 from moesys.config.schema import Recompute, RunConfig
-from moesys.testing.parity import Numbers, compare, parity
+from moesys.testing.parity import Difference, Numbers, compare, parity
 from tests.train.coded import INT8, LSH, config
 
 BALANCED = PlacementConfig(policy="balanced")
@@ -97,6 +97,16 @@ def test_other_axes_find_the_same(recompute, degrees: dict[str, int], release: b
         assert found.gradients < 1e-5
 
 
+def with_copies(dispatch: DispatchConfig) -> Difference:
+    """From plain expert parallelism."""
+    expected = parity(spread(PlacementConfig(), dispatch), 4, micro_steps=2)
+    ranks = parity(spread(BALANCED, dispatch), 4, micro_steps=2)
+    assert_copies_made(ranks)
+    found = compare(ranks, expected[0])
+    assert not found.missing
+    return found
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize(
     "dispatch",
@@ -107,11 +117,7 @@ def test_other_axes_find_the_same(recompute, degrees: dict[str, int], release: b
     ids=["hierarchical", "lsh"],
 )
 def test_ways_of_rows_find_the_same(dispatch: DispatchConfig) -> None:
-    expected = parity(spread(PlacementConfig(), dispatch), 4, micro_steps=2)
-    ranks = parity(spread(BALANCED, dispatch), 4, micro_steps=2)
-    assert_copies_made(ranks)
-    found = compare(ranks, expected[0])
-    assert not found.missing
+    found = with_copies(dispatch)
     assert found.figures < 1e-6
     assert found.gradients < 1e-5
 
@@ -121,10 +127,6 @@ def test_rows_in_few_bits_find_nearly_the_same() -> None:
     """A gradient's sum in another order turns the last bit of a weight, and that how some rows are rounded later."""
     wire = replace(INT8, stochastic_backward=False)
     dispatch = DispatchConfig(wire=wire, ranks_per_node=2)
-    expected = parity(spread(PlacementConfig(), dispatch), 4, micro_steps=2)
-    ranks = parity(spread(BALANCED, dispatch), 4, micro_steps=2)
-    assert_copies_made(ranks)
-    found = compare(ranks, expected[0])
-    assert not found.missing
+    found = with_copies(dispatch)
     assert found.figures < 1e-3
     assert found.gradients < 0.02
