@@ -65,12 +65,17 @@ def _there_and_back(
     else:
         exchange = FlatExchange(dist.group.WORLD)
         dispatcher = ExpertParallelDispatcher(num_experts, exchange, num_classes=num_classes)
+    return passed(dispatcher, x_TD, routing, rank, padded_rows)[1]
+
+
+def passed(dispatcher, x_TD, routing, rank, padded_rows=None):
+    """Tokens there and back through experts that change nothing, and a gradient the same way."""
     plan = dispatcher.plan(routing.topk_ids_TK, padded_rows)
     rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
     y_TD = dispatcher.combine(rows_RD, routing.topk_weights_TK, plan)
     gradient_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
     y_TD.backward(gradient_TD)
-    return {
+    return plan, {
         "x": x_TD.detach(),
         "y": y_TD.detach(),
         "dx": x_TD.grad,

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
 from moesys.moe.placed import PlacedDispatcher
@@ -15,7 +14,7 @@ from moesys.parallel.exchange import FlatExchange
 from moesys.plan.placement import Placement
 from moesys.plan.shares import Shares
 from moesys.testing.ranks import run_ranks
-from tests.moe.test_dispatch import CASES, D, assert_identity, make_routing
+from tests.moe.test_dispatch import CASES, D, assert_identity, make_routing, passed
 from tests.parallel.test_exchange import make_exchange
 from tests.plan.placements import random_placement
 
@@ -40,25 +39,9 @@ def _there_and_back(rank: int, size: int, per_node: int | None, case: str):
         per_node or size,
         lambda counts_PE: seen.append(counts_PE) or copies,
     )
-    plan = dispatcher.plan(routing.topk_ids_TK)
-    rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
-    y_TD = dispatcher.combine(rows_RD, routing.topk_weights_TK, plan)
-    gradient_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(rank))
-    y_TD.backward(gradient_TD)
+    plan, found = passed(dispatcher, x_TD, routing, rank)
     assert plan.expert_arguments == (plan.rows_per_class_list, copies)
-    return {
-        "x": x_TD.detach(),
-        "y": y_TD.detach(),
-        "dx": x_TD.grad,
-        "dy": gradient_TD,
-        "rows": rows_RD.detach(),
-        "counts": counts_L,
-        "parts": plan.rows_per_class_list,
-        "ids": routing.topk_ids_TK,
-        "served": (routing.topk_ids_TK >= 0).any(1),
-        "known": seen,
-        "slots": plan.slots_per_expert_E,
-    }
+    return found | {"known": seen}
 
 
 @each_way
@@ -78,7 +61,7 @@ def test_there_and_back_is_the_identity(case: str, size: int, per_node: int | No
         counts = result["counts"].tolist()
         assert len(counts) == len(held)
         own = len(placement.own(rank))
-        assert result["parts"] == [sum(counts[:own]), sum(counts[own:])]
+        assert result["classes"] == [sum(counts[:own]), sum(counts[own:])]
         assert sum(counts) == len(result["rows"]) == shares.loads_P()[rank]
         for expert, rows_RD in zip(held, result["rows"].split(counts), strict=True):
             arrived[expert] += rows_RD.tolist()
