@@ -79,6 +79,12 @@ def _add_layout(parser: argparse.ArgumentParser, required: bool) -> None:
     )
     parser.add_argument("--delay-us", type=int, help="one way between nodes; default 0")
     parser.add_argument("--mtu", type=int, default=9000, help="default 9000")
+    parser.add_argument(
+        "--cores-per-rank",
+        type=float,
+        metavar="CORES",
+        help="what each rank computes with, as 0.2; default: all share the machine's cores as they need them",
+    )
     presets = "; ".join(f"{name}: {preset.meaning}" for name, preset in PRESETS.items())
     parser.add_argument(
         "--preset",
@@ -107,6 +113,7 @@ def _layout(args: argparse.Namespace, name: str) -> Layout:
         intra_bits=intra,
         delay_us=delay_us or 0,
         mtu=args.mtu,
+        cores_per_rank=args.cores_per_rank,
     )
 
 
@@ -115,7 +122,8 @@ def _up(args: argparse.Namespace) -> int:
     up(layout)
     rate = "unshaped" if layout.inter_bits is None else f"{layout.inter_bits / 1e6:g} Mbit/s"
     delay = f", {layout.delay_us} us one way" if layout.delay_us else ""
-    print(f"{layout.num_nodes} nodes x {layout.ranks_per_node} ranks, uplinks {rate}{delay}")
+    cores = "" if layout.cores_per_rank is None else f", {layout.cores_per_rank:g} cores each"
+    print(f"{layout.num_nodes} nodes x {layout.ranks_per_node} ranks{cores}, uplinks {rate}{delay}")
     return 0
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
+from benchmarks.fabric import cores
 from benchmarks.fabric.layout import INTERFACE, Layout
 
 STORE_PORT = 29_500
@@ -81,7 +82,7 @@ def _start(
     name = f"node{layout.node_of(rank)}"
     as_node = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name, *command]
     return subprocess.Popen(
-        ["ip", "netns", "exec", layout.rank(rank), *as_node],
+        [*cores.entrance(layout, rank), "ip", "netns", "exec", layout.rank(rank), *as_node],
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -78,6 +78,8 @@ class Layout:
     delay_us: int = 0
     """One way, on each path between nodes: half on each of the two uplinks."""
     mtu: int = 9000
+    cores_per_rank: float | None = None
+    """What each rank computes with; None = all share the machine's cores as they need them."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
@@ -100,6 +102,8 @@ class Layout:
                 problems.append(
                     f"{key}={value}bit: at least one packet of {self.mtu} bytes a second"
                 )
+        if self.cores_per_rank is not None and not 0.1 <= self.cores_per_rank <= 64:
+            problems.append(f"cores-per-rank={self.cores_per_rank}: between 0.1 and 64")
         if problems:
             raise ValueError("the fabric cannot be made:\n  " + "\n  ".join(problems))
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.fabric import cores
 from benchmarks.fabric.layout import BRIDGE, INTERFACE, UPLINK, Layout
 from benchmarks.fabric.programs import start_meter, start_relay
 
@@ -49,6 +50,8 @@ def up(layout: Layout) -> None:
         FabricError: it cannot be made; why, and the fix.
     """
     reason = why_not()
+    if reason is None and layout.cores_per_rank is not None:
+        reason = cores.why_not()
     if reason is not None:
         raise FabricError(reason)
     down(layout.name)
@@ -66,6 +69,7 @@ def down(name: str) -> int:
         _end_processes(space)
         subprocess.run(["ip", "netns", "delete", space], capture_output=True)
         shutil.rmtree(_HOSTS / space, ignore_errors=True)
+    cores.remove_groups(name)
     shutil.rmtree(STATE / name, ignore_errors=True)
     return len(spaces)
 
@@ -118,6 +122,7 @@ def _make(layout: Layout) -> None:
         _uplink(layout, node)
     for rank in range(layout.world_size):
         _rank(layout, rank)
+    cores.make_groups(layout)
     folder = STATE / layout.name
     folder.mkdir(parents=True, exist_ok=True)
     start_meter(layout, folder / "meter.sock")

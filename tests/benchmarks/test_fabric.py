@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fabric import network
+from benchmarks.fabric import cores, network
 from benchmarks.fabric.command import main
 from benchmarks.fabric.job import STORE_PORT, rank_variables, run_job
 from benchmarks.fabric.layout import PRESETS, Layout, rate_bits, with_preset
@@ -35,6 +35,10 @@ def namespaces() -> None:
 def spaces(name: str = NAME) -> list[str]:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
     return [line for line in listed.splitlines() if line.startswith(name)]
+
+
+def groups() -> list[Path]:
+    return [*cores.ROOT.glob(f"**/moesys-fabric/{NAME}-*")]
 
 
 def run(layout: Layout, *words: str, timeout_s: float = 60.0) -> tuple[int, dict[int, list[str]]]:
@@ -64,7 +68,15 @@ def test_what_is_no_rate(text: str) -> None:
 
 def test_everything_wrong_is_said_at_once() -> None:
     with pytest.raises(ValueError, match="cannot be made") as error:
-        Layout(name="Big_", num_nodes=0, ranks_per_node=99, mtu=100, delay_us=-1, inter_bits=100)
+        Layout(
+            name="Big_",
+            num_nodes=0,
+            ranks_per_node=99,
+            mtu=100,
+            delay_us=-1,
+            inter_bits=100,
+            cores_per_rank=0.0,
+        )
     for words in (
         "name='Big_'",
         "nodes=0",
@@ -72,6 +84,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         "mtu=100",
         "delay-us=-1",
         "inter=100bit",
+        "cores-per-rank=0.0",
     ):
         assert words in str(error.value)
 
@@ -196,6 +209,22 @@ def test_a_delay_is_at_least_what_was_asked_for() -> None:
         seconds[delay_us] = float(said[1][0].split()[1])
     assert 2 * 0.003 <= seconds[3000] <= 2 * 0.003 + 0.02
     assert seconds[0] < 0.003
+
+
+@needs_namespaces
+def test_a_rank_computes_with_its_share_of_a_core() -> None:
+    """The kernel stops it whenever it has had its share of ten milliseconds; its group goes with the fabric."""
+    reason = cores.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    layout = Layout(name=NAME, num_nodes=1, ranks_per_node=1, cores_per_rank=0.1)
+    work = "import time\nwhile time.process_time() < 0.2: pass"
+    with fabric(layout):
+        assert run_job(layout, [sys.executable, "-c", work]) == 0
+        (group,) = groups()
+        told = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        assert int(told["nr_throttled"]) >= 10
+    assert not groups()
 
 
 @needs_namespaces
