@@ -19,8 +19,9 @@ from benchmarks.compression.quality import (
     ratio_rows,
     train_all,
 )
-from benchmarks.compression.speed import STAYING, Case, speed_rows
+from benchmarks.compression.speed import Case, speed_rows
 from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
+from benchmarks.shaping import STAYING
 from benchmarks.swept import kept_folder, run_folders, sweep, variants_of
 
 DESCRIPTION = "loss over the rows that travel; step time by codec and exchange where plain rows take 45 % and 70 % of a step"

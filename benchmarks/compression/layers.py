@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.compression.speed import DEEPSPEED
-from benchmarks.compression.steps import Variant, build_variants
 from benchmarks.interleaved import relative_error
 from benchmarks.peers.deepspeed_layer import DeepSpeedLayer
 from benchmarks.peers.moe_layer import LayerShape, LayerWeights
+from benchmarks.variants import Variant, build_variants
 from moesys.moe.layer import MoELayer
 from moesys.ops.shard import local_tensor
 from moesys.parallel.bootstrap import process_group
@@ -76,7 +76,7 @@ def deepspeed_of(layer: MoELayer, num_tokens: int, ep_size: int) -> DeepSpeedLay
 def main(variants: dict[str, list[str]], rounds: int) -> None:
     """The first variant compresses nothing."""
     with process_group("cpu", timeout_s=600.0) as process:
-        built = build_variants(variants, process)
+        built = build_variants(variants, process, Variant)
         plain = built[0]
         x_TD, seq_len = tokens_of(plain).requires_grad_(), plain.run.config.data.seq_len
         grad_TD = torch.randn(x_TD.shape, generator=torch.Generator().manual_seed(process.rank))

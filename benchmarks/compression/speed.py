@@ -6,7 +6,6 @@ rows a codec makes is that of a model that has learnt.
 """
 
 import json
-import math
 import os
 import statistics
 import sys
@@ -20,10 +19,9 @@ from benchmarks.fabric.job import run_job
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.network import fabric
 from benchmarks.results import ROOT, Cell
+from benchmarks.shaping import STAYING, Crossing, Shaping, StepTimes
 
 LAYOUT = Layout(name="compression", num_nodes=4, ranks_per_node=2)
-STAYING = "rows stay"
-"""What no compression beats but by the work that it saves: no row travels, and each rank computes with its own."""
 VARIANTS = {
     PLAIN: [],
     STAYING: [],
@@ -41,10 +39,8 @@ VARIANTS = {
 LAYERS = (PLAIN, "int8", "lsh_int8", "lsh_int4", "tree_int4")
 DEEPSPEED = "deepspeed"
 TRIES = 3
-"""To find a rate, each with so many times the rounds of what is measured at it,"""
+"""To find a rate, each with so many times the rounds of what is measured at it."""
 TRY_ROUNDS = 2
-NEAR_PCT = 1.5
-"""which is found when the share is so near."""
 
 Numbers = Mapping[str, float]
 """Of one variant, medians over rounds: step_ms, between_nodes_bytes, rows, codec_ms."""
@@ -65,114 +61,33 @@ class Case:
     tries: int = TRIES
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    plain_ms: float
-    staying_ms: float
-    """With rows that stay."""
-
-    @property
-    def rows_ms(self) -> float:
-        """That exchanges of rows take."""
-        return self.plain_ms - self.staying_ms
-
-    @property
-    def share_pct(self) -> float:
-        """Of a plain step."""
-        return 100 * self.rows_ms / self.plain_ms
-
-
-@dataclass(frozen=True, kw_only=True)
-class Crossing:
-    """What the uplinks add to a plain step at a rate; it goes with one over the rate."""
-
-    rate_bits: float
-    rows_ms: float
-    """Of exchanges of rows."""
-    other_ms: float = 0.0
-    """Of all else, as gradients."""
-
-
 def speed_rows(case: Case, progress: Callable[[str], None]) -> list[dict[str, Cell]]:
     """A row for each share and variant; then for each share and layer, ours and DeepSpeed's."""
     found = _measured(LAYOUT, case, (PLAIN, STAYING), progress)
-    free = _times(found)
+    longer = replace(case, rounds=TRY_ROUNDS * case.rounds)
     uplink_bits = 8 * found[PLAIN]["between_nodes_bytes"] / LAYOUT.num_nodes
-    guess = Crossing(rate_bits=uplink_bits, rows_ms=1e3)
-    known: list[Crossing] = []
+    shaping = Shaping(
+        layout=LAYOUT,
+        measure=lambda layout: _times(_measured(layout, longer, (PLAIN, STAYING), progress)),
+        free=_times(found),
+        guess=Crossing(rate_bits=uplink_bits, rows_ms=1e3),
+        tries=case.tries,
+        progress=progress,
+    )
     steps: list[dict[str, Cell]] = []
     layers: list[dict[str, Cell]] = []
     for share_pct in case.shares_pct:
-        layout = _shaped(case, share_pct, free, guess, known, progress)
+        layout = shaping.to(share_pct)
         found = _measured(layout, case, case.names, progress)
         steps += [_row(case, share_pct, layout, name, found) for name in case.names]
         layers += _layer_rows(case, share_pct, layout, progress)
     return [*steps, *layers]
 
 
-def rate_for(share_pct: float, free: StepTimes, crossing: Crossing) -> float:
-    """Bits per second at which exchanges of rows take this share of a plain step. Pure.
-
-    Raises:
-        ValueError: they do so at none.
-    """
-    share = share_pct / 100
-    rows_over_ms = (1 - share) * crossing.rows_ms - share * crossing.other_ms
-    if rows_over_ms <= 0:
-        raise ValueError(
-            f"rows never take {share_pct} % of a step: all else adds {crossing.other_ms / crossing.rows_ms:.2f} times "
-            "what they add; with more tokens in a step they take more"
-        )
-    wanted_ms = share * free.staying_ms - (1 - share) * free.rows_ms
-    return crossing.rate_bits * rows_over_ms / max(wanted_ms, 0.01 * free.staying_ms)
-
-
-def crossing_at(rate_bits: float, found: StepTimes, free: StepTimes) -> Crossing:
-    """From steps at a rate and without a limit. Pure."""
-    return Crossing(
-        rate_bits=rate_bits,
-        rows_ms=max(found.rows_ms - free.rows_ms, 1.0),
-        other_ms=max(found.staying_ms - free.staying_ms, 0.0),
-    )
-
-
-def mean_of(known: Sequence[Crossing]) -> Crossing:
-    """By what each says at one bit per second. Pure."""
-    return Crossing(
-        rate_bits=1.0,
-        rows_ms=statistics.mean(one.rate_bits * one.rows_ms for one in known),
-        other_ms=statistics.mean(one.rate_bits * one.other_ms for one in known),
-    )
-
-
 def codec_cost_pct(codec_ms: float, step_ms: float, plain_ms: float) -> float | None:
     """Of the time that the variant would save if its codec took none; None where it would save none. Pure."""
     saved_ms = plain_ms - (step_ms - codec_ms)
     return 100 * codec_ms / saved_ms if saved_ms > 0 else None
-
-
-def _shaped(
-    case: Case,
-    share_pct: int,
-    free: StepTimes,
-    guess: Crossing,
-    known: list[Crossing],
-    progress: Callable[[str], None],
-) -> Layout:
-    """With uplinks at which exchanges of rows take the share, as far as tries tell, whose crossings go to `known`."""
-    longer = replace(case, rounds=TRY_ROUNDS * case.rounds)
-    for _ in range(case.tries):
-        rate = rate_for(share_pct, free, mean_of(known or [guess]))
-        layout = replace(LAYOUT, inter_bits=math.ceil(rate))
-        found = _times(_measured(layout, longer, (PLAIN, STAYING), progress))
-        progress(
-            f"with uplinks of {rate / 1e6:.1f} Mbit/s rows take {found.share_pct:.1f} % of a step"
-        )
-        known.append(crossing_at(rate, found, free))
-        if abs(found.share_pct - share_pct) <= NEAR_PCT:
-            break
-    # One try is no surer than the others.
-    return replace(LAYOUT, inter_bits=math.ceil(rate_for(share_pct, free, mean_of(known))))
 
 
 def _times(found: Mapping[str, Numbers]) -> StepTimes:

@@ -5,33 +5,16 @@ prints a line of JSON for every variant and round; the last step of a variant's 
 """
 
 import json
-import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.compression.speed import STAYING
-from moesys.config.compose import compose
-from moesys.config.schema import RunConfig
-from moesys.config.validate import check
+from benchmarks.variants import Variant, build_variants
 from moesys.moe.codecs.clusters import ClusterCode
-from moesys.moe.dispatch import ExpertParallelDispatcher
-from moesys.parallel.bootstrap import Process, process_group
-from moesys.parallel.dims import parallel_dims
-from moesys.parallel.exchange import FlatExchange, Route
-from moesys.parallel.mesh import Meshes, build_meshes
-from moesys.parallelize.expert_backend import set_expert_backend
-from moesys.train.beginning import begin
-from moesys.train.setup import build_run
-from moesys.train.state import run_tensors
-from moesys.train.step import TrainStep
-from moesys.train.timing import SectionTimer
+from moesys.parallel.bootstrap import process_group
 
 CODEC = "codec"
 CODEC_OPS = {
@@ -48,43 +31,16 @@ CODEC_OPS = {
 """With what is planned, encoded and decoded, all that a codec and the wire add to a step."""
 
 
-class StayingRows(FlatExchange):
-    """Gives a rank as many rows as would come to it, of its own: none travels."""
-
-    def send(self, rows_ND: Tensor, route: Route, plain_row_bytes: int | None = None) -> Tensor:
-        if rows_ND.shape[0] == 0:
-            return rows_ND.new_zeros(route.num_arrivals, *rows_ND.shape[1:])
-        places = torch.arange(route.num_arrivals, device=rows_ND.device)
-        return rows_ND[places % rows_ND.shape[0]]
-
-
-class Variant:
-    """One run of the job."""
-
-    def __init__(self, name: str, config: RunConfig, process: Process, meshes: Meshes) -> None:
-        self.name, self.lr, self.steps = name, config.optim.lr, 0
-        self.run = run = build_run(config, process, meshes=meshes)
-        begin(config.checkpoint, run.folder, run_tensors(run.model, run.optimizer))
-        set_expert_backend(run.model, "loop")
-        self.train_step = TrainStep(
-            run.parallel, run.optimizer, run.meshes, config, SectionTimer(process.device)
-        )
-
-    def step(self) -> Any:
-        batches = self.run.loader.next_step()
-        self.steps += 1
-        return self.train_step(batches, self.lr, step=self.steps)
+class CodedVariant(Variant):
+    """With what codecs do."""
 
     def measure(self) -> dict[str, Any]:
         """A step, in milliseconds and bytes."""
-        dist.barrier()
-        began = time.perf_counter()
-        result = self.step()
-        took_ms = (time.perf_counter() - began) * 1e3
+        result, step_ms = self.timed_step()
         rows, slots = sum(result.coded_rows_M), sum(map(sum, result.expert_load_ME))
         return {
             "variant": self.name,
-            "step_ms": took_ms,
+            "step_ms": step_ms,
             "between_nodes_bytes": result.between_nodes_bytes,
             "rows": rows / slots if rows else 1.0,
         }
@@ -114,24 +70,6 @@ class Variant:
         )
 
 
-def build_variants(variants: Mapping[str, Sequence[str]], process: Process) -> list[Variant]:
-    """All on the same process groups, a thread of which wakes a hundred times a second on gloo. Collective."""
-    configs = {name: compose(overrides) for name, overrides in variants.items()}
-    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-    for config in configs.values():
-        check(config, process.world_size, per_node)
-    first = next(iter(configs.values()))
-    dims = parallel_dims(first.parallel, process.world_size)
-    meshes = build_meshes(dims, process.device.type, per_node, cuts_by_node=True)
-    built = [Variant(name, config, process, meshes) for name, config in configs.items()]
-    for variant in built:
-        if variant.name == STAYING:
-            for layer in variant.run.model.moe_layers():
-                assert isinstance(layer.dispatcher, ExpertParallelDispatcher)
-                layer.dispatcher.exchange = StayingRows(meshes.ep_group, per_node)
-    return built
-
-
 def _named(function: Any) -> Any:
     def named(*arguments: Any) -> Any:
         with record_function(CODEC):
@@ -155,7 +93,7 @@ def _is_of_codec(event: Any) -> bool:
 def main(variants: dict[str, list[str]], rounds: int) -> None:
     """A step of each comes first, and is not told."""
     with process_group("cpu", timeout_s=600.0) as process:
-        built = build_variants(variants, process)
+        built = build_variants(variants, process, CodedVariant)
         for variant in built:
             variant.measure()
         for number in range(rounds):

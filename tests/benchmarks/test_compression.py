@@ -1,7 +1,6 @@
 """What the benchmark of compression makes of its runs and steps, and a smoke run of it."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,49 +10,10 @@ from benchmarks import compression
 from benchmarks.compression import at_its_share, headlines, speed, trained_as
 from benchmarks.compression.picture import picture
 from benchmarks.compression.quality import loss_rows, mean_curve, ratio_rows, steps_to, trained
-from benchmarks.compression.speed import (
-    StepTimes,
-    codec_cost_pct,
-    crossing_at,
-    mean_of,
-    rate_for,
-)
+from benchmarks.compression.speed import codec_cost_pct
 from benchmarks.fabric import network
 from benchmarks.results import ROOT
-
-FREE = StepTimes(plain_ms=1100.0, staying_ms=1000.0)
-
-
-def steps_at(rate_bits: float) -> StepTimes:
-    """Where rows add 600 ms and gradients 200 at 8 Mbit/s."""
-    slower = 8e6 / rate_bits
-    return StepTimes(plain_ms=1100 + 800 * slower, staying_ms=1000 + 200 * slower)
-
-
-@pytest.mark.parametrize("share_pct", [20, 45, 70])
-def test_a_rate_makes_the_share(share_pct: int) -> None:
-    """From steps at any rate."""
-    crossing = crossing_at(5e6, steps_at(5e6), FREE)
-    found = steps_at(rate_for(share_pct, FREE, crossing))
-    assert found.rows_ms / found.plain_ms == pytest.approx(share_pct / 100)
-
-
-def test_tries_at_all_rates_are_worth_the_same() -> None:
-    """One that finds twice the time, one that finds none of it."""
-    known = [crossing_at(rate, steps_at(rate), FREE) for rate in (5e6, 20e6)]
-    mean = mean_of(known)
-    assert mean.rows_ms == pytest.approx(600 * 8e6)
-    assert mean.other_ms == pytest.approx(200 * 8e6)
-    twice = replace(known[0], rows_ms=2 * known[0].rows_ms)
-    assert mean_of([twice, known[1]]).rows_ms == pytest.approx(1.5 * 600 * 8e6)
-
-
-def test_a_share_that_no_rate_makes() -> None:
-    """Gradients, too, take longer: of what crosses, three quarters are rows."""
-    crossing = crossing_at(8e6, steps_at(8e6), FREE)
-    with pytest.raises(ValueError, match=r"never take 80 % of a step: all else adds 0.33 times"):
-        rate_for(80, FREE, crossing)
-    assert rate_for(5, FREE, crossing) > 1e8, "rows take more than that at any rate"
+from benchmarks.shaping import STAYING
 
 
 def test_a_codec_costs_a_share_of_what_it_saves() -> None:
@@ -194,7 +154,7 @@ def test_a_layer_is_set_beside_deepspeeds_as_the_headlines_variant() -> None:
 def test_an_exchange_has_the_losses_of_what_travels() -> None:
     assert trained_as("hierarchical tree_int4") == "tree_int4"
     assert trained_as("deduplicated") == "none"
-    trained = {trained_as(name) for name in speed.VARIANTS if name != speed.STAYING}
+    trained = {trained_as(name) for name in speed.VARIANTS if name != STAYING}
     assert trained <= compression.LOSS_VARIANTS.keys()
 
 
