@@ -13,6 +13,8 @@ from moesys.plan.pipeline import SPLITS_BACKWARD
 COPYING = ("balanced", "hecate", "everywhere", "eplb")
 READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
+        "tolerance": ("balanced",),
+        "near": ("balanced",),
         "overlap_degree": ("balanced", "hecate"),
         "reshard_every_steps": ("balanced", "hecate"),
         **dict.fromkeys(
@@ -30,6 +32,7 @@ def find_placement_problems(
     placement = config.placement
     for key in ("copies", "overlap_degree", "every_steps", "window_steps"):
         yield from in_range(f"placement.{key}", getattr(placement, key), 1)
+    yield from in_range("placement.tolerance", placement.tolerance, 0)
     yield from in_range("placement.reshard_every_steps", placement.reshard_every_steps, 0)
     if placement.every_steps >= 1 and placement.reshard_every_steps % placement.every_steps:
         yield Problem(

@@ -20,6 +20,12 @@ class PlacementConfig:
     routed, on all ranks (FasterMoE); eplb = copies and owners packed anew, first over nodes (EPLB)."""
     copies: int = 2
     """Experts of each layer, beside its own, that a rank may hold."""
+    tolerance: float = 0.05
+    """balanced: a layer whose busiest rank is expected to have at most so much more than the mean, of which it is a share, gets
+    no copies for its level."""
+    near: bool = True
+    """balanced: an expert of which a node has more rows than a copy and its gradient are bytes gets a copy there, so that the
+    rows need not leave it; where no codec leaves open how many rows there are."""
     overlap_degree: int = 8
     """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads."""
     every_steps: int = 1

@@ -7,6 +7,7 @@ Loads of all layers are planned at once: each layer, or each node of each layer,
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moesys.plan.lines import begins
 from moesys.plan.placement import Amounts, Integers, Nodes
@@ -22,8 +23,14 @@ def balancing_copies(
     num_ranks: int,
     per_node: int,
     most_copies: int,
+    near_ME: NDArray[np.bool_] | None = None,
+    tolerance: float = 0.0,
 ) -> Integers:
     """int64 [M, P, C], -1 = none: the hottest experts of ranks with too much, on ranks with room, on their own node first.
+
+    With `near_ME` every node first gets a copy of each of these experts, the hottest first as far as its ranks have places, so
+    that rows for them need not leave it. A layer whose busiest rank then has at most `tolerance` more than the mean, of which it
+    is a share, gets no more.
 
     What overloaded ranks then have above the mean, expert by expert from the hottest, is laid on a line beside the room of the
     others, the largest beside the largest. Where a piece lies beside a rank's room the rank gets a copy, so that about as few
@@ -33,7 +40,9 @@ def balancing_copies(
     state = _State(loads_ME, owner_ME, num_ranks, per_node, most_copies)
     if most_copies == 0 or num_ranks == 1:
         return state.copies_MPC
-    state.find_room()
+    if near_ME is not None and near_ME.any():
+        state.bring_near(near_ME)
+    state.find_room(tolerance)
     layer_M1 = np.arange(len(loads_ME))[:, None]
     if 1 < per_node < num_ranks:
         state.lay(layer_M1 * state.nodes.number + state.nodes.node_P)
@@ -60,19 +69,42 @@ class _State:
         mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
         self.at_owner_ME = loads_ME / mean_M1
         """Of each expert's load what its owner has."""
+        self.elsewhere_MP = np.zeros((layers, num_ranks))
+        """What each rank has of other ranks' experts, by copies near the rows."""
         self.used_MP = np.zeros((layers, num_ranks), dtype=np.int64)
         """Copies that each rank has."""
         self.copies_MPC = np.full((layers, num_ranks, most_copies), -1, dtype=np.int64)
 
-    def find_room(self) -> None:
+    def bring_near(self, near_ME: NDArray[np.bool_]) -> None:
+        """These experts to a rank of every node: from the first rank to the last and back, the hottest first."""
+        near_M, nodes = near_ME.sum(1), self.nodes
+        most = min(int(near_M.max()), nodes.per_node * self.copies_MPC.shape[2])
+        by_load_ME = np.argsort(np.where(near_ME, -self.at_owner_ME, 1.0), axis=1, kind="stable")
+        layer_M, node_N = np.arange(len(near_M)), np.arange(nodes.number)
+        for turn in range(most):
+            there, place = divmod(turn, nodes.per_node)
+            rank_N = node_N * nodes.per_node + (
+                place if there % 2 == 0 else nodes.per_node - 1 - place
+            )
+            expert_M = by_load_ME[:, turn]
+            owner_M = self.owner_ME[layer_M, expert_M]
+            is_away_MN = (nodes.node_P[owner_M][:, None] != node_N) & (turn < near_M)[:, None]
+            layer_T, node_T = np.nonzero(is_away_MN & (rank_N < self.used_MP.shape[1]))
+            rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
+            part_M = self.at_owner_ME[layer_M, expert_M] / nodes.number
+            self._hold(layer_T * self.used_MP.shape[1] + rank_T, expert_T)
+            self.elsewhere_MP[layer_T, rank_T] += part_M[layer_T]
+            np.subtract.at(self.at_owner_ME, (layer_T, expert_T), part_M[layer_T])
+
+    def find_room(self, tolerance: float) -> None:
         """Which ranks have too much, and of which experts, and which have room."""
         layers, num_ranks = self.used_MP.shape
         rank_of_all = self.owner_ME + np.arange(layers)[:, None] * num_ranks
         own_X = np.bincount(rank_of_all.ravel(), self.at_owner_ME.ravel(), layers * num_ranks)
-        has_MP = own_X.reshape(layers, num_ranks)
-        self.over_ME = _hottest_first(
-            self.at_owner_ME, self.owner_ME, np.maximum(has_MP - 1.0, 0.0)
-        )
+        has_MP = own_X.reshape(layers, num_ranks) + self.elsewhere_MP
+        is_level_M1 = has_MP.max(1, keepdims=True) <= 1.0 + tolerance
+        over_MP = np.where(is_level_M1, 0.0, np.maximum(has_MP - 1.0, 0.0))
+        self.over_ME = _hottest_first(self.at_owner_ME, self.owner_ME, over_MP)
         """Of each expert's load what its owner wants to give away."""
         self.room_MP = np.maximum(1.0 - has_MP, 0.0)
 

@@ -3,18 +3,23 @@
 Shapes: M MoE layers, E experts, P ranks (`per_node` of each node one after another).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
+from moesys.config.dispatch_schema import Wire
 from moesys.config.placement_schema import PlacementConfig
+from moesys.config.schema import RunConfig
 from moesys.plan.copies import balancing_copies
+from moesys.plan.costs import expert_parameters
 from moesys.plan.placement import Amounts, Integers, Placement
-from moesys.plan.repair import expected_loads, repaired
+from moesys.plan.repair import GOOD, expected_loads, repaired
 from moesys.plan.replication import replicated
 from moesys.plan.sharding import heterogeneous_sharding
 from moesys.plan.sparse_materialization import hottest_everywhere, sparse_materialization
 
+FP32 = 4
 REPAIRED_RANKS = 64
 """Of at most so many, each layer's copies are changed one by one once more: it takes a millisecond a layer, and more of more."""
 REPAIR_STEPS = 16
@@ -28,9 +33,15 @@ def planned_placements(
     owners_M: Sequence[Integers],
     num_ranks: int,
     per_node: int,
+    rows_per_copy: float = math.inf,
 ) -> list[Placement]:
     """Of each layer, from its experts' loads [E] and owners [E]; layers may have different numbers of experts. Owners stay but
-    with `policy=eplb`."""
+    with `policy=eplb`.
+
+    Args:
+        rows_per_copy: of which a node must have more for an expert (a step's loads are over all ranks) to get a copy of it that
+            no level loads ask for.
+    """
     if config.policy == "eplb":
         return [replicated(loads_E, num_ranks, per_node, config.copies) for loads_E in loads_M]
     placements: dict[int, Placement] = {}
@@ -38,13 +49,14 @@ def planned_placements(
         layers = [layer for layer, loads_E in enumerate(loads_M) if len(loads_E) == number]
         loads_ME = np.stack([loads_M[layer] for layer in layers])
         owner_ME = np.stack([owners_M[layer] for layer in layers])
-        copies_MPC = _copies(config, loads_ME, owner_ME, num_ranks, per_node)
+        copies_MPC = _copies(config, loads_ME, owner_ME, num_ranks, per_node, rows_per_copy)
         for layer, loads_E, owner_E, copies_PC in zip(
             layers, loads_ME, owner_ME, copies_MPC, strict=True
         ):
             placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
             if config.policy == "balanced" and num_ranks <= REPAIRED_RANKS:
-                placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS)
+                good = max(GOOD, 1 + config.tolerance)
+                placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS, good)
             placements[layer] = placement
     return [placements[layer] for layer in range(len(loads_M))]
 
@@ -55,13 +67,16 @@ def better_owners(
     owners_M: Sequence[Integers],
     num_ranks: int,
     per_node: int,
+    rows_per_copy: float = math.inf,
 ) -> list[Integers] | None:
     """Other owners (plan/sharding.py) if with these, and the copies that would be planned, the busiest ranks of all layers had
     less to do; None if not by `WORTH`."""
     others_M = heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)
 
     def busiest(owners_M: Sequence[Integers]) -> float:
-        placements = planned_placements(config, loads_M, owners_M, num_ranks, per_node)
+        placements = planned_placements(
+            config, loads_M, owners_M, num_ranks, per_node, rows_per_copy
+        )
         return sum(
             float(expected_loads(loads_E, placement)[1].max())
             for loads_E, placement in zip(loads_M, placements, strict=True)
@@ -70,12 +85,42 @@ def better_owners(
     return others_M if busiest(others_M) < (1 - WORTH) * busiest(owners_M) else None
 
 
+def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
+    """How many rows of a step, there and back in forward and backward, are as many bytes as a copy of their expert that stays
+    for the step, and its gradient. Infinite where a codec leaves open how many rows travel."""
+    if config.dispatch.codec is not None or config.dispatch.candidates or not config.placement.near:
+        return math.inf
+    model, wire = config.model, config.dispatch.wire
+    width = 2 if config.train.dtype == "bf16" else FP32
+    forwards = config.train.exchanging_forwards
+
+    def row_bytes(kind: Wire) -> int:
+        return wire.row_bytes(kind, model.d_row, width)
+
+    of_row_bytes = (
+        forwards * (row_bytes(wire.dispatch_forward) + row_bytes(wire.combine_forward))
+        + row_bytes(wire.combine_backward)
+        + row_bytes(wire.dispatch_backward)
+    )
+    gathers, reduces = (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
+    of_copy_bytes = expert_parameters(model) * (gathers * width + reduces * FP32)
+    return of_copy_bytes / of_row_bytes
+
+
 def _copies(
-    config: PlacementConfig, loads_ME: Amounts, owner_ME: Integers, num_ranks: int, per_node: int
+    config: PlacementConfig,
+    loads_ME: Amounts,
+    owner_ME: Integers,
+    num_ranks: int,
+    per_node: int,
+    rows_per_copy: float,
 ) -> Integers:
     """int64 [M, P, C], -1 = none."""
     if config.policy == "balanced":
-        return balancing_copies(loads_ME, owner_ME, num_ranks, per_node, config.copies)
+        near_ME = loads_ME * (per_node / num_ranks) > rows_per_copy
+        return balancing_copies(
+            loads_ME, owner_ME, num_ranks, per_node, config.copies, near_ME, config.tolerance
+        )
     if config.policy == "everywhere":
         hottest_M = np.full(len(loads_ME), config.copies)
         return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.copies)

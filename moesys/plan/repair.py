@@ -24,13 +24,13 @@ def expected_loads(loads_E: Amounts, placement: Placement) -> tuple[Amounts, Amo
 
 
 def repaired(
-    loads_E: Amounts, placement: Placement, most_copies: int, most_steps: int
+    loads_E: Amounts, placement: Placement, most_copies: int, most_steps: int, good: float = GOOD
 ) -> Placement:
     """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
-    `most_steps` changes of which each lowers the highest load, or how many ranks have it."""
+    `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means."""
     score, amounts_H, loads_P = _score(loads_E, placement)
     for _ in range(most_steps):
-        if loads_P.max() <= GOOD * loads_P.mean():
+        if loads_P.max() <= good * loads_P.mean():
             break
         tried = [
             (*_score(loads_E, changed), changed)

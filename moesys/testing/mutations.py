@@ -159,6 +159,7 @@ placement.policy=balance | placement.policy='balance' | must be one of fixed, ba
 placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.reshard_every_steps=-1 | placement.reshard_every_steps=-1 | must be at least 0 | use a value at least 0
 placement=balanced parallel.ep=2 placement.every_steps=4 placement.reshard_every_steps=10 | placement.reshard_every_steps=10 | must be a multiple of placement.every_steps=4 | use 8 or 12
+placement=balanced parallel.ep=2 placement.tolerance=-0.1 | placement.tolerance=-0.1 | must be at least 0 | use a value at least 0
 placement=hecate parallel.ep=2 placement.overlap_degree=0 | placement.overlap_degree=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.every_steps=0 | placement.every_steps=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.window_steps=0 | placement.window_steps=0 | must be at least 1 | use a value at least 1

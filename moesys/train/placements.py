@@ -21,7 +21,7 @@ from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
 from moesys.parallel.mesh import Meshes
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route
-from moesys.plan.expert_copies import better_owners, planned_placements
+from moesys.plan.expert_copies import better_owners, copy_in_rows, planned_placements
 from moesys.plan.load_prediction import predicted_loads, steps_needed
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
@@ -94,6 +94,9 @@ class Placements:
             for layers in layers_of_ranks(config.model, config.parallel, config.data.seq_len)
         ]
         """Of each pipeline rank, places of its MoE layers."""
+        micro_steps = config.train.micro_steps(meshes.dims.dp)
+        self._rows_per_copy = copy_in_rows(config, micro_steps) * meshes.dims.edp
+        """Of a step's loads, which are of all groups."""
         self._needed = steps_needed(self._config.predictor, self._config.window_steps)
         # A resume between two plans makes the one in force again.
         most = self._needed + self._config.every_steps - 1
@@ -222,7 +225,7 @@ class Placements:
             loads_E[: len(owner_E)]
             for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
         ]
-        ranks = self._meshes.dims.ep, self._per_node
+        ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy
         every = config.reshard_every_steps
         if every and step == as_of and (step - 1) % every == 0:
             owners_M = self._better_owners(loads_M)
@@ -258,6 +261,7 @@ class Placements:
                 [owners_M[layer] for layer in layers],
                 self._meshes.dims.ep,
                 self._per_node,
+                self._rows_per_copy,
             )
             for layer, owner_E in zip(layers, found or (), strict=False):
                 owners_M[layer] = owner_E

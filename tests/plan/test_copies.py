@@ -69,3 +69,36 @@ def test_the_largest_model_is_planned_at_once():
         plan_s.append(planned_at - began)
         sort_s.append(time.perf_counter() - planned_at)
     assert min(plan_s) < 50 / 13 * min(sort_s)
+
+
+@settings(deadline=None, max_examples=200)
+@given(seeds(), st.integers(1, 16), st.integers(1, 4), st.integers(1, 4), st.integers(0, 4))
+def test_a_node_gets_what_it_has_many_rows_of(rng, experts, nodes, per_node, copies):
+    """As far as its ranks have places, the hottest first; and never more than a rank may hold."""
+    ranks = nodes * per_node
+    loads_E, owner_E = (
+        random_loads(rng, experts).astype(float),
+        random_owners(rng, experts, ranks),
+    )
+    near_E = rng.random(experts) < 0.4
+    copies_MPC = balancing_copies(
+        loads_E[None], owner_E[None], ranks, per_node, copies, near_E[None], tolerance=1e9
+    )
+    placement = placement_of(owner_E, copies_MPC[0])
+    assert problems(placement, copies) == []
+    hottest = [e for e in np.argsort(-loads_E, kind="stable") if near_E[e]][: per_node * copies]
+    is_there_EN = placement.holders_EP().reshape(experts, nodes, per_node).any(2)
+    assert is_there_EN[hottest].all()
+    assert is_there_EN.sum() == experts + sum(nodes - 1 for _ in hottest)
+
+
+def test_a_layer_that_is_level_enough_gets_no_copies():
+    loads_ME = np.array([[104.0, 98, 99, 99], [107.0, 97, 98, 98]])
+    owner_ME = np.tile(np.arange(4), (2, 1))
+    strict, lenient = (
+        (balancing_copies(loads_ME, owner_ME, 4, 4, 2, tolerance=share) >= 0).sum((1, 2))
+        for share in (0.0, 0.05)
+    )
+    assert (strict > 0).all()
+    assert lenient[0] == 0
+    assert lenient[1] == strict[1]

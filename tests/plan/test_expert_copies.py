@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moesys.config.compose import compose
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
-from moesys.plan.expert_copies import WORTH, better_owners, planned_placements
+from moesys.plan.chunk_routes import chunk_route
+from moesys.plan.expert_copies import WORTH, better_owners, copy_in_rows, planned_placements
 from moesys.plan.placement import even_owners, problems
 from moesys.plan.placement_optimum import best_copies
 from moesys.plan.repair import expected_loads
 from moesys.plan.sharding import owned_at_most
+from moesys.plan.shares import Shares
 from tests.plan.placements import random_loads, random_owners, seeds
 
 BALANCED = PlacementConfig(policy="balanced")
@@ -67,3 +70,42 @@ def test_owners_change_only_where_that_helps() -> None:
         for owners in (owners_M, found)
     )
     assert after < (1 - WORTH) * before
+
+
+def test_copies_near_the_rows_save_bytes() -> None:
+    """What crosses between nodes, rows and copies together in bytes, is at most what it is without; with hot experts far less."""
+    rng, per_copy, ratios = np.random.default_rng(2), 60.0, []
+    for zipf in (0.0, 0.6, 1.2):
+        counts_PE = rng.multinomial(
+            2000, np.arange(1, 17) ** -zipf / sum(np.arange(1, 17) ** -zipf), size=8
+        )
+        owner_E, loads_E = even_owners(16, 8), counts_PE.sum(0).astype(float)
+        crossing = []
+        for rows_per_copy in (np.inf, per_copy):
+            (placement,) = planned_placements(BALANCED, [loads_E], [owner_E], 8, 2, rows_per_copy)
+            shares = Shares.of(counts_PE, placement, 2)
+            route = chunk_route(placement, 2, "star")
+            across = sum(route.crossing_chunks(node)[0] for node in range(4))
+            crossing.append(shares.crossing_N2()[:, 0].sum() + per_copy * across)
+            assert shares.loads_P().max() <= 1.1 * shares.loads_P().mean()
+        ratios.append(crossing[1] / crossing[0])
+    assert max(ratios) <= 1
+    assert ratios[2] < 0.75
+
+
+def test_what_a_copy_weighs_in_rows() -> None:
+    """In fp32 a row goes four ways as D numbers, and of an expert 3 D F go there and back."""
+    config = compose(["experiment=quickstart", "placement=balanced"])
+    of = config.model.moe.d_expert
+    assert copy_in_rows(config, 1) == 1.5 * of
+    # A quarter of the bytes and a scale; recomputed rows travel twice as often forward.
+    int8 = compose(["experiment=quickstart", "placement=balanced", "codec=int8"])
+    d = config.model.d_model
+    assert copy_in_rows(int8, 1) == 3 * d * of * 8 / (4 * (d + 4))
+    again = compose(["experiment=quickstart", "placement=balanced", "train.recompute=layer"])
+    assert copy_in_rows(again, 1) == of
+    released = replace(config, placement=replace(config.placement, release=True))
+    assert copy_in_rows(released, 3) == 3 * of * (6 + 3) / 4
+    for words in (["codec=lsh"], ["codec=auto"], ["placement.near=false"]):
+        off = compose(["experiment=quickstart", "placement=balanced", *words])
+        assert copy_in_rows(off, 1) == np.inf

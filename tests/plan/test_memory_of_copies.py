@@ -38,7 +38,7 @@ def spread(placement: PlacementConfig, micro_steps: int) -> RunConfig:
 def _peaks(rank: int, size: int, *configs: RunConfig) -> list[int]:
     """With as many copies as a rank may hold, those of the next rank's experts."""
 
-    def full(config, loads_M, owners_M, num_ranks, per_node) -> list[Placement]:
+    def full(config, loads_M, owners_M, num_ranks, *_) -> list[Placement]:
         found = []
         for owner_E in owners_M:
             next_ranks = [np.flatnonzero(owner_E == (r + 1) % num_ranks) for r in range(num_ranks)]

@@ -31,10 +31,10 @@ def _with_random_places(rank: int, size: int, run_config: RunConfig) -> Numbers:
     """Other owners and other copies before every step but the first."""
     rng = np.random.default_rng(7)
 
-    def owners(config, loads_M, owners_M, num_ranks, per_node) -> list[Integers]:
+    def owners(config, loads_M, owners_M, num_ranks, *_) -> list[Integers]:
         return [random_owners(rng, len(owner_E), num_ranks) for owner_E in owners_M]
 
-    def planned(config, loads_M, owners_M, num_ranks, per_node):
+    def planned(config, loads_M, owners_M, num_ranks, *_):
         return [random_copies(rng, owner_E, num_ranks, 3) for owner_E in owners_M]
 
     placements_module.better_owners = owners  # type: ignore[assignment]
