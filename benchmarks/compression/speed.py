@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.compression.quality import PLAIN
-from benchmarks.fabric.job import run_job
 from benchmarks.fabric.layout import Layout
-from benchmarks.fabric.network import fabric
+from benchmarks.fabric.told import told_by_rank_0
 from benchmarks.results import ROOT, Cell
 from benchmarks.shaping import STAYING, Crossing, Shaping, StepTimes
 
@@ -133,23 +133,15 @@ def _job(
     module = f"benchmarks.compression.{program}"
     words = [sys.executable, "-m", module, json.dumps(variants), *map(str, numbers)]
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    said: list[str] = []
 
-    def say(rank: int, line: str) -> None:
-        if rank != 0 or not line.startswith("{"):
-            said.append(f"[{rank}] {line}")
-            return
-        record = json.loads(line)
+    def each(record: dict[str, Any]) -> None:
         name = record.pop("variant")
         progress(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in record.items()))
         for key, value in record.items():
             found[name][key].append(value)
 
     environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(_extensions_folder())}
-    with fabric(layout):
-        status = run_job(layout, words, timeout_s=1800.0, say=say, environ=environ)
-    if status:
-        raise RuntimeError(f"ranks ended with {status}:\n" + "\n".join(said[-20:]))
+    told_by_rank_0(layout, words, each, environ)
     return {
         name: {key: statistics.median(values) for key, values in numbers.items()}
         for name, numbers in found.items()

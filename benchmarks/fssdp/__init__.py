@@ -1,0 +1,1 @@
+"""Experts placed where the load is."""

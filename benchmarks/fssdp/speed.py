@@ -1,0 +1,183 @@
+"""Steps of a training on an emulated cluster of four nodes with two ranks each, where experts are placed by several policies.
+
+Each rank computes with its share of a core, so that one with more rows takes longer. The uplinks are shaped so that with loads that
+are all alike exchanges of rows make up 45 % of a plain step. Under each routing all policies then run in one job, in turns.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fabric.layout import Layout
+from benchmarks.fabric.told import told_by_rank_0
+from benchmarks.fssdp.traces import Loads, write_run
+from benchmarks.results import Cell
+from benchmarks.shaping import STAYING, Crossing, Shaping, StepTimes
+
+LAYOUT = Layout(name="fssdp", num_nodes=4, ranks_per_node=2, cores_per_rank=0.22)
+PLAIN = "fixed"
+POLICIES = (PLAIN, "balanced", "hecate", "everywhere", "eplb")
+OURS = "balanced"
+COPIES = 4
+UNIFORM = "uniform"
+FIRST_STEPS = 2
+"""The first step knows no loads, and before the second all is placed for the first time."""
+EPLB_STEPS = 25
+"""Between its rearrangements, whose time is shared out over them."""
+TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is trained, and for how long."""
+
+    words: Sequence[str]
+    """Overrides of all policies."""
+    share_pct: float
+    """Of a plain step, that exchanges of rows are to take under loads that are alike."""
+    rounds: Mapping[str, int]
+    """A step of each policy, by routing; of others as many as by the empty name."""
+    tries: int = TRIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """Of one policy under one routing, means over steps."""
+
+    first_ms: float
+    """The step before which all is placed for the first time."""
+    step_ms: float
+    owner_over_mean: float
+    max_over_mean: float
+    rows_between_bytes: float
+    copies_between_bytes: float
+    wait_ms: float
+
+
+def speed_rows(
+    case: Case, traces: Mapping[str, Loads], progress: Callable[[str], None]
+) -> list[dict[str, Cell]]:
+    """A row for each routing and policy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {
+            name: write_run(Path(scratch, f"run{index}"), loads_SME)
+            for index, (name, loads_SME) in enumerate(traces.items())
+        }
+        layout, share_pct = _shaped(case, runs[UNIFORM], progress)
+        progress(f"uplinks of {(layout.inter_bits or 0) / 1e6:.1f} Mbit/s")
+        rows = []
+        for name, run in runs.items():
+            steps = FIRST_STEPS - 1 + case.rounds.get(name, case.rounds[""])
+            found = placed(_job(layout, case, POLICIES, run, steps, progress))
+            rows += routing_rows(name, share_pct, layout, found)
+            ours = rows[-len(POLICIES) + POLICIES.index(OURS)]
+            progress(f"{name}: {OURS} {ours['speedup']} times as fast as {PLAIN}")
+    return rows
+
+
+def placed(told: Sequence[Mapping[str, Any]]) -> dict[str, Placed]:
+    """Means by policy. What EPLB's rearrangement takes, the first being as good as any, is shared out over the steps between
+    two. Pure."""
+    by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in told:
+        by_name[record["variant"]].append(record)
+    found = {}
+    for name, records in by_name.items():
+        first, *later = records
+
+        def mean(key: str, later: Sequence[Mapping[str, Any]] = later) -> float:
+            return statistics.fmean(record[key] for record in later)
+
+        step_ms = mean("step_ms")
+        if name == "eplb":
+            step_ms += max(0.0, first["step_ms"] - step_ms) / EPLB_STEPS
+        found[name] = Placed(
+            first_ms=first["step_ms"],
+            step_ms=step_ms,
+            **{key: mean(key) for key in Placed.__dataclass_fields__ if not key.endswith("_ms")},
+            wait_ms=mean("wait_ms"),
+        )
+    return found
+
+
+def routing_rows(
+    routing: str, share_pct: float, layout: Layout, found: Mapping[str, Placed]
+) -> list[dict[str, Cell]]:
+    """A row for each policy. Pure."""
+    plain = found[PLAIN]
+    assert layout.inter_bits is not None
+    return [
+        {
+            "routing": routing,
+            "placement": name,
+            "exchange_pct": round(share_pct, 1),
+            "uplink_mbit": round(layout.inter_bits / 1e6, 2),
+            "step_ms": round(one.step_ms, 1),
+            "speedup": round(plain.step_ms / one.step_ms, 3),
+            "owner_over_mean": round(one.owner_over_mean, 3),
+            "max_over_mean": round(one.max_over_mean, 3),
+            "rows_between_mib": round(one.rows_between_bytes / 2**20, 2),
+            "copies_between_mib": round(one.copies_between_bytes / 2**20, 2),
+            "wait_ms": round(one.wait_ms, 1),
+        }
+        for name, one in found.items()
+    ]
+
+
+def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple[Layout, float]:
+    """Uplinks, and the share of a plain step that exchanges of rows then were found to take."""
+
+    def measure(layout: Layout) -> StepTimes:
+        steps = FIRST_STEPS - 1 + case.rounds.get(UNIFORM, case.rounds[""])
+        by_name = placed(_job(layout, case, (PLAIN, STAYING), uniform, steps, progress))
+        return StepTimes(plain_ms=by_name[PLAIN].step_ms, staying_ms=by_name[STAYING].step_ms)
+
+    free = placed(_job(LAYOUT, case, (PLAIN, STAYING), uniform, FIRST_STEPS + 1, progress))
+    shaping = Shaping(
+        layout=LAYOUT,
+        measure=measure,
+        free=StepTimes(plain_ms=free[PLAIN].step_ms, staying_ms=free[STAYING].step_ms),
+        guess=Crossing(
+            rate_bits=8 * free[PLAIN].rows_between_bytes / LAYOUT.num_nodes, rows_ms=1e3
+        ),
+        tries=case.tries,
+        progress=progress,
+    )
+    layout = shaping.to(case.share_pct)
+    return layout, measure(layout).share_pct
+
+
+def _job(
+    layout: Layout,
+    case: Case,
+    names: Sequence[str],
+    run: Path,
+    rounds: int,
+    progress: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """What rank 0 tells of each variant's steps."""
+    words = [*case.words, "router=replay_loads", f"model.moe.router.run={run}"]
+    variants = {
+        name: [*words, *([] if name in (PLAIN, STAYING) else _placement(name))] for name in names
+    }
+    told: list[dict[str, Any]] = []
+
+    def each(record: dict[str, Any]) -> None:
+        progress(
+            f"step {record['step']}, {record['variant']}: {record['step_ms']:.0f} ms, busiest rank {record['max_over_mean']:.2f}"
+        )
+        told.append(record)
+
+    module = [sys.executable, "-m", "benchmarks.fssdp.steps"]
+    told_by_rank_0(layout, [*module, json.dumps(variants), str(rounds)], each)
+    return told
+
+
+def _placement(policy: str) -> list[str]:
+    return [f"placement={policy}", f"placement.copies={COPIES}"]

@@ -1,0 +1,79 @@
+"""Loads of experts over steps, as run folders whose loads LoadReplayRouter plays again. Pure but for writing.
+
+Shapes: S steps, M MoE layers, E experts.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesys.moe.routers.load_replay import recorded_loads
+
+Loads = NDArray[np.int64]
+"""[S, M, E]: slots of each expert."""
+SLOTS = 16_384
+"""Of a step, drawn by chance: loads waver as they do where tokens are routed by chance."""
+HOT_SHARE = 0.3
+"""Of the slots, that a hotspot has."""
+STAYS_STEPS = 5
+"""A hotspot at an expert."""
+
+
+def zipf_loads(exponent: float, steps: int, layers: int, experts: int, shuffled: bool) -> Loads:
+    """The i-th hottest expert of a layer has 1 / i^exponent of the hottest one's load. They are in this order, so that those of
+    rank 0 are the hottest, or shuffled, otherwise in each layer."""
+    rng = np.random.default_rng(0)
+    weights_E = np.arange(1, experts + 1) ** -exponent
+    orders_M = [rng.permutation(experts) if shuffled else np.arange(experts) for _ in range(layers)]
+    shares_ME = np.stack([weights_E[order_E] for order_E in orders_M]) / weights_E.sum()
+    return _drawn(rng, np.broadcast_to(shares_ME, (steps, layers, experts)))
+
+
+def hotspot_loads(steps: int, layers: int, experts: int) -> Loads:
+    """All alike but one expert of each layer, every few steps another."""
+    rng = np.random.default_rng(1)
+    shares_SME = np.full((steps, layers, experts), (1 - HOT_SHARE) / (experts - 1))
+    for first in range(0, steps, STAYS_STEPS):
+        for layer in range(layers):
+            shares_SME[first : first + STAYS_STEPS, layer, rng.integers(experts)] = HOT_SHARE
+    return _drawn(rng, shares_SME)
+
+
+def recorded(run: Path, first_step: int, steps: int) -> Loads:
+    """Of a run, from this step on."""
+    loads_SME = np.stack([load_SE.numpy() for load_SE in recorded_loads(str(run))], axis=1)
+    return loads_SME[first_step - 1 : first_step - 1 + steps]
+
+
+def write_run(folder: Path, loads_SME: Loads) -> Path:
+    """A run folder that says no more than its loads."""
+    folder.mkdir(parents=True)
+    lines = [
+        json.dumps({"kind": "train", "step": step, "expert_load": load_ME.tolist()})
+        for step, load_ME in enumerate(loads_SME, 1)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def _drawn(rng: np.random.Generator, shares_SME: NDArray[np.float64]) -> Loads:
+    return rng.multinomial(SLOTS, shares_SME)
+
+
+Trace = Callable[[int, int, int], Loads]
+"""From steps, layers and experts."""
+
+
+def synthetic() -> Mapping[str, Trace]:
+    """By name."""
+    return {
+        "uniform": lambda s, m, e: zipf_loads(0.0, s, m, e, shuffled=False),
+        "zipf 0.6": lambda s, m, e: zipf_loads(0.6, s, m, e, shuffled=False),
+        "zipf 1.0": lambda s, m, e: zipf_loads(1.0, s, m, e, shuffled=False),
+        "zipf 1.2": lambda s, m, e: zipf_loads(1.2, s, m, e, shuffled=False),
+        "zipf 1.2, shuffled": lambda s, m, e: zipf_loads(1.2, s, m, e, shuffled=True),
+        "moving hotspot": hotspot_loads,
+    }
