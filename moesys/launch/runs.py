@@ -14,7 +14,7 @@ import yaml
 
 from moesys.launch import slurm
 from moesys.launch.status import FILE_NAME, Status, read_status, write_status
-from moesys.report.records import parse_line, without_load
+from moesys.report.records import parse_line, without_experts
 
 _METRICS = "metrics.jsonl"
 _TAIL_BYTES = 1 << 20
@@ -128,7 +128,7 @@ def last_record(folder: Path, kind: str) -> dict[str, Any] | None:
         return None
     # The first line may be half of one.
     for number, line in reversed(list(enumerate(lines, start=1))[1 if start else 0 :]):
-        record = parse_line(without_load(line), path=path, number=number)
+        record = parse_line(without_experts(line), path=path, number=number)
         if record is not None and record["kind"] == kind:
             return record
     return None

@@ -1,4 +1,4 @@
-"""The tokens of each expert in the next step, from those of the steps before. Pure.
+"""The tokens of each expert in the next step, from those of the steps before, and how far off that was. Pure.
 
 Shapes: W steps from the oldest to the newest, M MoE layers, E experts.
 """
@@ -48,9 +48,25 @@ def predicted_loads(
     )
 
 
+def prediction_errors(predicted_ME: Loads, true_ME: NDArray[np.integer] | Loads) -> Loads:
+    """fp64 [M]: the share of each layer's tokens that went to other experts than predicted, 0 to 1.
+
+    The total variation distance of the two distributions. 0 where a layer has no token in one of them.
+    """
+    apart_M = np.abs(_shares(predicted_ME) - _shares(true_ME)).sum(1) / 2
+    return np.nan_to_num(apart_M)
+
+
 def steps_needed(predictor: Predictor, window: int = WINDOW_STEPS) -> int:
     """So many last steps decide."""
     return {"mean": window, "exponential": 32, "last": 1, "slope": 2 * window}[predictor]
+
+
+def _shares(loads_ME: NDArray[np.integer] | Loads) -> Loads:
+    """Of each layer's tokens; NaN where it has none."""
+    loads_ME = np.asarray(loads_ME, dtype=np.float64)
+    total_M1 = loads_ME.sum(1, keepdims=True)
+    return np.divide(loads_ME, total_M1, out=np.full_like(loads_ME, np.nan), where=total_M1 > 0)
 
 
 def _mean(history_WME: Loads, window: int) -> Loads:

@@ -1,32 +1,20 @@
 """Pictures of which expert got how many tokens: one per MoE layer over time, and the last step's matrix.
 
-Shapes: S bins of steps, L MoE layers, E experts.
+Shapes: L MoE layers, E experts.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moesys.report import heatmap
-from moesys.report.run import Loads
+from moesys.report.expert_values import ExpertValues
+from moesys.report.heatmap import OVER_MEAN
+from moesys.report.layer_maps import HeatMap, layer_maps
 
 # Up to here the last step's matrix is a table of numbers; beyond it is a picture.
 _WRITTEN_EXPERTS = 16
 _WRITTEN_LAYERS = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeatMap:
-    """A picture with a word at each end of its two axes."""
-
-    title: str
-    alt: str
-    uri: str
-    height_px: int
-    top: str
-    bottom: str
-    left: str
-    right: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,43 +31,33 @@ class LoadMaps:
     stride: int
 
 
-def load_maps(loads: Loads) -> LoadMaps:
+def load_maps(loads: ExpertValues) -> LoadMaps:
     """Draw `loads`."""
     num_layers, num_experts = loads.final_LE.shape
     small = num_experts <= _WRITTEN_EXPERTS and num_layers <= _WRITTEN_LAYERS
     cells = [
-        [(value, *heatmap.cell_colours(value)) for value in row_E[~np.isnan(row_E)].tolist()]
+        [(value, *OVER_MEAN.cell_colours(value)) for value in row_E[~np.isnan(row_E)].tolist()]
         for row_E in loads.final_LE
     ]
     return LoadMaps(
-        layers=[_layer(loads, layer) for layer in range(num_layers)],
+        layers=layer_maps(loads, OVER_MEAN, "load", _fullest),
         final=_final(loads),
         final_cells=cells if small else None,
-        gradient=heatmap.scale_gradient(),
-        end=2**heatmap.RANGE_LOG2,
+        gradient=OVER_MEAN.gradient,
+        end=OVER_MEAN.high,
         stride=loads.stride,
     )
 
 
-def _layer(loads: Loads, layer: int) -> HeatMap:
-    own_E = ~np.isnan(loads.final_LE[layer])
-    load_ES, final_E = loads.relative_SLE[:, layer, own_E].T, loads.final_LE[layer, own_E]
-    num_experts, fullest = len(final_E), int(final_E.argmax())
-    return HeatMap(
-        title=f"MoE layer {layer}",
-        alt=f"MoE layer {layer}, load of {num_experts} experts from step {loads.first_step} to "
-        f"{loads.final_step}. At the end expert {fullest} is the fullest with "
-        f"{final_E[fullest]:.2f} times the mean; the emptiest has {final_E.min():.2f}.",
-        uri=heatmap.png_data_uri(load_ES),
-        height_px=min(190, max(90, num_experts * 6)),
-        top="expert 0",
-        bottom=f"{num_experts - 1}",
-        left=f"step {loads.first_step:,}",
-        right=f"{loads.final_step:,}",
+def _fullest(load_E: NDArray[np.float64]) -> str:
+    fullest = int(load_E.argmax())
+    return (
+        f"expert {fullest} is the fullest with {load_E[fullest]:.2f} times the mean; "
+        f"the emptiest has {load_E.min():.2f}"
     )
 
 
-def _final(loads: Loads) -> HeatMap:
+def _final(loads: ExpertValues) -> HeatMap:
     num_layers, num_experts = loads.final_LE.shape
     fullest_L = np.nanmax(loads.final_LE, axis=1)
     return HeatMap(
@@ -87,7 +65,7 @@ def _final(loads: Loads) -> HeatMap:
         alt=f"Load of {num_experts} experts (across) in {num_layers} MoE layers (down) at step "
         f"{loads.final_step}. The most uneven is layer {int(fullest_L.argmax())} with "
         f"{fullest_L.max():.2f} times the mean on one expert.",
-        uri=heatmap.png_data_uri(loads.final_LE),
+        uri=OVER_MEAN.png_data_uri(loads.final_LE),
         height_px=min(420, max(44, num_layers * 22)),
         top="layer 0",
         bottom=f"{num_layers - 1}",

@@ -11,6 +11,11 @@ def number(value: Any, spec: str = ".4g") -> str:
     return format(value, spec) if is_number(value) else NONE
 
 
+def item(values: Any, index: int, spec: str) -> str:
+    """A number of a list; a dash where there is no list, or none so long."""
+    return number(values[index] if isinstance(values, list) and index < len(values) else None, spec)
+
+
 def short(value: Any) -> str:
     """Three digits and k, M, B or T."""
     if not is_number(value):

@@ -10,10 +10,11 @@ import yaml
 
 from moesys.report.anomalies import anomaly_line
 from moesys.report.figures import figures
+from moesys.report.lines import marks
 from moesys.report.numbers import NONE, duration, is_number, moment, number, short, size
 from moesys.report.records import time_of
 from moesys.report.run import Run
-from moesys.report.sections import Section, chart_sections, marks
+from moesys.report.sections import Section, chart_sections
 from moesys.report.style import SCRIPT, STYLE
 from moesys.report.template import TEMPLATE
 

@@ -11,27 +11,27 @@ from typing import Any
 
 from moesys.report.numbers import is_number
 
-# The writer puts this key last, so that a reader who wants the numbers need not parse
+# The writer puts these keys last, in this order, so that a reader who wants the numbers need not parse
 # layers * experts integers of every step.
-LOAD_KEY = "expert_load"
+EXPERT_KEYS = ("expert_holders", "expert_load")
 _FAR_UNIX_S = 1e11
 """The year 5138."""
-_LOAD_MARK = f', "{LOAD_KEY}": '.encode()
+_EXPERT_MARKS = tuple(f', "{key}": '.encode() for key in EXPERT_KEYS)
 
 
-def read_records(path: Path, *, load_stride: int = 1) -> Iterator[dict[str, Any]]:
+def read_records(path: Path, *, expert_stride: int = 1) -> Iterator[dict[str, Any]]:
     """The records of `path` in file order.
 
     Args:
-        load_stride: `expert_load` is kept on every `load_stride`-th line and on the last one, and
+        expert_stride: what EXPERT_KEYS say is kept on every `expert_stride`-th line and on the last one, and
             left out elsewhere.
 
     Raises:
         ValueError: a line is not a JSON object with a "kind"; names the file and the line number.
     """
     for line, number, is_last in _lines(path):
-        keep_load = is_last or number % load_stride == 0
-        record = parse_line(line if keep_load else without_load(line), path=path, number=number)
+        keep = is_last or number % expert_stride == 0
+        record = parse_line(line if keep else without_experts(line), path=path, number=number)
         if record is not None:
             yield record
 
@@ -66,24 +66,30 @@ def unix_s_of(value: Any) -> float | None:
     return float(value) if is_number(value) and abs(value) < _FAR_UNIX_S else None
 
 
-def without_load(line: bytes) -> bytes:
-    """`line` without its trailing expert_load; unchanged where it is absent, torn or not last."""
-    stripped = line.rstrip(b"\n")
-    if not stripped.endswith(b"]}"):
-        return line
-    cut = stripped.rfind(_LOAD_MARK)
-    if cut < 0 or b'"' in stripped[cut + len(_LOAD_MARK) :]:
-        return line
-    return stripped[:cut] + b"}\n"
+def without_experts(line: bytes) -> bytes:
+    """`line` without its trailing EXPERT_KEYS; unchanged where they are absent, torn or not last."""
+    for mark in reversed(_EXPERT_MARKS):
+        line = _without_last(line, mark)
+    return line
 
 
-def load_stride_for(path: Path, *, samples: int) -> int:
-    """The `load_stride` that keeps about `samples` expert loads, judged from the file's longest early line."""
+def expert_stride_for(path: Path, *, samples: int) -> int:
+    """The `expert_stride` that keeps about `samples` steps, judged from the file's longest early line."""
     with path.open("rb") as file:
         longest_bytes = max(
             (len(line) for line, _ in zip(file, range(16), strict=False)), default=1
         )
     return max(1, path.stat().st_size // longest_bytes // samples)
+
+
+def _without_last(line: bytes, mark: bytes) -> bytes:
+    stripped = line.rstrip(b"\n")
+    if not stripped.endswith(b"]}"):
+        return line
+    cut = stripped.rfind(mark)
+    if cut < 0 or b'"' in stripped[cut + len(mark) :]:
+        return line
+    return stripped[:cut] + b"}\n"
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, int, bool]]:

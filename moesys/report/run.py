@@ -1,6 +1,6 @@
 """A run folder in bounded memory: what the page and `--json` are made of.
 
-Shapes: S bins of steps, L MoE layers, E experts.
+Shapes: S bins of steps.
 """
 
 import json
@@ -14,8 +14,9 @@ import yaml
 from numpy.typing import NDArray
 
 from moesys.report.binned import Binned
+from moesys.report.expert_values import ExpertBins, ExpertValues, as_wide, over_mean
 from moesys.report.goodput import Books, Ledger
-from moesys.report.records import load_stride_for, read_records, time_of
+from moesys.report.records import expert_stride_for, read_records, time_of
 from moesys.report.source_columns import SourceColumns
 
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -28,6 +29,8 @@ COLUMNS = (
     "router_entropy",
     "sent_bytes", "between_nodes_bytes", "codec_rows", "compression_ratio", "step_ms", "exchange_ms",
     *(f"{part}_ms" for part in PARTS),
+    "rank_imbalance", "owner_imbalance", "load_prediction_error", "copies_bytes", "copies_between_nodes_bytes",
+    "copies_wait_ms", "moved_experts", "reshard_bytes",
 )  # fmt: skip
 """The numbers kept of each train record."""
 
@@ -38,26 +41,9 @@ EVAL_COLUMNS = (
 
 _CURVE_BINS = 800
 _EVAL_BINS = 400
-# One cell of a heat map is about 0.7 byte of PNG and 0.9 of base64: 1.5 MB of a page at most.
-_HEAT_CELLS = 1_600_000
-_HEAT_BINS = 320
-_LOAD_SAMPLES = 1200
+_EXPERT_SAMPLES = 1200
 _CHECKPOINTS_KEPT = 10
 _ANOMALIES_KEPT = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loads:
-    """How many tokens each expert got, over time. 1.0 = the layer's mean."""
-
-    relative_SLE: NDArray[np.float64]
-    """Load / mean load of the layer, averaged over the steps of a bin that were sampled; NaN past a layer's experts."""
-    final_LE: NDArray[np.float64]
-    """Load / mean load at the last step."""
-    first_step: int
-    final_step: int
-    stride: int
-    """Every `stride`-th record was sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +86,10 @@ class Run:
     """Ranks that were slower than the others, as their records say."""
     ended: bool
     """The last word of metrics.jsonl is a stop."""
-    loads: Loads | None
+    loads: ExpertValues | None
+    """Tokens of each expert over the mean of its layer."""
+    holders: ExpertValues | None
+    """Ranks of a group of parallel.ep that held each expert; None where none had copies planned before the step."""
     summary: dict[str, Any]
     manifest: dict[str, Any]
     config: dict[str, Any]
@@ -128,8 +117,8 @@ def read_run(folder: str | Path) -> Run:
             "`moesys train` writes metrics.jsonl."
         )
     reading = _Reading()
-    stride = load_stride_for(path, samples=_LOAD_SAMPLES)
-    for record in read_records(path, load_stride=stride):
+    stride = expert_stride_for(path, samples=_EXPERT_SAMPLES)
+    for record in read_records(path, expert_stride=stride):
         reading.add(record)
     config = _yaml(folder / "config.yaml")
     section = config.get("run")
@@ -157,7 +146,8 @@ def read_run(folder: str | Path) -> Run:
         codec_choice=reading.codec_choice,
         stragglers=reading.stragglers,
         ended=reading.last_kind == "stop",
-        loads=reading.loads(stride),
+        loads=reading.loads.values(stride),
+        holders=reading.holders.values(stride),
         summary=_json(folder / "summary.json"),
         manifest=_json(folder / "data_manifest.json"),
         config=config,
@@ -189,9 +179,7 @@ class _Reading:
         self.last_kind = ""
         self.books = Books()
         self.stragglers: list[dict[str, Any]] = []
-        self._binned_loads: Binned | None = None
-        self._final_load: NDArray[np.float64] | None = None
-        self._load_steps = (0, 0)
+        self.loads, self.holders = ExpertBins(), ExpertBins()
 
     def add(self, record: dict[str, Any]) -> None:
         kind = self.last_kind = record["kind"]
@@ -228,19 +216,8 @@ class _Reading:
             self.events.remove(next(old for old in self.events if old["kind"] == event["kind"]))
         self.events.append(event)
 
-    def loads(self, stride: int) -> Loads | None:
-        if self._binned_loads is None or self._final_load is None:
-            return None
-        return Loads(
-            relative_SLE=self._binned_loads.mean,
-            final_LE=self._final_load,
-            first_step=self._load_steps[0],
-            final_step=self._load_steps[1],
-            stride=stride,
-        )
-
     def _add_train(self, record: dict[str, Any]) -> None:
-        load = record.pop("expert_load", None)
+        load, holders = record.pop("expert_load", None), record.pop("expert_holders", None)
         self.last_train = record
         self.num_steps += 1
         row = _row(record, COLUMNS)
@@ -253,22 +230,13 @@ class _Reading:
             if value > self.peaks.get(name, (-np.inf, 0))[0]:
                 self.peaks[name] = (float(value), record["step"])
         if load:
-            self._add_load(record["step"], _as_wide(load))
+            self.loads.add(record["step"], over_mean(as_wide(load)))
+        if holders:
+            self.holders.add(record["step"], as_wide(holders))
 
     def _add_total(self, record: dict[str, Any], name: str) -> None:
         value = record.get(name)
         self.totals[name] += value if isinstance(value, int | float) else 0.0
-
-    def _add_load(self, step: int, load_LE: NDArray[np.float64]) -> None:
-        mean_L1 = np.nanmean(load_LE, axis=1, keepdims=True)
-        relative_LE = np.divide(load_LE, mean_L1, out=0 * load_LE, where=mean_L1 > 0)
-        if self._binned_loads is None:
-            bins = min(_HEAT_BINS, max(8, _HEAT_CELLS // load_LE.size))
-            self._binned_loads = Binned(load_LE.shape, bins // 2 * 2)
-            self._load_steps = (step, step)
-        self._binned_loads.add(relative_LE)
-        self._final_load = relative_LE
-        self._load_steps = (self._load_steps[0], step)
 
     def _clock(self, record: dict[str, Any]) -> None:
         now = time_of(record)
@@ -284,12 +252,6 @@ def _row(record: dict[str, Any], columns: tuple[str, ...]) -> NDArray[np.float64
     return np.array(
         [value if isinstance(value, int | float) else np.nan for value in values], dtype=np.float64
     )
-
-
-def _as_wide(load: list[list[int]]) -> NDArray[np.float64]:
-    """Of layers with different numbers of experts the shorter rows end in NaN."""
-    widest = max(map(len, load))
-    return np.array([[*row, *[np.nan] * (widest - len(row))] for row in load], dtype=np.float64)
 
 
 def _json(path: Path) -> dict[str, Any]:

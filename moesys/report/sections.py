@@ -5,23 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from moesys.report.chart import (
-    Chart,
-    Mark,
-    Series,
-    bar_chart,
-    line_chart,
-    smoothed,
-    stacked_chart,
-)
+from moesys.report.chart import Chart, bar_chart, stacked_chart
 from moesys.report.figures import time_split
 from moesys.report.goodput_section import goodput_content
+from moesys.report.lines import Lines
 from moesys.report.load_maps import load_maps
-from moesys.report.numbers import NONE, duration, number, short
+from moesys.report.numbers import NONE, duration, item, number, short
+from moesys.report.placement_section import placement_charts, placement_content
 from moesys.report.run import PARTS, Run
 from moesys.report.sources import preferences
 
-_MOST_MARKS = 200
 _MOST_NODES = 64
 
 
@@ -37,88 +30,21 @@ class Section:
 
 def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Section]:
     """The sections that have something to show, in the page's order."""
-    lines = _Lines(run)
+    lines = Lines(run)
     every = (
         _section("loss", "Loss", _loss(lines, unigram_bits_per_byte)),
         _section("schedule", "Optimizer", _optimizer(lines)),
         _section("balance", "Expert load", _balance(lines), run.loads and load_maps(run.loads)),
         _section("layers", "MoE layers", [], _layers(run)),
+        _section("placement", "Expert placement", placement_charts(lines), placement_content(run)),
         _section("sources", "Sources of text", _sources(lines), preferences(run.last_eval)),
-        _section("time", "Where the time goes", [lines.step_time()], _time_table(run)),
+        _section("time", "Where the time goes", [_step_time(lines)], _time_table(run)),
         _section("goodput", "Goodput", [], goodput_content(run)),
         _section("throughput", "Throughput", _throughput(lines), _uplinks(run)),
         _section("compression", "Compression", _compression(lines), _compressed_layers(run)),
         _section("documents", "Training documents", _documents(run)),
     )
     return [section for section in every if section is not None]
-
-
-def marks(run: Run) -> list[Mark]:
-    """Where the run was resumed, and where it stopped before its last step."""
-    last_step = run.last_train.get("step", 0)
-    resumed = [start.get("resumed_from_step") or 0 for start in run.starts]
-    stopped = [stop.get("step") or 0 for stop in run.stops]
-    return [
-        *(Mark(x=step, kind="stopped") for step in stopped[-_MOST_MARKS:] if 0 < step < last_step),
-        *(Mark(x=step, kind="resumed") for step in resumed[-_MOST_MARKS:] if step > 0),
-    ]
-
-
-class _Lines:
-    """Draws columns of one run, each chart with the run's marks."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self._marks = marks(run)
-        self._steps = run.column("step")
-
-    def of(self, column: str, name: str, colour: int, *, scale: float = 1.0) -> Series:
-        y = scale * self.run.column(column)
-        return Series(name=name, x=self._steps, y=y, colour=colour)
-
-    def chart(self, title: str, unit: str, *series: Series, **options: Any) -> Chart | None:
-        return line_chart(title, unit, series, marks=self._marks, **options)
-
-    def chart_unless_zero(self, title: str, unit: str, *series: Series) -> Chart | None:
-        """Counts from 0 on; none where every value is 0 or absent, since there is nothing to see."""
-        shown = [one for one in series if np.nansum(np.abs(one.y)) > 0]
-        return self.chart(title, unit, *shown, from_zero=True)
-
-    def loss(
-        self, title: str, unit: str, train: str, val: str, floor: float | None
-    ) -> Chart | None:
-        raw, per_bin = self.run.column(train), self.run.train.rows_per_bin
-        each = "each step" if per_bin == 1 else f"mean of {per_bin} steps"
-        smooth = smoothed(raw, span=len(raw) / 100)
-        series = [
-            Series(name=f"train, {each}", x=self._steps, y=raw, colour=1, style="faint"),
-            Series(name="train, smoothed", x=self._steps, y=smooth, colour=1),
-        ]
-        if floor is not None and len(raw):
-            level = np.full_like(raw, floor)
-            name = "unigram entropy"
-            series.append(Series(name=name, x=self._steps, y=level, colour=4, style="dashed"))
-        val_x, val_y = self.run.eval_column("step"), self.run.eval_column(val)
-        series.append(Series(name="validation", x=val_x, y=val_y, colour=2, style="dots"))
-        return self.chart(title, unit, *series)
-
-    def of_evals(self, title: str, unit: str, column: str) -> Chart | None:
-        """A number that evaluations measure."""
-        x, y = self.run.eval_column("step"), self.run.eval_column(column)
-        return self.chart(title, unit, Series(name=column, x=x, y=y, colour=1, style="line"))
-
-    def step_time(self) -> Chart | None:
-        parts = [np.nan_to_num(self.run.column(f"{part}_ms")) for part in PARTS]
-        other = np.maximum(np.nan_to_num(self.run.column("step_ms")) - sum(parts), 0)
-        named = zip((*PARTS, "other"), (*parts, other), strict=True)
-        return stacked_chart(
-            "Step time",
-            "milliseconds",
-            self._steps,
-            [(name, _part_colour(name), y) for name, y in named],
-            overlay=self.of("exchange_ms", "exchange, within forward and backward", 8),
-            marks=self._marks,
-        )
 
 
 def _section(
@@ -128,7 +54,7 @@ def _section(
     return Section(id=id, title=title, charts=drawn, content=content) if drawn or content else None
 
 
-def _loss(lines: _Lines, unigram: float | None) -> list[Chart | None]:
+def _loss(lines: Lines, unigram: float | None) -> list[Chart | None]:
     bits = "comparable across tokenizers"
     return [
         lines.loss("Cross-entropy", "nats per token", "loss", "val_loss", None),
@@ -141,7 +67,7 @@ def _loss(lines: _Lines, unigram: float | None) -> list[Chart | None]:
     ]
 
 
-def _optimizer(lines: _Lines) -> list[Chart | None]:
+def _optimizer(lines: Lines) -> list[Chart | None]:
     rate, norm = lines.of("lr", "learning rate", 1), lines.of("grad_norm", "norm", 5)
     return [
         lines.chart("Learning rate", "per step", rate, from_zero=True),
@@ -149,7 +75,7 @@ def _optimizer(lines: _Lines) -> list[Chart | None]:
     ]
 
 
-def _balance(lines: _Lines) -> list[Chart | None]:
+def _balance(lines: Lines) -> list[Chart | None]:
     return [
         lines.chart(
             "Load imbalance",
@@ -186,6 +112,20 @@ def _balance(lines: _Lines) -> list[Chart | None]:
     ]
 
 
+def _step_time(lines: Lines) -> Chart | None:
+    parts = [np.nan_to_num(lines.run.column(f"{part}_ms")) for part in PARTS]
+    other = np.maximum(np.nan_to_num(lines.run.column("step_ms")) - sum(parts), 0)
+    named = zip((*PARTS, "other"), (*parts, other), strict=True)
+    return stacked_chart(
+        "Step time",
+        "milliseconds",
+        lines.steps,
+        [(name, _part_colour(name), y) for name, y in named],
+        overlay=lines.of("exchange_ms", "exchange, within forward and backward", 8),
+        marks=lines.marks,
+    )
+
+
 def _part_colour(part: str) -> int:
     return (*PARTS, "other").index(part) + 1
 
@@ -220,7 +160,7 @@ def _time_table(run: Run) -> dict[str, Any] | None:
     return {"rows": [*rows, *between], "between": bool(between)}
 
 
-def _throughput(lines: _Lines) -> list[Chart | None]:
+def _throughput(lines: Lines) -> list[Chart | None]:
     tokens = lines.of("tokens_per_s", "tokens/s", 3)
     mfu = lines.of("mfu", "MFU", 4, scale=100)
     tflops = lines.of("tflops_per_rank", "TFLOP/s", 4)
@@ -252,7 +192,7 @@ def _uplinks(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def _compression(lines: _Lines) -> list[Chart | None]:
+def _compression(lines: Lines) -> list[Chart | None]:
     rows = lines.of("codec_rows", "rows", 1, scale=100)
     ratio = lines.of("compression_ratio", "ratio", 3)
     return [
@@ -276,7 +216,7 @@ def _compressed_layers(run: Run) -> list[dict[str, str]]:
             "layer": str(layer),
             "codec": chosen[layer] if layer < len(chosen) else NONE,
             "rows": number(100 * rows[layer], ".1f") if layer < len(rows) else NONE,
-            "error": number(errors[layer], ".4f") if layer < len(errors) else NONE,
+            "error": item(errors, layer, ".4f"),
         }
         for layer in range(max(len(rows), len(errors), len(chosen)))
     ]
@@ -287,7 +227,7 @@ def _peak(run: Run) -> str:
     return f"% of {number(start.get('peak_tflops'), '.3g')} TFLOP/s per rank: {start.get('peak_source', NONE)}"
 
 
-def _sources(lines: _Lines) -> list[Chart | None]:
+def _sources(lines: Lines) -> list[Chart | None]:
     losses, weights = lines.run.loss_by_source.series(), lines.run.weight_by_source.series(100.0)
     if not weights:
         return []
@@ -311,18 +251,14 @@ def _layers(run: Run) -> list[dict[str, Any]]:
     similarities = told.get("expert_similarity_by_layer")
     divergences = told.get("source_divergence_by_layer")
 
-    def of(layer: int, numbers: Any, spec: str) -> str:
-        known = isinstance(numbers, list) and layer < len(numbers)
-        return number(numbers[layer], spec) if known else NONE
-
     return [
         {
             "layer": layer,
             "load": f"{np.nanmax(load_E):.2f}",
-            "entropy": of(layer, entropies, ".3f"),
-            "dropped": of(layer, dropped, ",.0f"),
-            "similarity": of(layer, similarities, ".4f"),
-            "divergence": of(layer, divergences, ".4f"),
+            "entropy": item(entropies, layer, ".3f"),
+            "dropped": item(dropped, layer, ",.0f"),
+            "similarity": item(similarities, layer, ".4f"),
+            "divergence": item(divergences, layer, ".4f"),
         }
         for layer, load_E in enumerate(run.loads.final_LE)
     ]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moesys.report import heatmap
-from moesys.report.load_maps import HeatMap
+from moesys.report.heatmap import OVER_MEAN
+from moesys.report.layer_maps import HeatMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,8 @@ def preferences(last_eval: Mapping[str, Any]) -> Preferences | None:
     return Preferences(
         maps=[_map(name, of_LE) for name, of_LE in zip(loads, relative_NLE, strict=True)],
         step=last_eval["step"],
-        gradient=heatmap.scale_gradient(),
-        end=2**heatmap.RANGE_LOG2,
+        gradient=OVER_MEAN.gradient,
+        end=OVER_MEAN.high,
     )
 
 
@@ -62,7 +62,7 @@ def _map(name: str, relative_LE: NDArray[np.float64]) -> HeatMap:
         alt=f"{name}: how much of its text goes to each of {num_experts} experts (across) in {num_layers} MoE layers "
         f"(down), over the mean of all sources. Its strongest preference is expert {expert} in layer {layer}, "
         f"{relative_LE[layer, expert]:.2f} times the mean.",
-        uri=heatmap.png_data_uri(relative_LE),
+        uri=OVER_MEAN.png_data_uri(relative_LE),
         height_px=min(420, max(44, num_layers * 22)),
         top="layer 0",
         bottom=f"{num_layers - 1}",

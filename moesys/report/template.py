@@ -25,6 +25,7 @@ TEMPLATE = """
 </div>
 </figure>
 {% endmacro %}
+{% macro pictures(maps) %}<div class="maps{{ ' dense' if maps | length > 16 }}">{% for map in maps %}{{ picture(map) }}{% endfor %}</div>{% endmacro %}
 <!doctype html>
 <html lang="en">
 <head>
@@ -76,7 +77,7 @@ TEMPLATE = """
 <p class="note">{% if load.stride > 1 %}One step in {{ load.stride }} is sampled. {% endif %}Tokens of an expert / mean of its layer, on one scale everywhere; steps to the right, experts downwards.</p>
 <div class="scale"><span>1/{{ "%g" | format(load.end) }} or less</span><i style="background:{{ load.gradient }}"></i><span>{{ "%g" | format(load.end) }} times the mean or more</span>
 <i class="dead"></i><span>no token</span></div>
-<div class="maps{{ ' dense' if load.layers | length > 16 }}">{% for map in load.layers %}{{ picture(map) }}{% endfor %}</div>
+{{ pictures(load.layers) }}
 <h3>{{ load.final.title }}</h3>
 {% if load.final_cells %}
 <div class="card scroll"><table class="matrix">
@@ -97,6 +98,24 @@ TEMPLATE = """
 {% endfor %}
 </table>
 <p class="note">Load, entropy and dropped slots of the last step; similarity of weights and divergence of sources at the last evaluation.</p></div>
+{% endif %}
+{% if section.id == "placement" and section.content %}
+{% set placed = section.content %}
+{% if placed.rows %}
+<div class="card scroll"><table>
+<tr><th class="r">layer</th><th class="r">busiest rank / mean, had owners served all</th><th class="r">with copies</th><th class="r">experts with copies</th><th class="r">most holders</th><th class="r">prediction error</th></tr>
+{% for row in placed.rows %}
+<tr><td class="r">{{ row.layer }}</td><td class="r">{{ row.owners }}</td><td class="r">{{ row.levelled }}</td><td class="r">{{ row.with_copies }}</td><td class="r">{{ row.most }}</td><td class="r">{{ row.error }}</td></tr>
+{% endfor %}
+</table>
+<p class="note">{{ placed.note }}</p></div>
+{% endif %}
+{% if placed.maps %}
+<h3>Holders of each expert over time</h3>
+<p class="note">{% if placed.maps.stride > 1 %}One step in {{ placed.maps.stride }} is sampled. {% endif %}Ranks of a group of parallel.ep that have the expert, its owner among them; steps to the right, experts downwards.</p>
+<div class="scale"><span>1, its owner alone</span><i style="background:{{ placed.maps.gradient }}"></i><span>all {{ placed.maps.ranks }} ranks</span></div>
+{{ pictures(placed.maps.layers) }}
+{% endif %}
 {% endif %}
 {% if section.id == "throughput" and section.content %}
 <div class="card scroll"><table>

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moesys.report.goodput import Books
-from moesys.report.records import LOAD_KEY, parse_line, read_records, without_load
+from moesys.report.records import EXPERT_KEYS, parse_line, read_records, without_experts
 from moesys.train.line_file import LineFile
 from moesys.train.undone import UNDONE_BY_RESUME, Undone
 
@@ -75,11 +75,10 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record and hand it to the sinks; raises no OSError. `kind` is required, `unix_s` is now where it is not given,
-        `expert_load` is moved last."""
-        complete = {key: value for key, value in record.items() if key != LOAD_KEY}
+        EXPERT_KEYS are moved last."""
+        complete = {key: value for key, value in record.items() if key not in EXPERT_KEYS}
         complete.setdefault("unix_s", time.time())
-        if LOAD_KEY in record:
-            complete[LOAD_KEY] = record[LOAD_KEY]
+        complete |= {key: record[key] for key in EXPERT_KEYS if key in record}
         if complete["kind"] == "train":
             assert complete["step"] > self._last_step, (
                 f"step {complete['step']} after {self._last_step}"
@@ -169,8 +168,8 @@ def _rewind(path: Path, undone: Undone, books: Books, check_turn: Callable[[], N
                 new.write(_dump(told).encode() + b"\n")
 
         for number, line in enumerate(old, start=1):
-            # A torn line must be judged whole, and without_load leaves it so.
-            record = parse_line(without_load(line), path=path, number=number)
+            # A torn line must be judged whole, and without_experts leaves it so.
+            record = parse_line(without_experts(line), path=path, number=number)
             if record is None or undone.add(record):
                 continue
             if record["kind"] not in UNDONE_BY_RESUME:

@@ -22,7 +22,7 @@ from moesys.parallel.exchange import Traffic
 from moesys.parallel.mesh import Meshes
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route
 from moesys.plan.expert_copies import better_owners, copy_in_rows, planned_placements
-from moesys.plan.load_prediction import predicted_loads, steps_needed
+from moesys.plan.load_prediction import predicted_loads, prediction_errors, steps_needed
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.sharding import first_owners, moved
@@ -44,6 +44,14 @@ class _Layer(NamedTuple):
     dispatcher: PlacedDispatcher
 
 
+class _Plan(NamedTuple):
+    """Of all layers."""
+
+    placed_M: list[Placement]
+    predicted_ME: Amounts
+    """The loads that it was made from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlacementFigures:
     """What copies did in a step, over all ranks."""
@@ -54,6 +62,8 @@ class PlacementFigures:
     """Rows of the busiest rank over the mean: 1 = level."""
     busiest_owner_M: list[float]
     """The same, had owners served all rows."""
+    prediction_error_M: list[float]
+    """Share of a layer's rows that went to other experts than the plan in force was made for; [] where nothing was predicted."""
     sent_bytes: int
     """Parameters and gradients for copies, that ranks sent."""
     between_nodes_bytes: int
@@ -101,7 +111,7 @@ class Placements:
         # A resume between two plans makes the one in force again.
         most = self._needed + self._config.every_steps - 1
         self._history: deque[_Loads] = deque(maxlen=most)
-        self._planned_M: list[Placement] = []
+        self._in_force: _Plan | None = None
         self._moved_experts, self._reshard_bytes = 0, 0
 
     @property
@@ -118,7 +128,7 @@ class Placements:
     def at_resume(self, state: dict[str, Any] | None) -> None:
         """Go on with a checkpoint's loads and owners, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
-        self._planned_M = []
+        self._in_force = None
         if state is None or not self._is_used:
             return
         owners_M = [np.array(owner_E, dtype=np.int64) for owner_E in state["owners"]]
@@ -143,11 +153,12 @@ class Placements:
             return
         # The first step knows no loads: a plan that would be due there is made before the second.
         last_plan = max(2, step - (step - 1) % self._config.every_steps)
-        if step == last_plan or not self._planned_M:
-            self._plan(step, last_plan)
+        if step == last_plan or self._in_force is None:
+            self._in_force = self._plan(step, last_plan)
         for index, layer in self._layers.items():
-            if self._planned_M:
-                layer.placement.take(*self._with_route(self._planned_M[index]), micro_steps)
+            if self._in_force is not None:
+                placed = self._in_force.placed_M[index]
+                layer.placement.take(*self._with_route(placed), micro_steps)
 
     def finish(self) -> None:
         """After the backwards of a step: the gradients of copies are at the owners. Collective."""
@@ -179,7 +190,7 @@ class Placements:
         ]
 
     def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
-        """Of the sums of all ranks' numbers."""
+        """Of the sums of all ranks' numbers, once the step's loads are observed."""
         if not self._is_used:
             return None
         layers = len(self._owners_M)
@@ -190,6 +201,7 @@ class Placements:
             holders_ME=self._holders_ME(),
             busiest_rank_M=(busiest_M / mean_M).tolist(),
             busiest_owner_M=(owner_M / mean_M).tolist(),
+            prediction_error_M=self._prediction_error_M(),
             sent_bytes=int(sent_bytes),
             between_nodes_bytes=int(between_bytes),
             moved_experts=self._moved_experts,
@@ -200,9 +212,14 @@ class Placements:
     def _holders_ME(self) -> list[list[int]]:
         if not self._config.plans_ahead:
             return []
-        if not self._planned_M:
+        if self._in_force is None:
             return [[1] * len(owner_E) for owner_E in self._owners_M]
-        return [np.diff(placed.pairs.start_X).tolist() for placed in self._planned_M]
+        return [np.diff(placed.pairs.start_X).tolist() for placed in self._in_force.placed_M]
+
+    def _prediction_error_M(self) -> list[float]:
+        if self._in_force is None:
+            return []
+        return prediction_errors(self._in_force.predicted_ME, self._history[-1].load_ME).tolist()
 
     @property
     def _is_used(self) -> bool:
@@ -213,12 +230,11 @@ class Placements:
     def _most_experts(self) -> int:
         return max(map(len, self._owners_M))
 
-    def _plan(self, step: int, as_of: int) -> None:
-        """As it was to be planned before step `as_of`."""
+    def _plan(self, step: int, as_of: int) -> _Plan | None:
+        """As it was to be planned before step `as_of`; None where no loads are known. Collective."""
         known = [loads.load_ME for loads in self._history if loads.step < as_of][-self._needed :]
         if not known:
-            self._planned_M = []
-            return
+            return None
         config = self._config
         loads_ME = predicted_loads(np.stack(known), config.predictor, config.window_steps)
         loads_M = [
@@ -235,7 +251,7 @@ class Placements:
         self._agree([part for placed in planned_M for part in (placed.owner_E, placed.copies_PC)])
         if config.policy == "eplb":
             self._reshard([placed.owner_E for placed in planned_M])
-        self._planned_M = planned_M
+        return _Plan(planned_M, loads_ME)
 
     def _planned_after_routing(self, layer: int, loads_E: Integers) -> tuple[Placement, ChunkRoute]:
         """Of one layer, from the rows of its first forward."""

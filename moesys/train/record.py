@@ -130,7 +130,7 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
     """What copies of experts did; slowest ranks' rows are means over layers."""
     if (found := result.placement) is None:
         return {}
-    return {
+    fields = {
         "copies_bytes": found.sent_bytes,
         "copies_between_nodes_bytes": found.between_nodes_bytes,
         "copies_wait_ms": found.wait_ms,
@@ -140,8 +140,15 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
         "owner_imbalance": statistics.fmean(found.busiest_owner_M),
         "rank_imbalance_by_layer": found.busiest_rank_M,
         "owner_imbalance_by_layer": found.busiest_owner_M,
-        **({"expert_holders": found.holders_ME} if found.holders_ME else {}),
     }
+    if errors := found.prediction_error_M:
+        fields |= {
+            "load_prediction_error": statistics.fmean(errors),
+            "load_prediction_error_by_layer": errors,
+        }
+    if found.holders_ME:
+        fields["expert_holders"] = found.holders_ME
+    return fields
 
 
 def checkpoint_record(saved: Saved) -> dict[str, Any]:

@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesys.plan.load_prediction import PREDICTORS, predicted_loads, steps_needed
+from moesys.plan.load_prediction import (
+    PREDICTORS,
+    predicted_loads,
+    prediction_errors,
+    steps_needed,
+)
 from tests.plan.placements import random_loads, seeds
 
 each_predictor = pytest.mark.parametrize("predictor", PREDICTORS)
@@ -54,3 +59,20 @@ def test_a_slope_that_was_never_right_is_not_followed():
 def test_without_a_step_there_is_nothing_to_predict_from():
     with pytest.raises(ValueError, match="at least 1 step"):
         predicted_loads(np.zeros((0, 1, 2)), "mean")
+
+
+def test_an_error_is_the_share_that_went_elsewhere():
+    """Of each layer by itself, whatever its number of tokens."""
+    predicted_ME = np.array([[2.0, 2, 0], [4, 0, 0], [1, 1, 2], [0, 0, 0], [1, 1, 1]])
+    true_ME = np.array([[20, 10, 10], [0, 7, 1], [2, 2, 4], [5, 0, 0], [0, 0, 0]])
+    assert prediction_errors(predicted_ME, true_ME).tolist() == [0.25, 1.0, 0.0, 0.0, 0.0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(rng=seeds())
+def test_an_error_lies_between_right_and_all_wrong_both_ways(rng):
+    one_ME, other_ME = random_loads(rng, 2, 3, 5)
+    error_M = prediction_errors(one_ME, other_ME)
+    assert ((error_M >= 0) & (error_M <= 1 + 1e-12)).all()
+    assert error_M == pytest.approx(prediction_errors(other_ME, one_ME))
+    assert prediction_errors(one_ME, 3 * one_ME) == pytest.approx(np.zeros(3), abs=1e-12)

@@ -5,12 +5,12 @@ import zlib
 
 import numpy as np
 
-from moesys.report.heatmap import png_data_uri
+from moesys.report.heatmap import OVER_MEAN
 
 
 def test_heat_map_pixels_are_the_loads() -> None:
     relative = np.array([[0.0, 0.25, 0.5], [1.0, 2.0, 9.0]])
-    width, height, palette, index = decode_png(png_data_uri(relative))
+    width, height, palette, index = decode_png(OVER_MEAN.png_data_uri(relative))
     assert (width, height) == (3, 2)
     assert index.tolist() == [
         [0, 1, 9],

@@ -164,10 +164,15 @@ def test_the_first_steps_make_a_page(tmp_path: Path, steps: int) -> None:
 
 
 def test_a_huge_run_stays_small(tmp_path: Path) -> None:
-    """The worst case for the page: every bin of every curve and of 60 x 256 noisy experts in use."""
+    """The worst case for the page: every bin of every curve and of 60 x 256 noisy experts and their holders in use."""
     rng = np.random.default_rng(0)
+
+    def of_experts() -> dict[str, list[list[int]]]:
+        holders, load = rng.integers(1, 9, (60, 256)), rng.integers(0, 99, (60, 256))
+        return {"expert_holders": holders.tolist(), "expert_load": load.tolist()}
+
     with MetricsLog(tmp_path) as log:
-        log.write(start_record(steps=100_000, unix_s=1_790_000_000.0))
+        log.write(start_record(steps=100_000, unix_s=1_790_000_000.0) | {"ep": 8})
         record = train_record(1, steps=100_000, layers=1, experts=4, rng=rng)
         del record["expert_load"]
         for step in range(1, 9601, 3):
@@ -177,18 +182,16 @@ def test_a_huge_run_stays_small(tmp_path: Path) -> None:
                 "grad_norm": rng.random(),
                 "forward_ms": rng.random(),
             }
-            log.write(
-                {**record, "expert_load": rng.integers(0, 99, (60, 256)).tolist()}
-                if step % 25 == 1
-                else record
-            )
+            log.write(record | of_experts() if step % 25 == 1 else record)
     run = read_run(tmp_path)
     html = render(run)
     assert 500_000 < len(html) < 5_000_000
     assert len(run.train) <= 800
     assert run.loads is not None
-    assert run.loads.relative_SLE.size <= 1_600_000
-    assert run.loads.relative_SLE.shape[1:] == (60, 256)
+    assert run.holders is not None
+    for values in (run.loads, run.holders):
+        assert values.binned_SLE.size <= 1_600_000
+        assert values.binned_SLE.shape[1:] == (60, 256)
     page = Page(html)
     name = f"train, mean of {run.train.rows_per_bin} steps"
     assert len(page.series("Cross-entropy", name)[0]) == len(run.train)

@@ -63,22 +63,22 @@ def steps_of(records: list[dict[str, Any]], kind: str = "train") -> list[int]:
     return [record["step"] for record in records if record["kind"] == kind]
 
 
-def test_what_is_written_is_read_back_in_order_with_the_loads_last(tmp_path: Path) -> None:
+def test_what_is_written_is_read_back_in_order_with_numbers_of_experts_last(tmp_path: Path) -> None:
     sink = Kept()
     records = [start(), train(1), {"kind": "eval", "step": 1, "val_loss": 4.5}, train(2)]
     with MetricsLog(tmp_path, sinks=[sink]) as log:
         for record in records:
             log.write(
-                {"expert_load": record.pop("expert_load"), **record}
+                {"expert_load": record.pop("expert_load"), "expert_holders": [[1, 2]], **record}
                 if "expert_load" in record
                 else record
             )
     found = read_metrics(tmp_path / "metrics.jsonl")
     assert found == sink.records
     assert [record["kind"] for record in found] == ["start", "train", "eval", "train"]
-    assert found[1] == train(1, unix_s=found[1]["unix_s"])
+    assert found[1] == train(1, unix_s=found[1]["unix_s"], expert_holders=[[1, 2]])
     assert [record["unix_s"] for record in found] == sorted(record["unix_s"] for record in found)
-    assert list(found[1])[-1] == "expert_load"
+    assert list(found[1])[-2:] == ["expert_holders", "expert_load"]
     assert sink.closed == 1
 
 

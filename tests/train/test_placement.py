@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from moesys.config.dispatch_schema import DispatchConfig
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
 from moesys.config.schema import Recompute, RunConfig
+from moesys.plan.load_prediction import prediction_errors
 from moesys.testing.parity import Difference, Numbers, compare, parity
+from moesys.train.record import _placement_fields
 from tests.train.coded import INT8, LSH, config
 
 BALANCED = PlacementConfig(policy="balanced")
@@ -37,7 +40,9 @@ def assert_copies_made(numbers: list[Numbers], policy: PlacementPolicy = "balanc
         assert figures is not None
         assert figures.sent_bytes > 0
         assert sum(figures.busiest_rank_M) < sum(figures.busiest_owner_M)
-        if policy != "everywhere":
+        if policy == "everywhere":
+            assert not figures.prediction_error_M
+        else:
             assert max(max(holders_E) for holders_E in figures.holders_ME) > 1
         if policy == "eplb":
             assert figures.moved_experts > 0
@@ -66,6 +71,22 @@ def test_steps_are_those_of_plain_expert_parallelism(
     assert found.gradients < 1e-5
     assert_copies_made(ranks, policy)
     assert all(numbers.results[0].placement is None for numbers in plain)
+
+
+def test_a_prediction_is_compared_with_the_loads_of_the_step_that_it_was_for() -> None:
+    """With the loads of one step predicted from the last's; a plan made before step 3 is still in force in step 4."""
+    placement = replace(BALANCED, predictor="last", every_steps=2)
+    ranks = parity(spread(placement, steps=4, ep=2), 2, micro_steps=2)
+    loads_SME = np.array([result.expert_load_ME for result in ranks[0].results])
+    of_steps = [(1, 2), (2, 3), (2, 4)]
+    expected = [prediction_errors(loads_SME[a - 1], loads_SME[b - 1]) for a, b in of_steps]
+    assert len({error_M.tobytes() for error_M in expected}) == 3
+    for numbers in ranks:
+        first, *others = map(_placement_fields, numbers.results)
+        assert not any(name.startswith("load_prediction_error") for name in first)
+        for fields, error_M in zip(others, expected, strict=True):
+            assert fields["load_prediction_error_by_layer"] == pytest.approx(error_M)
+            assert fields["load_prediction_error"] == pytest.approx(error_M.mean())
 
 
 @pytest.mark.parity
