@@ -153,9 +153,10 @@ def speedup_to_loss(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]])
 
 
 def steps_ratio(row: Mapping[str, Any], at: Mapping[str, Mapping[str, Any]]) -> float:
-    """How many times the plain run's steps its variant takes to the same loss; 1 where that is not known. Pure."""
+    """How many times the plain run's steps its variant takes to the same loss; 1 where that is not known, or fewer: a better loss of
+    a few seeds is no speed. Pure."""
     trained = at.get(trained_as(row["variant"]))
-    return trained["steps_ratio"] if trained else 1.0
+    return max(1.0, trained["steps_ratio"]) if trained else 1.0
 
 
 def at_its_share(row: Mapping[str, Any], staying: Mapping[str, Any]) -> float:

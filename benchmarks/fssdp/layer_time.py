@@ -45,6 +45,13 @@ def rows_PP(shares: Shares) -> Integers:
     return received_PP.T
 
 
+def rows_per_copy(layer: Layer) -> float:
+    """Rows, there and back in forward and backward, that are as many bytes as a copy of their expert and its gradient."""
+    return (
+        layer.expert_parameters * (CHUNK_BYTES + GRADIENT_BYTES) / (4 * ROW_BYTES * layer.d_model)
+    )
+
+
 def micro_step_seconds(cluster: Cluster, layer: Layer, sent_PP: Integers) -> float:
     """Forward and backward, without what copies take."""
     experts = int(sent_PP.sum(0).max()) * 2 * layer.expert_parameters

@@ -12,6 +12,7 @@ with groups of a size.
 Shapes: S simulated steps, M simulated layers, G groups, P ranks of a group, E experts, W steps that were recorded.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -25,6 +26,7 @@ from benchmarks.fssdp.layer_time import (
     micro_step_seconds,
     moving_seconds,
     routes_of,
+    rows_per_copy,
     rows_PP,
     waited_seconds,
 )
@@ -242,7 +244,8 @@ def _placements(case: Case, config: PlacementConfig, loads_ME: Amounts) -> list[
     if not config.makes_copies:
         return [owners_alone(owner_E, case.num_ranks)] * len(loads_ME)
     owners_M = [owner_E] * len(loads_ME)
-    return planned_placements(config, list(loads_ME), owners_M, case.num_ranks, PER_NODE)
+    near = rows_per_copy(case.layer) * case.groups if config.near else math.inf
+    return planned_placements(config, list(loads_ME), owners_M, case.num_ranks, PER_NODE, near)
 
 
 def _serve(

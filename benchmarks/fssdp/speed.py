@@ -164,7 +164,7 @@ def _job(
     """What rank 0 tells of each variant's steps."""
     words = [*case.words, "router=replay_loads", f"model.moe.router.run={run}"]
     variants = {
-        name: [*words, *([] if name in (PLAIN, STAYING) else _placement(name))] for name in names
+        name: [*words, *([] if name in (PLAIN, STAYING) else placing(name))] for name in names
     }
     told: list[dict[str, Any]] = []
 
@@ -179,5 +179,6 @@ def _job(
     return told
 
 
-def _placement(policy: str) -> list[str]:
+def placing(policy: str) -> list[str]:
+    """Overrides that place experts by it."""
     return [f"placement={policy}", f"placement.copies={COPIES}"]

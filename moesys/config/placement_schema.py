@@ -33,7 +33,7 @@ class PlacementConfig:
     reshard_every_steps: int = 0
     """Optimizer steps between looks whether other owners, to whom experts move with their optimizer states, would level the
     loads better (Hecate's algorithm 2, every 100); a multiple of every_steps. 0 = never."""
-    predictor: Predictor = "mean"
+    predictor: Predictor = "exponential"
     """From the loads of the steps before to the next step's: mean of the last window_steps; exponential mean; last; slope =
     a line through them, as far as that was right before."""
     window_steps: int = 5

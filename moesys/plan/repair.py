@@ -32,14 +32,13 @@ def repaired(
     for _ in range(most_steps):
         if loads_P.max() <= good * loads_P.mean():
             break
-        tried = [
-            (*_score(loads_E, changed), changed)
-            for changed in _changes(placement, amounts_H, loads_P, most_copies)
-        ]
-        best = min(tried, key=lambda t: t[0], default=None)
-        if best is None or best[0] >= score:
+        for changed in _changes(placement, amounts_H, loads_P, most_copies):
+            found = _score(loads_E, changed)
+            if found[0] < score:
+                (score, amounts_H, loads_P), placement = found, changed
+                break
+        else:
             break
-        score, amounts_H, loads_P, placement = best
     return placement
 
 

@@ -129,6 +129,11 @@ def test_a_variant_that_costs_loss_is_no_headline() -> None:
     )
 
 
+def test_a_better_loss_is_no_speed() -> None:
+    better = LOSS[2] | {"steps_ratio": 0.8, "gap_pct": -1.0}
+    assert headlines([*SPEED, *LOSS[:2], better])["speedup_at_45pct"] == 1.4
+
+
 LAYERS = [
     {"layer": layer, "of_model": model, "exchange_pct": share, "speedup_over_deepspeed": speedup}
     for model, share, layer, speedup in (

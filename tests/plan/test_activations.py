@@ -33,10 +33,10 @@ from moesys.plan.activations import (
     moe_block_bytes,
     paper_layer_bytes,
 )
+from moesys.testing.live_bytes import LiveBytes
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import small_config, small_model
 from tests import figures
-from tests.plan.live_bytes import LiveBytes
 
 MODES = ("none", "moe", "attention", "selective", "layer")
 SEQ_LEN, SAMPLES = 32, 4

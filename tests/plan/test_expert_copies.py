@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moesys.config.compose import compose
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
 from moesys.plan.chunk_routes import chunk_route
+from moesys.plan.crossing import crossing_rows
 from moesys.plan.expert_copies import WORTH, better_owners, copy_in_rows, planned_placements
 from moesys.plan.placement import even_owners, problems
 from moesys.plan.placement_optimum import best_copies
@@ -109,3 +110,15 @@ def test_what_a_copy_weighs_in_rows() -> None:
     for words in (["codec=lsh"], ["codec=auto"], ["placement.near=false"]):
         off = compose(["experiment=quickstart", "placement=balanced", *words])
         assert copy_in_rows(off, 1) == np.inf
+
+
+def test_rows_through_the_busiest_uplink_by_hand() -> None:
+    """Three nodes of one rank; expert 0 of rank 0 with a copy on rank 1, expert 1 of rank 1, 2 of 2."""
+    loads_E, owner_E = np.array([30.0, 12.0, 6.0]), np.arange(3)
+    alone = np.full((3, 1), -1)
+    # Rank 0 sends 4 + 2 of its rows, and gets 10 + 10.
+    assert crossing_rows(loads_E, owner_E, alone, 1, 100.0) == 26
+    copied = np.array([[-1], [0], [-1]])
+    # Rank 2 sends 10 and 4, and gets 2 + 2; a copy goes from rank 0, which sends 6 and gets 5, to rank 1 (2, 8 and 5).
+    assert crossing_rows(loads_E, owner_E, copied, 1, 0.0) == 18
+    assert crossing_rows(loads_E, owner_E, copied, 1, 100.0) == 115

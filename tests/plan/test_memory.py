@@ -18,10 +18,10 @@ from moesys.plan.memory import RankMemory, rank_memory
 from moesys.plan.memory_case import MemoryCase
 from moesys.plan.pipeline import layers_of_stages
 from moesys.testing.layouts import BASE, LAYOUTS
+from moesys.testing.live_bytes import PeakBytes
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests import figures
-from tests.plan.live_bytes import PeakBytes
 
 MICRO_STEPS = 4
 SEQ_LEN = 64
