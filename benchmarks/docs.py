@@ -1,5 +1,5 @@
-"""Write docs/benchmarks.md, and a section of docs/reliability.md, docs/routers.md and docs/compression.md, from benchmarks/results/*.json; with
---check, fail if they are not up to date."""
+"""Write docs/benchmarks.md, and the section "Measured" of other pages of docs/, from benchmarks/results/*.json; with --check, fail if
+they are not up to date."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks.measured import (
     COMPRESSION,
+    FSSDP,
     RELIABILITY,
     ROUTERS,
     Sections,
@@ -20,12 +21,13 @@ from benchmarks.measured import (
 from benchmarks.results import RESULTS, ROOT, cell_text, tables
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-MEASURED_PAGES: Mapping[str, Sections] = {
-    "reliability": RELIABILITY,
-    "routers": ROUTERS,
-    "compression": COMPRESSION,
+MEASURED_PAGES: Mapping[str, tuple[str, Sections]] = {
+    "reliability": ("reliability", RELIABILITY),
+    "routers": ("routers", ROUTERS),
+    "compression": ("compression", COMPRESSION),
+    "placement": ("fssdp", FSSDP),
 }
-"""Benchmarks with a section in the page of docs/ of their name."""
+"""Pages of docs/ with a section of a benchmark's."""
 
 INTRODUCTION = """\
 # Benchmarks
@@ -52,10 +54,10 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts)
 
 
-def measured_page(name: str, text: str, records: Sequence[Mapping[str, Any]]) -> str:
+def measured_page(page_name: str, text: str, records: Sequence[Mapping[str, Any]]) -> str:
     """The page as it is, with what its benchmark has measured. Pure."""
+    name, sections = MEASURED_PAGES[page_name]
     record = next((record for record in records if record["name"] == name), None)
-    sections = MEASURED_PAGES[name]
     return with_section(text, section(name, sections, record, _table, _where, tables, _source))
 
 

@@ -76,6 +76,33 @@ COMPRESSION: Sections = {
     ),
 }
 
+FSSDP: Sections = {
+    "routing": (
+        "Steps",
+        "Eight ranks on an emulated cluster of four nodes, each rank with its share of the machine's two cores and each layer's loads played again from a trace. `exchange_pct`: of a plain step under uniform routing, "
+        "what exchanges of rows were found to take when uplinks were shaped. `zipf`: the hottest experts are rank 0's, or shuffled, in each layer otherwise; `moving hotspot`: 30 % of the slots, at another expert every 5 steps; "
+        "`recorded`: loads of a quickstart run, of ten steps. `owner_over_mean`: rows of the busiest rank over the mean, had owners served all; `max_over_mean`: as they were served. Bytes between nodes are of a step; `wait_ms`, mean over "
+        "ranks, what steps waited for copies. `eplb`'s step has a twenty-fifth of what its rearrangement took.",
+    ),
+    "in memory": (
+        "Memory",
+        "The most bytes that lived on a rank in a step under `zipf 1.2`, counted as storages are made and freed: parameters, gradients, optimizer states, activations, copies. Mean over ranks, and the fullest one.",
+    ),
+    "loads": (
+        "Predictors",
+        "`distance`: half the sum of |predicted share - true share|. `max_over_mean`: rows of the busiest of 8 ranks after `balanced` has planned with the prediction; had it known the loads; without copies.",
+    ),
+    "cluster": (
+        "Simulated on larger clusters",
+        "Speedup of a layer, attention included, over plain expert parallelism, with the planner that training uses and a model of time in the place of machines (`benchmarks/fssdp/simulated.py` says what it leaves out). A group of "
+        "expert parallelism has at most as many ranks as a layer has experts; larger jobs have several.\n\n![](placement_simulated.svg)",
+    ),
+    "planned layers": (
+        "Planning",
+        "All layers of a step, on one core, loads by Zipf's law in any order.",
+    ),
+}
+
 
 def section(
     name: str,

@@ -1,6 +1,7 @@
-"""A router that does what FAULT says, "raise RANK CALL", "wait RANK CALL SECONDS" or "wait all CALL SECONDS"."""
+"""A router that does what FAULT says, "raise RANK CALL", "kill RANK CALL", "wait RANK CALL SECONDS" or "wait all CALL SECONDS"."""
 
 import os
+import signal
 import time
 
 from moesys.moe.routers import TopKRouter
@@ -16,5 +17,7 @@ class FaultyRouter(TopKRouter):
             if rank in ("all", os.environ["RANK"]) and self.calls == int(call):
                 if kind == "raise":
                     raise ArithmeticError("the poison works")
+                if kind == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(float(seconds[0]))
         return super().forward(x_TD, state)
