@@ -25,10 +25,10 @@ from benchmarks.fssdp.speed import (
     FIRST_STEPS,
     LAYOUT,
     OURS,
+    PLACED,
     PLAIN,
     UNIFORM,
     Case,
-    placing,
     speed_rows,
 )
 from benchmarks.fssdp.traces import Loads, recorded, synthetic, write_run
@@ -196,8 +196,8 @@ def _memory(quick: bool) -> list[dict[str, Cell]]:
         words += ["router=replay_loads", f"model.moe.router.run={run}"]
         variants = {
             PLAIN: words,
-            OURS: [*words, *placing(OURS)],
-            f"{OURS}, released": [*words, *placing(OURS), "placement.release=true"],
+            OURS: [*words, *PLACED[OURS]],
+            f"{OURS}, released": [*words, *PLACED[OURS], "placement.release=true"],
         }
         return peak_rows(LAYOUT, variants)
 

@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,17 @@ from benchmarks.shaping import STAYING, Crossing, Shaping, StepTimes
 
 LAYOUT = Layout(name="fssdp", num_nodes=4, ranks_per_node=2, cores_per_rank=0.22)
 PLAIN = "fixed"
-POLICIES = (PLAIN, "balanced", "hecate", "everywhere", "eplb")
 OURS = "balanced"
-COPIES = 4
+COPIES = "placement.copies=4"
+PLACED = {
+    PLAIN: [],
+    OURS: ["placement=balanced", COPIES],
+    "balanced, 2 to spare": ["placement=balanced", COPIES, "placement.spare=2"],
+    "hecate": ["placement=hecate", COPIES],
+    "everywhere": ["placement=everywhere", COPIES],
+    "eplb": ["placement=eplb", COPIES],
+}
+"""Overrides of each."""
 UNIFORM = "uniform"
 FIRST_STEPS = 2
 """The first step knows no loads, and before the second all is placed for the first time."""
@@ -74,10 +82,10 @@ def speed_rows(
         rows = []
         for name, run in runs.items():
             steps = FIRST_STEPS - 1 + case.rounds.get(name, case.rounds[""])
-            found = placed(_job(layout, case, POLICIES, run, steps, progress))
+            found = placed(_job(layout, case, PLACED, run, steps, progress))
             rows += routing_rows(name, share_pct, layout, found)
-            ours = rows[-len(POLICIES) + POLICIES.index(OURS)]
-            progress(f"{name}: {OURS} {ours['speedup']} times as fast as {PLAIN}")
+            for row in rows[-len(PLACED) :]:
+                progress(f"{name}: {row['placement']} {row['speedup']} times as fast as {PLAIN}")
     return rows
 
 
@@ -156,16 +164,14 @@ def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple
 def _job(
     layout: Layout,
     case: Case,
-    names: Sequence[str],
+    names: Iterable[str],
     run: Path,
     rounds: int,
     progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """What rank 0 tells of each variant's steps."""
     words = [*case.words, "router=replay_loads", f"model.moe.router.run={run}"]
-    variants = {
-        name: [*words, *([] if name in (PLAIN, STAYING) else placing(name))] for name in names
-    }
+    variants = {name: [*words, *PLACED.get(name, [])] for name in names}
     told: list[dict[str, Any]] = []
 
     def each(record: dict[str, Any]) -> None:
@@ -177,8 +183,3 @@ def _job(
     module = [sys.executable, "-m", "benchmarks.fssdp.steps"]
     told_by_rank_0(layout, [*module, json.dumps(variants), str(rounds)], each)
     return told
-
-
-def placing(policy: str) -> list[str]:
-    """Overrides that place experts by it."""
-    return [f"placement={policy}", f"placement.copies={COPIES}"]

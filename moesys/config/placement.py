@@ -14,6 +14,7 @@ COPYING = ("balanced", "hecate", "everywhere", "eplb")
 READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "tolerance": ("balanced",),
+        "spare": ("balanced",),
         "near": ("balanced",),
         "overlap_degree": ("balanced", "hecate"),
         "reshard_every_steps": ("balanced", "hecate"),
@@ -33,6 +34,14 @@ def find_placement_problems(
     for key in ("copies", "overlap_degree", "every_steps", "window_steps"):
         yield from in_range(f"placement.{key}", getattr(placement, key), 1)
     yield from in_range("placement.tolerance", placement.tolerance, 0)
+    yield from in_range("placement.spare", placement.spare, 0)
+    if placement.spare > placement.copies >= 1:
+        yield Problem(
+            key="placement.spare",
+            given=placement.spare,
+            rule=f"must be at most placement.copies={placement.copies}, of which it is a part",
+            fix=f"use {placement.copies}, or placement.copies={placement.spare}",
+        )
     yield from in_range("placement.reshard_every_steps", placement.reshard_every_steps, 0)
     if placement.every_steps >= 1 and placement.reshard_every_steps % placement.every_steps:
         yield Problem(

@@ -23,6 +23,9 @@ class PlacementConfig:
     tolerance: float = 0.05
     """balanced: a layer whose busiest rank is expected to have at most so much more than the mean, of which it is a share, gets
     no copies for its level."""
+    spare: int = 0
+    """balanced: in a layer that has copies a rank holds at least so many, of up to copies: those that level the predicted loads, and
+    others in case loads come otherwise. In groups of up to 64 ranks."""
     near: bool = True
     """balanced: an expert of which a node has more rows than a copy and its gradient are bytes gets a copy there, so that the
     rows need not leave it; where no codec leaves open how many rows there are."""

@@ -19,6 +19,7 @@ from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.repair import GOOD, expected_loads, repaired
 from moesys.plan.replication import replicated
 from moesys.plan.sharding import heterogeneous_sharding
+from moesys.plan.spare_copies import with_spare
 from moesys.plan.sparse_materialization import hottest_everywhere, sparse_materialization
 
 FP32 = 4
@@ -65,6 +66,8 @@ def planned_placements(
             if config.policy == "balanced" and num_ranks <= REPAIRED_RANKS:
                 good = max(GOOD, 1 + config.tolerance)
                 placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS, good)
+                if (placement.copies_PC >= 0).any():
+                    placement = with_spare(loads_E, placement, per_node, config.spare)
             placements[layer] = placement
     return [placements[layer] for layer in range(len(loads_M))]
 

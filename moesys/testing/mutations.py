@@ -160,6 +160,7 @@ placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must 
 placement=balanced parallel.ep=2 placement.reshard_every_steps=-1 | placement.reshard_every_steps=-1 | must be at least 0 | use a value at least 0
 placement=balanced parallel.ep=2 placement.every_steps=4 placement.reshard_every_steps=10 | placement.reshard_every_steps=10 | must be a multiple of placement.every_steps=4 | use 8 or 12
 placement=balanced parallel.ep=2 placement.tolerance=-0.1 | placement.tolerance=-0.1 | must be at least 0 | use a value at least 0
+placement=balanced parallel.ep=2 placement.spare=3 | placement.spare=3 | must be at most placement.copies=2 | use 2, or placement.copies=3
 placement=hecate parallel.ep=2 placement.overlap_degree=0 | placement.overlap_degree=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.every_steps=0 | placement.every_steps=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.window_steps=0 | placement.window_steps=0 | must be at least 1 | use a value at least 1
