@@ -57,6 +57,7 @@ QUICK_WORDS = [
     "train.global_batch_tokens=2048",
     "train.micro_batch_tokens=256",
 ]
+QUICK_BITS = 200_000_000
 LAYERS, EXPERTS = 3, 16
 """Of quickstart."""
 SHARE_PCT = 45
@@ -172,7 +173,13 @@ def plan_rows(plans: Sequence[tuple[int, int, int]]) -> list[dict[str, Cell]]:
 
 def _speed(quick: bool, progress: Callable[[str], None]) -> list[dict[str, Cell]]:
     if quick:
-        case = Case(words=[*WORDS, *QUICK_WORDS], share_pct=20, rounds={"": 2}, tries=1)
+        case = Case(
+            words=[*WORDS, *QUICK_WORDS],
+            share_pct=SHARE_PCT,
+            rounds={"": 2},
+            tries=0,
+            inter_bits=QUICK_BITS,
+        )
         names = (UNIFORM, SKEWED)
         traces = {name: synthetic()[name](FIRST_STEPS + 2, 1, EXPERTS) for name in names}
         return speed_rows(case, traces, progress)

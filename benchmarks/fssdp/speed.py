@@ -9,8 +9,8 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,10 @@ class Case:
     """Of a plain step, that exchanges of rows are to take under loads that are alike."""
     rounds: Mapping[str, int]
     """A step of each policy, by routing; of others as many as by the empty name."""
+    names: Sequence[str] = tuple(PLACED)
     tries: int = TRIES
+    """To find the uplinks' rate; 0 = it is `inter_bits`."""
+    inter_bits: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +85,9 @@ def speed_rows(
         rows = []
         for name, run in runs.items():
             steps = FIRST_STEPS - 1 + case.rounds.get(name, case.rounds[""])
-            found = placed(_job(layout, case, PLACED, run, steps, progress))
+            found = placed(_job(layout, case, case.names, run, steps, progress))
             rows += routing_rows(name, share_pct, layout, found)
-            for row in rows[-len(PLACED) :]:
+            for row in rows[-len(case.names) :]:
                 progress(f"{name}: {row['placement']} {row['speedup']} times as fast as {PLAIN}")
     return rows
 
@@ -146,6 +149,9 @@ def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple
         by_name = placed(_job(layout, case, (PLAIN, STAYING), uniform, steps, progress))
         return StepTimes(plain_ms=by_name[PLAIN].step_ms, staying_ms=by_name[STAYING].step_ms)
 
+    if not case.tries:
+        layout = replace(LAYOUT, inter_bits=case.inter_bits)
+        return layout, measure(layout).share_pct
     free = placed(_job(LAYOUT, case, (PLAIN, STAYING), uniform, FIRST_STEPS + 1, progress))
     shaping = Shaping(
         layout=LAYOUT,
@@ -164,7 +170,7 @@ def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple
 def _job(
     layout: Layout,
     case: Case,
-    names: Iterable[str],
+    names: Sequence[str],
     run: Path,
     rounds: int,
     progress: Callable[[str], None],
