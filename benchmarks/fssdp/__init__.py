@@ -177,6 +177,7 @@ def _speed(quick: bool, progress: Callable[[str], None]) -> list[dict[str, Cell]
             words=[*WORDS, *QUICK_WORDS],
             share_pct=SHARE_PCT,
             rounds={"": 2},
+            names=(PLAIN, OURS),
             tries=0,
             inter_bits=QUICK_BITS,
         )
