@@ -213,5 +213,7 @@ def _memory(quick: bool) -> list[dict[str, Cell]]:
 def _recorded_run(progress: Callable[[str], None]) -> Path:
     """Of quickstart, trained if it was not yet."""
     variants, folder = {PLAIN_RUN: LOSS_VARIANTS[PLAIN_RUN]}, kept_folder("compression_loss")
-    sweep(variants, LOSS_WORDS, 1, folder, progress)
-    return run_folders(variants, 1, folder)[PLAIN_RUN][0]
+    run = run_folders(variants, 1, folder)[PLAIN_RUN][0]
+    if not (run / "summary.json").exists():
+        sweep(variants, LOSS_WORDS, 1, folder, progress)
+    return run
