@@ -5,6 +5,7 @@ Parts, each kept when others are measured: `speed` and `memory` run on an emulat
 compression keeps in runs/compression_loss.sweep.
 """
 
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -32,6 +33,7 @@ from benchmarks.fssdp.speed import (
     speed_rows,
 )
 from benchmarks.fssdp.traces import Loads, recorded, synthetic, write_run
+from benchmarks.kept import KeptParts
 from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
 from benchmarks.swept import kept_folder, run_folders, sweep
 from moesys.config.placement_schema import PlacementConfig
@@ -61,7 +63,7 @@ QUICK_BITS = 200_000_000
 LAYERS, EXPERTS = 3, 16
 """Of quickstart."""
 SHARE_PCT = 45
-ROUNDS = {"": 10, UNIFORM: 25}
+ROUNDS = {"": 8, UNIFORM: 16}
 WINDOWS = (20, 60, 200)
 """Steps of the recorded run from which it is played again: when experts specialise, and later."""
 SKEWED, WINDOW = "zipf 1.2", "recorded, from step "
@@ -178,14 +180,19 @@ def _speed(quick: bool, progress: Callable[[str], None]) -> list[dict[str, Cell]
             share_pct=SHARE_PCT,
             rounds={"": 2},
             names=(PLAIN, OURS),
-            tries=0,
             inter_bits=QUICK_BITS,
         )
         names = (UNIFORM, SKEWED)
         traces = {name: synthetic()[name](FIRST_STEPS + 2, 1, EXPERTS) for name in names}
-        return speed_rows(case, traces, progress)
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = KeptParts(RESULT, {}, root=Path(scratch))
+            return speed_rows(case, traces, kept, progress)
     case = Case(words=WORDS, share_pct=SHARE_PCT, rounds=ROUNDS)
-    return speed_rows(case, _traces(_recorded_run(progress)), progress)
+    traces = _traces(_recorded_run(progress))
+    kept = KeptParts(RESULT, {"case": dataclasses.asdict(case), "traces": list(traces)})
+    rows = speed_rows(case, traces, kept, progress)
+    kept.clear()
+    return rows
 
 
 def _traces(run: Path) -> dict[str, Loads]:

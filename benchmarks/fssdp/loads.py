@@ -60,8 +60,12 @@ def linear_drift(
 
 
 def drawn(
-    rng: np.random.Generator, shares_E: Amounts, slots: int, ranks: int | None = None
+    rng: np.random.Generator,
+    shares_E: Amounts,
+    slots: int,
+    ranks: int | None = None,
+    clump: int = CLUMP,
 ) -> Integers:
-    """[.., E] as `shares_E`, or [P, E] of so many ranks: where so many slots go, `CLUMP` at a time."""
-    assert slots % CLUMP == 0, slots
-    return rng.multinomial(slots // CLUMP, shares_E, ranks).astype(np.int64) * CLUMP
+    """[.., E] as `shares_E`, or [P, E] of so many ranks: where so many slots go, `clump` at a time."""
+    assert slots % clump == 0, slots
+    return rng.multinomial(slots // clump, shares_E, ranks).astype(np.int64) * clump

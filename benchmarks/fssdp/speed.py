@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.told import told_by_rank_0
 from benchmarks.fssdp.traces import Loads, write_run
+from benchmarks.kept import KeptParts
 from benchmarks.results import Cell
 from benchmarks.shaping import STAYING, Crossing, Shaping, StepTimes
 
@@ -38,7 +39,8 @@ FIRST_STEPS = 2
 """The first step knows no loads, and before the second all is placed for the first time."""
 EPLB_STEPS = 25
 """Between its rearrangements, whose time is shared out over them."""
-TRIES = 3
+TRIES, SHAPING_STEPS = 3, 7
+"""To find the uplinks' rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,8 @@ class Case:
     rounds: Mapping[str, int]
     """A step of each policy, by routing; of others as many as by the empty name."""
     names: Sequence[str] = tuple(PLACED)
-    tries: int = TRIES
-    """To find the uplinks' rate; 0 = it is `inter_bits`."""
     inter_bits: int | None = None
+    """Of the uplinks, in the place of those that make the share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +73,26 @@ class Placed:
 
 
 def speed_rows(
-    case: Case, traces: Mapping[str, Loads], progress: Callable[[str], None]
+    case: Case, traces: Mapping[str, Loads], kept: KeptParts, progress: Callable[[str], None]
 ) -> list[dict[str, Cell]]:
-    """A row for each routing and policy."""
+    """A row for each routing and policy. What is `kept` is not measured again."""
     with tempfile.TemporaryDirectory() as scratch:
         runs = {
             name: write_run(Path(scratch, f"run{index}"), loads_SME)
             for index, (name, loads_SME) in enumerate(traces.items())
         }
-        layout, share_pct = _shaped(case, runs[UNIFORM], progress)
-        progress(f"uplinks of {(layout.inter_bits or 0) / 1e6:.1f} Mbit/s")
+        if kept.get("uplinks") is None:
+            kept.put("uplinks", _shaped(case, runs[UNIFORM], progress))
+        inter_bits, share_pct = kept.get("uplinks")
+        layout = replace(LAYOUT, inter_bits=inter_bits)
+        progress(f"uplinks of {inter_bits / 1e6:.1f} Mbit/s: rows take {share_pct:.1f} % of a step")
         rows = []
         for name, run in runs.items():
-            steps = FIRST_STEPS - 1 + case.rounds.get(name, case.rounds[""])
-            found = placed(_job(layout, case, case.names, run, steps, progress))
-            rows += routing_rows(name, share_pct, layout, found)
+            if (told := kept.get(name)) is None:
+                steps = FIRST_STEPS - 1 + case.rounds.get(name, case.rounds[""])
+                told = _job(layout, case, case.names, run, steps, progress)
+                kept.put(name, told)
+            rows += routing_rows(name, share_pct, layout, placed(told))
             for row in rows[-len(case.names) :]:
                 progress(f"{name}: {row['placement']} {row['speedup']} times as fast as {PLAIN}")
     return rows
@@ -141,30 +147,29 @@ def routing_rows(
     ]
 
 
-def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple[Layout, float]:
-    """Uplinks, and the share of a plain step that exchanges of rows then were found to take."""
+def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple[int, float]:
+    """Rate of an uplink, and the share of a plain step that exchanges of rows then were found to take."""
 
-    def measure(layout: Layout) -> StepTimes:
-        steps = FIRST_STEPS - 1 + case.rounds.get(UNIFORM, case.rounds[""])
+    def measure(layout: Layout, steps: int = SHAPING_STEPS) -> StepTimes:
         by_name = placed(_job(layout, case, (PLAIN, STAYING), uniform, steps, progress))
         return StepTimes(plain_ms=by_name[PLAIN].step_ms, staying_ms=by_name[STAYING].step_ms)
 
-    if not case.tries:
-        layout = replace(LAYOUT, inter_bits=case.inter_bits)
-        return layout, measure(layout).share_pct
-    free = placed(_job(LAYOUT, case, (PLAIN, STAYING), uniform, FIRST_STEPS + 1, progress))
-    shaping = Shaping(
-        layout=LAYOUT,
-        measure=measure,
-        free=StepTimes(plain_ms=free[PLAIN].step_ms, staying_ms=free[STAYING].step_ms),
-        guess=Crossing(
-            rate_bits=8 * free[PLAIN].rows_between_bytes / LAYOUT.num_nodes, rows_ms=1e3
-        ),
-        tries=case.tries,
-        progress=progress,
-    )
-    layout = shaping.to(case.share_pct)
-    return layout, measure(layout).share_pct
+    layout = replace(LAYOUT, inter_bits=case.inter_bits)
+    if case.inter_bits is None:
+        free = placed(_job(LAYOUT, case, (PLAIN, STAYING), uniform, FIRST_STEPS + 1, progress))
+        shaping = Shaping(
+            layout=LAYOUT,
+            measure=measure,
+            free=StepTimes(plain_ms=free[PLAIN].step_ms, staying_ms=free[STAYING].step_ms),
+            guess=Crossing(
+                rate_bits=8 * free[PLAIN].rows_between_bytes / LAYOUT.num_nodes, rows_ms=1e3
+            ),
+            tries=TRIES,
+            progress=progress,
+        )
+        layout = shaping.to(case.share_pct)
+    assert layout.inter_bits is not None
+    return layout.inter_bits, measure(layout).share_pct
 
 
 def _job(

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.fssdp.loads import drawn, moving_hotspot, zipf_shares
 from moesys.moe.routers.load_replay import recorded_loads
 
 Loads = NDArray[np.int64]
 """[S, M, E]: slots of each expert."""
-SLOTS = 16_384
-"""Of a step, drawn by chance: loads waver as they do where tokens are routed by chance."""
-HOT_SHARE = 0.3
-"""Of the slots, that a hotspot has."""
+SLOTS, TOP_K = 16_384, 2
+"""Of a step. Each token's are drawn by themselves: loads waver as they do where nothing binds tokens together."""
+HOT_TIMES = 6.0
+"""The others' share, that a hotspot has: 29 % of the slots of 16 experts."""
 STAYS_STEPS = 5
 """A hotspot at an expert."""
 
@@ -26,20 +27,20 @@ def zipf_loads(exponent: float, steps: int, layers: int, experts: int, shuffled:
     """The i-th hottest expert of a layer has 1 / i^exponent of the hottest one's load. They are in this order, so that those of
     rank 0 are the hottest, or shuffled, otherwise in each layer."""
     rng = np.random.default_rng(0)
-    weights_E = np.arange(1, experts + 1) ** -exponent
-    orders_M = [rng.permutation(experts) if shuffled else np.arange(experts) for _ in range(layers)]
-    shares_ME = np.stack([weights_E[order_E] for order_E in orders_M]) / weights_E.sum()
-    return _drawn(rng, np.broadcast_to(shares_ME, (steps, layers, experts)))
+    shares_E = zipf_shares(experts, exponent, TOP_K)
+    shares_ME = np.stack(
+        [rng.permutation(shares_E) if shuffled else shares_E for _ in range(layers)]
+    )
+    return drawn(rng, np.broadcast_to(shares_ME, (steps, layers, experts)), SLOTS, clump=1)
 
 
 def hotspot_loads(steps: int, layers: int, experts: int) -> Loads:
     """All alike but one expert of each layer, every few steps another."""
     rng = np.random.default_rng(1)
-    shares_SME = np.full((steps, layers, experts), (1 - HOT_SHARE) / (experts - 1))
-    for first in range(0, steps, STAYS_STEPS):
-        for layer in range(layers):
-            shares_SME[first : first + STAYS_STEPS, layer, rng.integers(experts)] = HOT_SHARE
-    return _drawn(rng, shares_SME)
+    shares_SME = np.stack(
+        [moving_hotspot(rng, steps, experts, STAYS_STEPS, HOT_TIMES) for _ in range(layers)], axis=1
+    )
+    return drawn(rng, shares_SME, SLOTS, clump=1)
 
 
 def recorded(run: Path, first_step: int, steps: int) -> Loads:
@@ -57,10 +58,6 @@ def write_run(folder: Path, loads_SME: Loads) -> Path:
     ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
-
-
-def _drawn(rng: np.random.Generator, shares_SME: NDArray[np.float64]) -> Loads:
-    return rng.multinomial(SLOTS, shares_SME)
 
 
 Trace = Callable[[int, int, int], Loads]
