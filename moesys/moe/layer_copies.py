@@ -40,8 +40,12 @@ class LayerCopies:
     collectives: SparseCollectives
     backwards: int
     releases: bool = False
+    before_reduce: Callable[[], None] = nothing
+    """Done when gradients are to leave."""
     after_backward: Callable[[], None] = nothing
     """Done when one has reached this layer's rows."""
+    was_begun: bool = False
+    """Gathered, once or more."""
     _gathers: list[Gather] = field(default_factory=list)
     _flats: tuple[Tensor, ...] = ()
     """Memory of the copies, one after the other; without storage while released."""
@@ -56,6 +60,7 @@ class LayerCopies:
         """Start to gather, unless that was done. Collective."""
         if self._gathers or self._are_here or not self.route.stages:
             return
+        self.was_begun = True
         for index, own in enumerate(self._own()):
             flat = self._flats[index] if self._flats else None
             like = compute_type(own.flatten()[:0]) if flat is None else flat
@@ -102,9 +107,15 @@ class LayerCopies:
         self._done += 1
         is_last = self._done == self.backwards
         if self.releases or is_last:
+            self.before_reduce()
             self._begin_reduce()
             self._free()
         self.after_backward()
+
+    def advance(self) -> None:
+        """Gradients that wait on their way go on. Collective."""
+        for reduce in self._reduces:
+            reduce.advance()
 
     def settle(self) -> None:
         """Add what others' copies have sent to the gradients of own experts. Collective where that is on its way."""

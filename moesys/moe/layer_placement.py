@@ -53,6 +53,11 @@ class LayerPlacement:
         if self._copies is not None and self.experts.training:
             self._copies.begin()
 
+    def begin_ahead(self) -> None:
+        """Where nothing was gathered in this step: a recomputation of the block before comes when copies may be gone. Collective."""
+        if self._copies is not None and not self._copies.was_begun:
+            self.begin()
+
     def decide(self, counts_PE: Integers) -> LayerCopies:
         """Who serves the rows of one forward, of which each rank has so many."""
         if not self.experts.training:
@@ -76,12 +81,19 @@ class LayerPlacement:
             collectives=self.collectives,
             backwards=backwards,
             releases=self.releases,
+            before_reduce=self._before_reduce,
             after_backward=self._after_backward,
         )
 
+    def _before_reduce(self) -> None:
+        """Gradients of two layers at most are on their way: those of the layer after the next must have come home."""
+        after_next = None if self.later is None else self.later.later
+        if after_next is not None and after_next._copies is not None:
+            after_next._copies.settle()
+
     def _after_backward(self) -> None:
-        """Gradients that leave, and copies that come again, are of two layers at once: one at work, one on its way."""
+        """Those of the next layer are through the first stage of their way while this one's backward computed."""
         if self.later is not None and self.later._copies is not None:
-            self.later._copies.settle()
+            self.later._copies.advance()
         if self.releases and self.earlier is not None:
             self.earlier.begin()

@@ -172,17 +172,25 @@ class Reduce:
 
     def wait(self) -> list[tuple[int, Tensor]]:
         """(expert, a part of its gradient's sum, 1-d) of what came to this rank as an owner, in a fixed order. Collective."""
-        while (pending := self._pending) is not None:
-            self.collectives.wait(pending.work)
-            sizes = [self.sizes_E[hop.expert] for hop in pending.hops]
-            for hop, part in zip(pending.hops, pending.received.split(sizes), strict=True):
-                if hop.expert in self.copies:
-                    self.copies[hop.expert].add_(part)
-                else:
-                    self._home.append((hop.expert, part))
-            self._pending = None
-            self._begin_next()
+        while self._pending is not None:
+            self._end(self._pending)
         return self._home
+
+    def advance(self) -> None:
+        """Wait for the stage that is under way, and start the next. Collective."""
+        if self._pending is not None and self._left:
+            self._end(self._pending)
+
+    def _end(self, pending: _Pending) -> None:
+        self.collectives.wait(pending.work)
+        sizes = [self.sizes_E[hop.expert] for hop in pending.hops]
+        for hop, part in zip(pending.hops, pending.received.split(sizes), strict=True):
+            if hop.expert in self.copies:
+                self.copies[hop.expert].add_(part)
+            else:
+                self._home.append((hop.expert, part))
+        self._pending = None
+        self._begin_next()
 
     def _begin_next(self) -> None:
         if not self._left:

@@ -3,6 +3,7 @@ pipeline cut, experts, tensors, context, compilation, recompute, data; then stor
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -15,6 +16,7 @@ from moesys.models.memory_layer import MemoryTable
 from moesys.models.transformer import MoEBlock, Transformer, modules_of
 from moesys.moe.held_experts import HeldExperts
 from moesys.moe.layer import MoELayer
+from moesys.moe.layer_placement import LayerPlacement
 from moesys.parallel.mesh import Meshes
 from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.compile import compile_blocks
@@ -129,16 +131,23 @@ def _shard_with_experts(
 
 
 def _begin_copies_early(part: Transformer) -> None:
-    """Copies of a layer's experts are on their way while its attention computes."""
+    """Copies of a layer's experts are on their way while the block before it computes, and at the latest its own attention."""
+    blocks = list(part.blocks())
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        own, ahead = _placement_of(block), _placement_of(following)
+        if own is not None or ahead is not None:
+            block.register_forward_pre_hook(partial(_begin_copies, own, ahead))
 
-    def begin(block: nn.Module, _: object) -> None:
-        assert isinstance(block, MoEBlock)
-        assert block.moe.placement is not None
-        block.moe.placement.begin()
 
-    for block in part.blocks():
-        if isinstance(block, MoEBlock) and block.moe.placement is not None:
-            block.register_forward_pre_hook(begin)
+def _begin_copies(own: LayerPlacement | None, ahead: LayerPlacement | None, *_: object) -> None:
+    if own is not None:
+        own.begin()
+    if ahead is not None:
+        ahead.begin_ahead()
+
+
+def _placement_of(block: nn.Module | None) -> LayerPlacement | None:
+    return block.moe.placement if isinstance(block, MoEBlock) else None
 
 
 def _follow_backward(model: Transformer) -> None:

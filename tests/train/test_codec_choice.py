@@ -41,6 +41,7 @@ def by_bytes(folder, data, share, *more):
     return overrides(folder, data, *budget, *more)
 
 
+@pytest.mark.parity
 def test_all_layers_keep_to_a_budget_of_bytes(tiny_data, tmp_path):
     output = run_ranks(2, by_bytes(tmp_path, tiny_data, 0.4, "train.steps=12", "optim.lr=1e-7"))
     assert "codecs from here, by MoE layers: " in output
