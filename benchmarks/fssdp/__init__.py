@@ -199,7 +199,12 @@ def _traces(run: Path) -> dict[str, Loads]:
     steps = {name: FIRST_STEPS + ROUNDS.get(name, ROUNDS[""]) for name in synthetic()}
     drawn = {name: make(steps[name], LAYERS, EXPERTS) for name, make in synthetic().items()}
     number = FIRST_STEPS + ROUNDS[""]
-    return drawn | {f"{WINDOW}{first}": recorded(run, first, number) for first in WINDOWS}
+    return {
+        UNIFORM: drawn.pop(UNIFORM),
+        SKEWED: drawn.pop(SKEWED),
+        **{f"{WINDOW}{first}": recorded(run, first, number) for first in WINDOWS},
+        **drawn,
+    }
 
 
 def _memory(quick: bool) -> list[dict[str, Cell]]:

@@ -150,20 +150,25 @@ def routing_rows(
 def _shaped(case: Case, uniform: Path, progress: Callable[[str], None]) -> tuple[int, float]:
     """Rate of an uplink, and the share of a plain step that exchanges of rows then were found to take."""
 
-    def measure(layout: Layout, steps: int = SHAPING_STEPS) -> StepTimes:
-        by_name = placed(_job(layout, case, (PLAIN, STAYING), uniform, steps, progress))
-        return StepTimes(plain_ms=by_name[PLAIN].step_ms, staying_ms=by_name[STAYING].step_ms)
+    told: list[dict[str, Any]] = []
+
+    def measure(layout: Layout) -> StepTimes:
+        """Medians: a machine that others share has slow moments."""
+        told[:] = _job(layout, case, (PLAIN, STAYING), uniform, SHAPING_STEPS, progress)
+        plain_ms, staying_ms = (
+            statistics.median(one["step_ms"] for one in told if one["variant"] == name)
+            for name in (PLAIN, STAYING)
+        )
+        return StepTimes(plain_ms=plain_ms, staying_ms=staying_ms)
 
     layout = replace(LAYOUT, inter_bits=case.inter_bits)
     if case.inter_bits is None:
-        free = placed(_job(LAYOUT, case, (PLAIN, STAYING), uniform, FIRST_STEPS + 1, progress))
+        free, between = measure(LAYOUT), told[0]["rows_between_bytes"]
         shaping = Shaping(
             layout=LAYOUT,
             measure=measure,
-            free=StepTimes(plain_ms=free[PLAIN].step_ms, staying_ms=free[STAYING].step_ms),
-            guess=Crossing(
-                rate_bits=8 * free[PLAIN].rows_between_bytes / LAYOUT.num_nodes, rows_ms=1e3
-            ),
+            free=free,
+            guess=Crossing(rate_bits=8 * between / LAYOUT.num_nodes, rows_ms=1e3),
             tries=TRIES,
             progress=progress,
         )
