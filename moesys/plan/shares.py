@@ -158,6 +158,8 @@ class Shares:
     ) -> Self:
         nodes = Nodes(num_ranks=placement.num_ranks, per_node=per_node)
         pairs = placement.pairs
+        if not len(pairs.shared):
+            return cls(counts_PE=counts_PE, quotas_H=counts_PE.sum(0), pairs=pairs, nodes=nodes)
         amounts_H = relieved(
             near_first(counts_PE, pairs, nodes), pairs, placement.num_ranks, speeds_P
         )
@@ -199,6 +201,8 @@ class Shares:
 
     def _rows(self, sources_S: Integers, pairs_I: Integers) -> Integers:
         """[S, I]: what stays on a rank, what its node serves, and the rest."""
+        if not len(self.pairs.shared):  # owners alone get all that there is
+            return self.counts_PE[np.ix_(sources_S, self.pairs.expert_H[pairs_I])]
         lines, node_P = self._lines, self.nodes.node_P
         expert_I, rank_I = self.pairs.expert_H[pairs_I], self.pairs.rank_H[pairs_I]
         at = np.ix_(sources_S, expert_I)
