@@ -204,7 +204,7 @@ def _summed(case: MemoryCase) -> int:
 
 def _copied_experts(case: MemoryCase) -> int:
     """As many as a rank may hold, and as many that leave it, as owners do in the mean. Gradients are summed until the last
-    micro-step, then they go home layer by layer."""
+    micro-step, then they go home layer by layer: those of one are summed while those of two are on their way."""
     placement, moe = case.config.placement, case.config.model.moe
     if not placement.makes_copies or case.axes["ep"] == 1:
         return 0
@@ -212,7 +212,7 @@ def _copied_experts(case: MemoryCase) -> int:
     layers = sum(case.is_moe(layer) for layer in case.layers)
     at_once = min(2, layers)
     kept = at_once if placement.release else layers
-    summed = at_once if placement.release or case.micro_steps == 1 else layers
+    summed = min(3, layers) if placement.release or case.micro_steps == 1 else layers
     return one * ((kept + 1) * case.width + FP32 * (summed + 2 * at_once))
 
 
