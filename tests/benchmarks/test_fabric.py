@@ -160,13 +160,8 @@ def test_a_token_crosses_an_uplink_once_for_a_node() -> None:
 
 
 @needs_namespaces
-@pytest.mark.parametrize(
-    "way",
-    [
-        "flat",
-        *(pytest.param(w, marks=pytest.mark.parity) for w in ("hierarchical", "deduplicated")),
-    ],
-)
+@pytest.mark.parity
+@pytest.mark.parametrize("way", fabric_ranks.WAYS)
 def test_rows_of_a_codec_cross_an_uplink_in_eight_bits(way: str) -> None:
     """A byte for each number of each row whose expert is on the other node, four times, exactly."""
     payload = {}
