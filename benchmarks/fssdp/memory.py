@@ -3,22 +3,19 @@
 Counted, not measured: parameters, optimizer states, and every storage that an operation of the step makes and that still lives.
 """
 
-import gc
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.told import told_by_rank_0
 from benchmarks.results import Cell
 from benchmarks.variants import Variant, build_variants
-from moesys.ops.shard import local_tensor
 from moesys.parallel.bootstrap import process_group
-from moesys.testing.live_bytes import PeakBytes
+from moesys.testing.live_bytes import peak_of_step
 
 KNOWN_STEPS = 2
 """Before the step that is counted."""
@@ -28,17 +25,7 @@ class CountedVariant(Variant):
     """Of which the bytes of a step are counted."""
 
     def peak_bytes(self) -> int:
-        gc.collect()
-        states = (
-            value
-            for state in self.run.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        )
-        there = [local_tensor(t.detach()) for t in (*self.run.model.parameters(), *states)]
-        with PeakBytes(counted=there) as live:
-            self.step()
-        return live.peak
+        return peak_of_step(self.run.model, self.run.optimizer, self.step)
 
 
 def peak_rows(layout: Layout, variants: Mapping[str, Sequence[str]]) -> list[dict[str, Cell]]:

@@ -17,9 +17,9 @@ from benchmarks.fssdp.loads import (
     moving_hotspot,
     zipf_shares,
 )
+from benchmarks.fssdp.traces import recorded
 from benchmarks.results import Cell
 from moesys.config.placement_schema import PlacementConfig
-from moesys.moe.routers.load_replay import recorded_loads
 from moesys.plan.expert_copies import planned_placements
 from moesys.plan.load_prediction import PREDICTORS, predicted_loads, steps_needed
 from moesys.plan.placement import Amounts, Integers, even_owners, owners_alone
@@ -39,10 +39,7 @@ def predictor_rows(
     runs: Mapping[str, Path], every_steps: int = EVERY_STEPS
 ) -> list[dict[str, Cell]]:
     """One for each predictor and each of `runs` (folders, by names), then of the drawn loads. Deterministic."""
-    of_runs = {
-        name: np.stack([load_SE.numpy() for load_SE in recorded_loads(str(run))], axis=1)
-        for name, run in runs.items()
-    }
+    of_runs = {name: recorded(run) for name, run in runs.items()}
     return [
         row
         for name, loads_SME in (of_runs | drawn_loads()).items()

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.told import told_by_rank_0
+from benchmarks.fssdp.simulated import EPLB_STEPS
 from benchmarks.fssdp.traces import Loads, write_run
 from benchmarks.kept import KeptParts
 from benchmarks.results import Cell
@@ -37,8 +38,6 @@ PLACED = {
 UNIFORM = "uniform"
 FIRST_STEPS = 2
 """The first step knows no loads, and before the second all is placed for the first time."""
-EPLB_STEPS = 25
-"""Between its rearrangements, whose time is shared out over them."""
 TRIES, SHAPING_STEPS = 3, 7
 """To find the uplinks' rate."""
 
@@ -62,8 +61,6 @@ class Case:
 class Placed:
     """Of one policy under one routing, means over steps."""
 
-    first_ms: float
-    """The step before which all is placed for the first time."""
     step_ms: float
     owner_over_mean: float
     max_over_mean: float
@@ -105,21 +102,14 @@ def placed(told: Sequence[Mapping[str, Any]]) -> dict[str, Placed]:
     for record in told:
         by_name[record["variant"]].append(record)
     found = {}
-    for name, records in by_name.items():
-        first, *later = records
-
-        def mean(key: str, later: Sequence[Mapping[str, Any]] = later) -> float:
-            return statistics.fmean(record[key] for record in later)
-
-        step_ms = mean("step_ms")
+    for name, (first, *later) in by_name.items():
+        means = {
+            key: statistics.fmean(record[key] for record in later)
+            for key in Placed.__dataclass_fields__
+        }
         if name == "eplb":
-            step_ms += max(0.0, first["step_ms"] - step_ms) / EPLB_STEPS
-        found[name] = Placed(
-            first_ms=first["step_ms"],
-            step_ms=step_ms,
-            **{key: mean(key) for key in Placed.__dataclass_fields__ if not key.endswith("_ms")},
-            wait_ms=mean("wait_ms"),
-        )
+            means["step_ms"] += max(0.0, first["step_ms"] - means["step_ms"]) / EPLB_STEPS
+        found[name] = Placed(**means)
     return found
 
 

@@ -43,10 +43,10 @@ def hotspot_loads(steps: int, layers: int, experts: int) -> Loads:
     return drawn(rng, shares_SME, SLOTS, clump=1)
 
 
-def recorded(run: Path, first_step: int, steps: int) -> Loads:
-    """Of a run, from this step on."""
+def recorded(run: Path, first_step: int = 1, steps: int | None = None) -> Loads:
+    """Of a run, from this step on, so many or all."""
     loads_SME = np.stack([load_SE.numpy() for load_SE in recorded_loads(str(run))], axis=1)
-    return loads_SME[first_step - 1 : first_step - 1 + steps]
+    return loads_SME[first_step - 1 :][:steps]
 
 
 def write_run(folder: Path, loads_SME: Loads) -> Path:

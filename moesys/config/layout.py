@@ -297,7 +297,7 @@ def _expert_widths(config: RunConfig) -> Iterator[_Length]:
 
 def values_per_row(config: RunConfig) -> int:
     """grouped_mm takes rows that are a multiple of 16 bytes."""
-    return 16 // (2 if config.train.dtype == "bf16" else 4)
+    return 16 // config.train.compute_bytes
 
 
 def _shared_lengths(config: RunConfig, world_size: int) -> Iterator[Problem]:

@@ -349,6 +349,11 @@ class TrainConfig:
         return self.global_batch_tokens // (self.micro_batch_tokens * dp)
 
     @property
+    def compute_bytes(self) -> Literal[2, 4]:
+        """Of a number in the compute type."""
+        return 2 if self.dtype == "bf16" else 4
+
+    @property
     def exchanging_forwards(self) -> int:
         """Of a micro-step, in which a layer's rows travel: a recomputed layer's do again."""
         return 2 if self.recompute == "layer" else 1

@@ -102,7 +102,7 @@ def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
     if config.dispatch.codec is not None or config.dispatch.candidates or not config.placement.near:
         return math.inf
     model, wire = config.model, config.dispatch.wire
-    width = 2 if config.train.dtype == "bf16" else FP32
+    width = config.train.compute_bytes
     forwards = config.train.exchanging_forwards
 
     def row_bytes(kind: Wire) -> int:

@@ -52,7 +52,7 @@ class MemoryCase(RankOfRun):
         return ActivationCase(
             model=self.config.model.all_as(layer),
             tokens=self.tokens,
-            activation_bytes=2 if self.config.train.dtype == "bf16" else 4,
+            activation_bytes=self.config.train.compute_bytes,
             tp=parallel.tp,
             sequence_parallel=parallel.sequence_parallel,
             ep=parallel.ep,

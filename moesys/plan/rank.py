@@ -81,7 +81,7 @@ class RankOfRun:
     @property
     def width(self) -> int:
         """Bytes of the compute type."""
-        return 2 if self.config.train.dtype == "bf16" else 4
+        return self.config.train.compute_bytes
 
     @property
     def world_size(self) -> int:

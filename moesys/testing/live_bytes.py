@@ -1,13 +1,17 @@
 """What a forward leaves in memory, whoever keeps it: autograd, a checkpoint or a memory of decisions."""
 
-from collections.abc import Iterable
+import gc
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from moesys.ops.shard import local_tensor
 
 
 class LiveBytes(TorchDispatchMode):
@@ -48,3 +52,19 @@ class PeakBytes(LiveBytes):
         self.made = {ref for ref in self.made if not ref.expired()}
         self.peak = max(self.peak, self.total)
         return out
+
+
+def peak_of_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]
+) -> int:
+    """The most that lives while `step` runs, parameters and the optimizer's states among it."""
+    gc.collect()
+    tensors = (*model.parameters(), *state_tensors(optimizer))
+    with PeakBytes(counted=[local_tensor(tensor.detach()) for tensor in tensors]) as live:
+        step()
+    return live.peak
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All of them, as they are."""
+    return [tensor for state in optimizer.state.values() for tensor in state.values()]

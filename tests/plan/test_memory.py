@@ -1,10 +1,8 @@
 """What a rank holds by formula, against a rank that trains: exactly what stays, the peak of a step within a few percent."""
 
-import gc
 from dataclasses import replace
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +16,7 @@ from moesys.plan.memory import RankMemory, rank_memory
 from moesys.plan.memory_case import MemoryCase
 from moesys.plan.pipeline import layers_of_stages
 from moesys.testing.layouts import BASE, LAYOUTS
-from moesys.testing.live_bytes import PeakBytes
+from moesys.testing.live_bytes import peak_of_step, state_tensors
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests import figures
@@ -64,11 +62,6 @@ def local_bytes(tensors) -> int:
     return sum(local_tensor(tensor.detach()).nbytes for tensor in tensors)
 
 
-def state_tensors(run: SmallRun) -> list[torch.Tensor]:
-    states = run.optimizer.state.values()
-    return [tensor for state in states for tensor in state.values()]
-
-
 def weigh(rank: int, size: int, config: RunConfig) -> tuple[int, int, int]:
     """Bytes of parameters, of gradients as the optimizer reads them, of its state."""
     run, gradients = SmallRun(config, size), []
@@ -79,7 +72,11 @@ def weigh(rank: int, size: int, config: RunConfig) -> tuple[int, int, int]:
 
     run.optimizer.register_step_pre_hook(weigh_gradients)
     run.step()
-    return local_bytes(run.model.parameters()), gradients[0], local_bytes(state_tensors(run))
+    return (
+        local_bytes(run.model.parameters()),
+        gradients[0],
+        local_bytes(state_tensors(run.optimizer)),
+    )
 
 
 QUICK = ("zero", "pp+tp+ep")
@@ -175,11 +172,7 @@ def peak(rank: int, size: int, config: RunConfig) -> int:
     """The most that lives in a second step."""
     run = SmallRun(config, size)
     run.step()
-    gc.collect()
-    there = [local_tensor(t.detach()) for t in (*run.model.parameters(), *state_tensors(run))]
-    with PeakBytes(counted=there) as live:
-        run.step()
-    return live.peak
+    return peak_of_step(run.model, run.optimizer, run.step)
 
 
 PEAKS = [
