@@ -1,7 +1,7 @@
 """How much of a core each rank of a fabric computes with: a control group of Linux for each rank, with a quota.
 
 On one machine ranks share its cores, so that one with more to do takes what others leave. With a quota each computes as fast as if it
-had a slow machine of its own.
+had a slow machine of its own. Threads that carry gloo's bytes have none: adapters do that on real machines, also while a rank computes.
 """
 
 import contextlib
@@ -16,6 +16,8 @@ PERIOD_US = 10_000
 """In which a rank's quota is spent: so long it may have to wait, at most."""
 LEAST_US = 1000
 """That the kernel takes for a quota."""
+CARRIERS = ("gloo_tcp_loop", "pt_gloo_runloop")
+"""Names of threads, as the kernel has them."""
 
 
 def why_not(root: Path = ROOT) -> str | None:
@@ -45,6 +47,7 @@ def make_groups(layout: Layout, root: Path = ROOT) -> None:
             (group / "cpu.cfs_period_us").write_text(str(PERIOD_US))
             (group / "cpu.cfs_quota_us").write_text(str(quota_us))
         else:
+            (group / "cgroup.type").write_text("threaded")
             (group / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
 
 
@@ -66,8 +69,22 @@ def entrance(layout: Layout, rank: int, root: Path = ROOT) -> list[str]:
     """Words before a command, which then runs with the rank's share of a core."""
     if layout.cores_per_rank is None:
         return []
-    members = _parent(root) / layout.rank(rank) / "cgroup.procs"
-    return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', os.fspath(members)]
+    parent = _parent(root)
+    enter = 'echo $$ > "$0" && echo $$ > "$1" && shift && exec "$@"'
+    members = [group / "cgroup.procs" for group in (parent, parent / layout.rank(rank))]
+    return ["sh", "-c", enter, *map(os.fspath, members)]
+
+
+def free_carriers(layout: Layout, root: Path = ROOT) -> None:
+    """From their quota; those that ranks have started so far."""
+    if layout.cores_per_rank is None:
+        return
+    parent, name = _parent(root), "tasks" if _is_old(root) else "cgroup.threads"
+    for rank in range(layout.world_size):
+        for thread in (parent / layout.rank(rank) / name).read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                if Path("/proc", thread, "comm").read_text().strip() in CARRIERS:
+                    (parent / name).write_text(thread)
 
 
 def _parent(root: Path) -> Path:

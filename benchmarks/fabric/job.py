@@ -14,6 +14,8 @@ from benchmarks.fabric.layout import INTERFACE, Layout
 
 STORE_PORT = 29_500
 """Of rank 0, where ranks meet."""
+_LOOK_S = 0.5
+"""Between looks for threads that carry bytes."""
 _GRACE_S = 10.0
 """From SIGTERM to SIGKILL."""
 
@@ -69,7 +71,7 @@ def run_job(
             ranks.append(_start(layout, rank, command, {**inherited, **variables}))
             readers.append(threading.Thread(target=_read, args=(rank, ranks[-1].stdout, tell)))
             readers[-1].start()
-        return _watch(ranks, timeout_s)
+        return _watch(layout, ranks, timeout_s)
     finally:
         _end(ranks)
         for reader in readers:
@@ -99,9 +101,15 @@ def _read(rank: int, output: IO[str] | None, tell: Callable[[int, str], None]) -
         tell(rank, line.rstrip("\n"))
 
 
-def _watch(ranks: Sequence["subprocess.Popen[str]"], timeout_s: float | None) -> int:
+def _watch(
+    layout: Layout, ranks: Sequence["subprocess.Popen[str]"], timeout_s: float | None
+) -> int:
     deadline = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
+    look = time.monotonic()
     while True:
+        if time.monotonic() >= look:
+            look = time.monotonic() + _LOOK_S
+            cores.free_carriers(layout)
         statuses = [process.poll() for process in ranks]
         failed = [status for status in statuses if status]
         if failed:

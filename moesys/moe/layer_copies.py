@@ -40,10 +40,12 @@ class LayerCopies:
     collectives: SparseCollectives
     backwards: int
     releases: bool = False
-    before_reduce: Callable[[], None] = nothing
-    """Done when gradients are to leave."""
+    at_forward: Callable[[], None] = nothing
+    """Done when experts begin to compute."""
+    at_backward: Callable[[], None] = nothing
+    """And when their backward does."""
     after_backward: Callable[[], None] = nothing
-    """Done when one has reached this layer's rows."""
+    """Done when the experts' backward is through."""
     was_begun: bool = False
     """Gathered, once or more."""
     _gathers: list[Gather] = field(default_factory=list)
@@ -55,6 +57,8 @@ class LayerCopies:
     """Of the copies' gradients, in fp32 (fp64 of fp64)."""
     _reduces: list[Reduce] = field(default_factory=list)
     _done: int = 0
+    _are_summed: bool = False
+    """Gradients that are to leave."""
 
     def begin(self) -> None:
         """Start to gather, unless that was done. Collective."""
@@ -70,9 +74,15 @@ class LayerCopies:
                 )
             )
 
+    def advance(self) -> None:
+        """What waits on its way goes on. Collective."""
+        for pending in (*self._gathers, *self._reduces):
+            pending.advance()
+
     def parameters(self) -> tuple[Tensor, ...]:
         """[C, ...] each, differentiable: gradients are summed for the owners. Collective where they are on their way."""
         self._wait()
+        self.at_forward()
         weights = tuple(
             flat.view(-1, *own.shape[1:])
             for flat, own in zip(self._flats, self._own(), strict=True)
@@ -92,6 +102,7 @@ class LayerCopies:
         self._in_backward = True
         self.begin()
         self._wait()
+        self.at_backward()
 
     def add(self, grads: Sequence[Tensor]) -> None:
         """Of one backward."""
@@ -102,20 +113,20 @@ class LayerCopies:
         self._sums = tuple(grad.to(_wide(grad.dtype), copy=True) for grad in grads)
 
     def end_backward(self) -> None:
-        """One has reached this layer's rows. Collective."""
+        """One has reached this layer's rows."""
         self._in_backward = False
         self._done += 1
         is_last = self._done == self.backwards
         if self.releases or is_last:
-            self.before_reduce()
-            self._begin_reduce()
+            self._are_summed = True
             self._free()
         self.after_backward()
 
-    def advance(self) -> None:
-        """Gradients that wait on their way go on. Collective."""
-        for reduce in self._reduces:
-            reduce.advance()
+    def send_gradients(self) -> None:
+        """Home, if they are summed and did not leave yet. Collective."""
+        if self._are_summed:
+            self._are_summed = False
+            self._begin_reduce()
 
     def settle(self) -> None:
         """Add what others' copies have sent to the gradients of own experts. Collective where that is on its way."""
@@ -132,6 +143,7 @@ class LayerCopies:
 
     def finish(self) -> None:
         """Of a step: all gradients are there, also of no expert. Collective."""
+        self.send_gradients()
         self.settle()
         for name in PARAMETERS:
             parameter = getattr(self.experts, name)

@@ -65,7 +65,10 @@ class LayerPlacement:
         if self._plan is not None:
             self.take(*self._plan(counts_PE.sum(0)), self._backwards)
             self._plan = None
-        return self._copies or self._without
+        if self._copies is None:
+            return self._without
+        self._copies.advance()
+        return self._copies
 
     def finish(self) -> None:
         """Of a step: add the gradients of copies to those of owners. Collective."""
@@ -81,19 +84,41 @@ class LayerPlacement:
             collectives=self.collectives,
             backwards=backwards,
             releases=self.releases,
-            before_reduce=self._before_reduce,
+            at_forward=self._at_forward,
+            at_backward=self._at_backward,
             after_backward=self._after_backward,
         )
 
-    def _before_reduce(self) -> None:
-        """Gradients of two layers at most are on their way: those of the layer after the next must have come home."""
-        after_next = None if self.later is None else self.later.later
-        if after_next is not None and after_next._copies is not None:
-            after_next._copies.settle()
+    # What crosses nodes while experts compute is in no exchange's way.
 
-    def _after_backward(self) -> None:
-        """Those of the next layer are through the first stage of their way while this one's backward computed."""
-        if self.later is not None and self.later._copies is not None:
-            self.later._copies.advance()
+    def _at_forward(self) -> None:
+        """Copies of the next layer set out under this one's experts."""
+        if self.later is not None:
+            self.later.begin_ahead()
+
+    def _at_backward(self) -> None:
+        """Gradients of the next layer's copies set out under the backward of this one's experts."""
+        if self.later is not None:
+            self.later._send_gradients()
         if self.releases and self.earlier is not None:
             self.earlier.begin()
+
+    def _after_backward(self) -> None:
+        """Nothing computes after the first layer's experts that its gradients could wait for."""
+        if self.earlier is None:
+            self._send_gradients()
+
+    def _send_gradients(self) -> None:
+        """Those of the next layer are through the first stage of their way meanwhile, and those of the one after it have come
+        home: of two layers at most are on their way."""
+        following = self.later
+        if following is not None and following.later is not None:
+            following.later._settle()
+        if following is not None and following._copies is not None:
+            following._copies.advance()
+        if self._copies is not None:
+            self._copies.send_gradients()
+
+    def _settle(self) -> None:
+        if self._copies is not None:
+            self._copies.settle()

@@ -127,10 +127,18 @@ class Gather:
     def wait(self) -> Tensor:
         """Return `flat`. Collective."""
         while self._pending is not None:
-            self.collectives.wait(self._pending.work)
-            self._pending = None
-            self._begin_next()
+            self._end(self._pending)
         return self.flat
+
+    def advance(self) -> None:
+        """Wait for the stage that is under way, and start the next. Collective."""
+        if self._pending is not None and self._left:
+            self._end(self._pending)
+
+    def _end(self, pending: _Pending) -> None:
+        self.collectives.wait(pending.work)
+        self._pending = None
+        self._begin_next()
 
     def _begin_next(self) -> None:
         if not self._left:

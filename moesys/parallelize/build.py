@@ -2,6 +2,7 @@
 pipeline cut, experts, tensors, context, compilation, recompute, data; then storage and weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -135,15 +136,14 @@ def _begin_copies_early(part: Transformer) -> None:
     blocks = list(part.blocks())
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         own, ahead = _placement_of(block), _placement_of(following)
-        if own is not None or ahead is not None:
-            block.register_forward_pre_hook(partial(_begin_copies, own, ahead))
+        if own is not None:  # which begins the next layer's once its rows have come
+            block.register_forward_pre_hook(partial(_call, own.begin))
+        elif ahead is not None:
+            block.register_forward_pre_hook(partial(_call, ahead.begin_ahead))
 
 
-def _begin_copies(own: LayerPlacement | None, ahead: LayerPlacement | None, *_: object) -> None:
-    if own is not None:
-        own.begin()
-    if ahead is not None:
-        ahead.begin_ahead()
+def _call(begin: Callable[[], None], *_: object) -> None:
+    begin()
 
 
 def _placement_of(block: nn.Module | None) -> LayerPlacement | None:

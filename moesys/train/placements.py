@@ -162,7 +162,7 @@ class Placements:
 
     def finish(self) -> None:
         """After the backwards of a step: the gradients of copies are at the owners. Collective."""
-        for layer in self._layers.values():
+        for layer in reversed(self._layers.values()):
             layer.placement.finish()
 
     def observe(self, step: int, load_MX: Sequence[Sequence[int]]) -> None:

@@ -223,6 +223,35 @@ def test_a_rank_computes_with_its_share_of_a_core() -> None:
 
 
 @needs_namespaces
+def test_threads_that_carry_bytes_have_no_quota() -> None:
+    """A thread with such a name computes for 0.1 s in far less than the second that a rank's share would take."""
+    reason = cores.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    layout = Layout(name=NAME, num_nodes=1, ranks_per_node=1, cores_per_rank=0.1)
+    work = """
+import ctypes, threading, time
+def busy():
+    ctypes.CDLL(None).prctl(15, NAME)
+    time.sleep(1.5)
+    began = time.perf_counter()
+    while time.thread_time() < 0.1: pass
+    print(time.perf_counter() - began)
+thread = threading.Thread(target=busy)
+thread.start()
+thread.join()
+"""
+    seconds = {}
+    with fabric(layout):
+        for name in ("gloo_tcp_loop", "other"):
+            said: list[str] = []
+            words = [sys.executable, "-c", work.replace("NAME", repr(name.encode()))]
+            assert run_job(layout, words, say=lambda _, line, said=said: said.append(line)) == 0
+            seconds[name] = float(said[0])
+    assert seconds["gloo_tcp_loop"] < 0.6 < 0.8 < seconds["other"]
+
+
+@needs_namespaces
 def test_a_rank_that_fails_ends_the_others() -> None:
     layout = Layout(name=NAME, num_nodes=1, ranks_per_node=3)
     with fabric(layout):

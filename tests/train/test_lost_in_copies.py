@@ -24,9 +24,9 @@ def test_a_rank_lost_in_a_gather_is_named_and_a_resume_is_exact(tiny_data, tmp_p
     assert code != 0
     (said,) = re.findall(r"^moesys: (.*)$", output, re.MULTILINE)
     assert said.startswith(f"rank 1 died at step {LOST_AT} (last seen at "), output
-    stopped = records(broken, "train")
-    assert stopped[-1]["step"] == LOST_AT - 1
-    assert stopped[-1]["copies_bytes"] > 0, "copies were made, so the lost rank's were on their way"
+    assert records(broken, "train")[-1]["step"] == LOST_AT - 1
+    lost = records(whole, "train")[LOST_AT - 1]
+    assert lost["copies_bytes"] > 0, "the lost rank's copies were on their way"
     monkeypatch.setenv("FAULT", "none 0 0")
     run(2, words)
     assert records(broken, "start")[-1]["resumed_from_step"] == 10
