@@ -6,6 +6,7 @@ from typing import Literal
 PlacementPolicy = Literal["fixed", "balanced", "hecate", "everywhere", "eplb"]
 Predictor = Literal["mean", "exponential", "last", "slope"]
 RouteKind = Literal["direct", "star", "relay"]
+RouteChoice = Literal["auto", RouteKind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,9 @@ class PlacementConfig:
     release: bool = False
     """Copies are freed after a forward and gathered again for its backward (Hecate-RM): memory for those of two layers, and
     half as many bytes again, of each micro-step. false = they stay for the step."""
-    route: RouteKind = "star"
+    route: RouteChoice = "auto"
     """A copy's way: direct = from its owner; star = once from its owner to each node, and on from there; relay = from node
-    to node, twice as many having it each time."""
+    to node, twice as many having it each time; auto = of each layer's copies the fastest, by links as measured at the start."""
 
     @property
     def makes_copies(self) -> bool:

@@ -113,9 +113,21 @@ def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
         + row_bytes(wire.combine_backward)
         + row_bytes(wire.dispatch_backward)
     )
-    gathers, reduces = (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
+    gathers, reduces = _travels(config, micro_steps)
     of_copy_bytes = expert_parameters(model) * (gathers * width + reduces * FP32)
     return of_copy_bytes / of_row_bytes
+
+
+def chunk_bytes(config: RunConfig, micro_steps: int) -> float:
+    """Of an expert on its way, on one rank of parallel.etp: the mean of a step's, parameters there and gradients back."""
+    gathers, reduces = _travels(config, micro_steps)
+    each = (gathers * config.train.compute_bytes + reduces * FP32) / (gathers + reduces)
+    return each * expert_parameters(config.model) / config.parallel.etp
+
+
+def _travels(config: RunConfig, micro_steps: int) -> tuple[int, int]:
+    """Of a copy in a step: how often there, and its gradient home."""
+    return (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
 
 
 def _copies(

@@ -19,9 +19,16 @@ from moesys.models.transformer import Transformer
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
+from moesys.parallel.links import measured_links
 from moesys.parallel.mesh import Meshes
-from moesys.plan.chunk_routes import ChunkRoute, chunk_route
-from moesys.plan.expert_copies import better_owners, copy_in_rows, planned_placements
+from moesys.plan.chunk_routes import ChunkRoute, chunk_route, fastest_route
+from moesys.plan.expert_copies import (
+    better_owners,
+    chunk_bytes,
+    copy_in_rows,
+    planned_placements,
+)
+from moesys.plan.links import Links
 from moesys.plan.load_prediction import predicted_loads, prediction_errors, steps_needed
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
@@ -86,7 +93,9 @@ class Placements:
         meshes: Meshes,
     ) -> None:
         self._config, self._optimizer, self._meshes = config.placement, optimizer, meshes
-        self._per_node = meshes.ep_per_node if meshes.copies_group is not None else 1
+        has_copies = meshes.copies_group is not None
+        self._per_node = meshes.ep_per_node if has_copies else 1
+        self._nodes = meshes.ep_nodes if has_copies else 1
         self._layers = {
             index: _Layer(layer.placement, layer.dispatcher)
             for index, layer in model.moe_places().items()
@@ -107,6 +116,8 @@ class Placements:
         micro_steps = config.train.micro_steps(meshes.dims.dp)
         self._rows_per_copy = copy_in_rows(config, micro_steps) * meshes.dims.edp
         """Of a step's loads, which are of all groups."""
+        self._chunk_bytes = chunk_bytes(config, micro_steps)
+        self._links: Links | None = None
         self._needed = steps_needed(self._config.predictor, self._config.window_steps)
         # A resume between two plans makes the one in force again.
         most = self._needed + self._config.every_steps - 1
@@ -123,10 +134,12 @@ class Placements:
             "loads": [[loads.step, loads.load_ME.tolist()] for loads in self._history],
             "owners": [owner_E.tolist() for owner_E in self._owners_M],
             "ranks": self._meshes.dims.ep,
+            "nodes": self._nodes,
+            "links": None if self._links is None else self._links.told(),
         }
 
     def at_resume(self, state: dict[str, Any] | None) -> None:
-        """Go on with a checkpoint's loads and owners, as far as it is of these experts and ranks. Collective."""
+        """Go on with a checkpoint's loads, owners and links, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
         self._in_force = None
         if state is None or not self._is_used:
@@ -138,11 +151,24 @@ class Placements:
             self.observe(step, load_ME)
         if state["ranks"] == self._meshes.dims.ep:
             self._reshard(owners_M)
+            # Routes say in which order gradients are summed: with others the run would not go on bit for bit.
+            if state.get("links") and state["nodes"] == self._nodes:
+                self._links = Links.of(state["links"])
+
+    def measure(self) -> dict[str, Any]:
+        """How fast the links are, where that decides something: timed by the first call, but what a checkpoint told stays. As
+        the start record has them. Collective."""
+        group = self._meshes.copies_group
+        if self._links is None and self._is_used and self._chooses_routes and group is not None:
+            device = torch.device(self._meshes.expert.device_type)
+            self._links = measured_links(group, self._per_node, device)
+        return {} if self._links is None else {"links": self._links.fields()}
 
     def begin(self, step: int, micro_steps: int) -> None:
         """Before the forwards of a step: plan where that is due, and tell the layers. Collective."""
         if not self._is_used:
             return
+        self.measure()
         self._moved_experts, self._reshard_bytes = 0, 0
         for layer in self._layers.values():
             layer.dispatcher.levels = Levels()
@@ -265,7 +291,15 @@ class Placements:
         return self._with_route(placed)
 
     def _with_route(self, placed: Placement) -> tuple[Placement, ChunkRoute]:
-        return placed, chunk_route(placed, self._per_node, self._config.route)
+        if self._links is not None and self._chooses_routes:
+            return placed, fastest_route(placed, self._per_node, self._chunk_bytes, self._links)
+        kind = "direct" if self._config.route == "auto" else self._config.route
+        return placed, chunk_route(placed, self._per_node, kind)
+
+    @property
+    def _chooses_routes(self) -> bool:
+        """By measured links. On one node all ways are the same."""
+        return self._config.route == "auto" and self._nodes > 1
 
     def _better_owners(self, loads_M: list[Amounts]) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""

@@ -5,11 +5,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import moesys.train.placements as placements_module
 from moesys.config.dispatch_schema import DispatchConfig
-from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
+from moesys.config.placement_schema import PlacementConfig, PlacementPolicy, RouteKind
 from moesys.config.schema import Recompute, RunConfig
+from moesys.moe.layer_placement import LayerPlacement
+from moesys.plan.chunk_routes import ChunkRoute
+from moesys.plan.links import Link, Links
 from moesys.plan.load_prediction import prediction_errors
+from moesys.plan.placement import Placement
 from moesys.testing.parity import Difference, Numbers, compare, parity
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.record import _placement_fields
 from tests.train.coded import INT8, LSH, config
 
@@ -87,6 +94,40 @@ def test_a_prediction_is_compared_with_the_loads_of_the_step_that_it_was_for() -
         for fields, error_M in zip(others, expected, strict=True):
             assert fields["load_prediction_error_by_layer"] == pytest.approx(error_M)
             assert fields["load_prediction_error"] == pytest.approx(error_M.mean())
+
+
+def _kinds(rank: int, size: int, run_config: RunConfig, *each: Links) -> list[set[RouteKind]]:
+    """Of the routes of a step by each of the links, after one that knows no loads."""
+    placements_module.measured_links = lambda *_: each[0]  # type: ignore[assignment]
+    taken: list[ChunkRoute] = []
+    take = LayerPlacement.take
+
+    def kept(layer: LayerPlacement, placement: Placement, route: ChunkRoute, steps: int) -> None:
+        taken.append(route)
+        take(layer, placement, route, steps)
+
+    LayerPlacement.take = kept  # type: ignore[method-assign]
+    run = SmallRun(with_micro_steps(run_config, size, 1), size)
+    run.step()
+    found = []
+    for links in each:
+        run.train_step.placements._links = links
+        taken.clear()
+        run.step()
+        found.append({route.kind for route in taken if route.stages})
+    return found
+
+
+def test_routes_are_the_fastest_by_the_links_as_measured() -> None:
+    """A slow uplink is crossed once by a copy for two ranks; where stages cost more than bytes there is one."""
+    placement = PlacementConfig(policy="hecate", overlap_degree=2)
+    slow_uplinks = Links(inside=Link(0.0, 1e10), between=Link(0.0, 1e6))
+    late = Links(inside=Link(1.0, 1e10), between=Link(1.0, 1e10))
+    for kinds in run_ranks(_kinds, 4, spread(placement), slow_uplinks, late):
+        assert kinds == [{"star"}, {"direct"}]
+    fixed = replace(placement, route="relay")
+    for kinds in run_ranks(_kinds, 4, spread(fixed), slow_uplinks):
+        assert kinds == [{"relay"}]
 
 
 @pytest.mark.parity
