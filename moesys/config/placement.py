@@ -32,7 +32,8 @@ def find_placement_problems(
     """`ranks_per_node`: as launched, where that is known."""
     placement = config.placement
     for key in ("copies", "overlap_degree", "every_steps", "window_steps"):
-        yield from in_range(f"placement.{key}", getattr(placement, key), 1)
+        if (value := getattr(placement, key)) is not None:
+            yield from in_range(f"placement.{key}", value, 1)
     yield from in_range("placement.tolerance", placement.tolerance, 0)
     yield from in_range("placement.spare", placement.spare, 0)
     if placement.spare > placement.copies >= 1:

@@ -30,8 +30,9 @@ class PlacementConfig:
     near: bool = True
     """balanced: an expert of which a node has more rows than a copy and its gradient are bytes gets a copy there, so that the
     rows need not leave it; where no codec leaves open how many rows there are."""
-    overlap_degree: int = 8
-    """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads."""
+    overlap_degree: int | None = 8
+    """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads.
+    null = as many as travel while what comes before a layer's experts is computed, as measured in the first steps."""
     every_steps: int = 1
     """Optimizer steps between plans; until the next one the same experts are copied. Not of everywhere, which plans in the step."""
     reshard_every_steps: int = 0

@@ -141,7 +141,7 @@ def _begin_copies_early(part: Transformer) -> None:
 
 def _begin_copies(own: LayerPlacement | None, ahead: LayerPlacement | None, *_: object) -> None:
     if own is not None:
-        own.begin()
+        own.enter()
     if ahead is not None:
         ahead.begin_ahead()
 

@@ -82,6 +82,7 @@ def better_owners(
 ) -> list[Integers] | None:
     """Other owners (plan/sharding.py) if with these, and the copies that would be planned, the busiest ranks of all layers had
     less to do; None if not by `WORTH`."""
+    assert config.overlap_degree is not None, "a measured one is filled in"
     others_M = heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)
 
     def busiest(owners_M: Sequence[Integers]) -> float:
@@ -145,6 +146,7 @@ def _copies(
         hottest_M = np.full(len(loads_ME), config.copies)
         return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.copies)
     assert config.policy == "hecate", config.policy
+    assert config.overlap_degree is not None, "a measured one is filled in"
     return sparse_materialization(
         loads_ME, owner_ME, num_ranks, per_node, config.copies, config.overlap_degree
     )
