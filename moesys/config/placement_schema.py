@@ -19,8 +19,8 @@ class PlacementConfig:
     """fixed = no copies; balanced = those that level the loads, near the rows where that is as good; hecate = of each layer's
     hottest experts, in proportion to their loads (Hecate's algorithm 1); everywhere = each layer's hottest ones, once it has
     routed, on all ranks (FasterMoE); eplb = copies and owners packed anew, first over nodes (EPLB)."""
-    copies: int = 2
-    """Experts of each layer, beside its own, that a rank may hold."""
+    copies: int | None = 2
+    """Experts of each layer, beside its own, that a rank may hold. null = as many as the memory of a GPU allows, by formula."""
     tolerance: float = 0.05
     """balanced: a layer whose busiest rank is expected to have at most so much more than the mean, of which it is a share, gets
     no copies for its level."""
@@ -54,6 +54,12 @@ class PlacementConfig:
     def makes_copies(self) -> bool:
         """Whether experts have other holders than their owners."""
         return self.policy != "fixed"
+
+    @property
+    def most_copies(self) -> int:
+        """`copies` of a run, where memory has decided."""
+        assert self.copies is not None, "config.copies.with_copies finds them before a run is built"
+        return self.copies
 
     @property
     def plans_ahead(self) -> bool:

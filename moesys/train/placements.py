@@ -315,7 +315,7 @@ class Placements:
         if config.overlap_degree is not None:
             return config.overlap_degree
         if self._links is None or len(ahead_s) < AHEAD_STEPS:
-            return config.copies
+            return config.most_copies
         return overlap_degree(ahead_s, self._links, self._copy_bytes, self._most_experts)
 
     def _planned_after_routing(self, layer: int, loads_E: Integers) -> tuple[Placement, ChunkRoute]:
