@@ -142,7 +142,7 @@ def _measured(rank: int, size: int, run_config: RunConfig, step_s: float) -> Num
     return train_small(rank, size, run_config, 2)
 
 
-@pytest.mark.parametrize("experts_in_time", [0, 3.5])
+@pytest.mark.parametrize("experts_in_time", [pytest.param(0, marks=pytest.mark.parity), 3.5])
 def test_an_overlap_degree_that_is_measured_changes_no_number(
     experts_in_time: float, plain: list[Numbers]
 ) -> None:
