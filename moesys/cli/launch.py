@@ -68,6 +68,8 @@ class _Point:
     warnings: tuple[str, ...]
     memory_gib: float | None
     """Of the fullest rank, by formula; None = the cluster's GPUs are not known."""
+    found_copies: int | None
+    """What memory has made of placement.copies=null; None = it was given."""
 
     @property
     def folder(self) -> Path:
@@ -170,8 +172,8 @@ def _points(
             width = len(str(len(combinations) - 1))
             overrides.append(f"run.name='{name}-{number:0{width}d}'")
         try:
-            config = compose(overrides, config_dir)
-            memory_gib = _memory_gib(config, components, ranks)
+            composed = compose(overrides, config_dir)
+            config, memory_gib = _with_memory(composed, components, ranks)
             warnings = check(config, ranks, ranks_per_node)
             _check_router(config)
         except ValueError as error:
@@ -179,7 +181,13 @@ def _points(
                 raise
             raise ValueError(f"{' '.join(combination)}: {error}") from error
         points.append(
-            _Point(name=name, config=config, warnings=tuple(warnings), memory_gib=memory_gib)
+            _Point(
+                name=name,
+                config=config,
+                warnings=tuple(warnings),
+                memory_gib=memory_gib,
+                found_copies=None if config is composed else config.placement.copies,
+            )
         )
     _refuse_same_folder(points)
     return points
@@ -192,12 +200,15 @@ def _check_router(config: "RunConfig") -> None:
     check_run_config(config)
 
 
-def _memory_gib(config: "RunConfig", components: Sequence["Component"], ranks: int) -> float | None:
-    """What the fullest rank will need; None for a layout that is wrong, or GPUs that are not known. Without torch,
-    whose import takes longer than all else.
+def _with_memory(
+    config: "RunConfig", components: Sequence["Component"], ranks: int
+) -> tuple["RunConfig", float | None]:
+    """The configuration with what memory decides, and what the fullest rank will need; None for a layout that is wrong, or GPUs
+    that are not known. Without torch, whose import takes longer than all else.
 
     Raises ConfigError if the smallest GPU has less, with what would help, and with what is wrong with files.
     """
+    from moesys.config.copies import with_copies
     from moesys.config.errors import ConfigError
     from moesys.config.files import find_file_problems
     from moesys.config.memory import GIB, memory_problems, plan_memory
@@ -205,16 +216,17 @@ def _memory_gib(config: "RunConfig", components: Sequence["Component"], ranks: i
     from moesys.parallel.dims import parallel_dims
 
     sizes = [c.cluster.gpu_memory_gib for c in components if c.cluster.gpu_memory_gib is not None]
-    if not sizes:
-        return None
     try:
         validate(config, world_size=ranks)
     except ConfigError:
-        return None  # `check` says it, with all else
+        return config, None  # `check` says it, with all else
     dims = parallel_dims(config.parallel, ranks)
+    config = with_copies(config, dims, min(sizes, default=None))
+    if not sizes:
+        return config, None
     if problems := memory_problems(config, dims, min(sizes)):
         raise ConfigError([*problems, *find_file_problems(config)])
-    return max(stage.total for stage in plan_memory(config, dims)) / GIB
+    return config, max(stage.total for stage in plan_memory(config, dims)) / GIB
 
 
 def _refuse_same_folder(points: Sequence[_Point]) -> None:
@@ -259,6 +271,8 @@ def _plan(components: Sequence["Component"], points: Sequence[_Point]) -> list[s
     needs = [point.memory_gib for point in points if point.memory_gib is not None]
     if needs:
         lines.append(f"# memory of the fullest rank, by formula: {max(needs):.1f} GiB")
+    if found := sorted({p.found_copies for p in points if p.found_copies is not None}):
+        lines.append(f"# placement.copies, as many as fit: {', '.join(map(str, found))}")
     warnings = dict.fromkeys(warning for point in points for warning in point.warnings)
     return lines + [f"# warning: {warning}" for warning in warnings]
 

@@ -37,6 +37,7 @@ def add_parser(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def run(args: argparse.Namespace) -> int:
     from moesys.config.compose import compose
+    from moesys.config.copies import with_copies
     from moesys.config.memory import memory_problems, plan_memory
     from moesys.config.validate import validate
     from moesys.parallel.dims import parallel_dims
@@ -51,14 +52,21 @@ def run(args: argparse.Namespace) -> int:
     config = compose(args.overrides, args.config_dir)
     validate(config, world_size=args.world_size)
     dims = parallel_dims(config.parallel, args.world_size)
+    composed = config
+    config = with_copies(composed, dims, args.gpu_memory_gib, args.expert_load)
     stages = plan_memory(config, dims, args.expert_load)
     problems = []
     if args.gpu_memory_gib is not None:
         problems = memory_problems(config, dims, args.gpu_memory_gib, args.expert_load)
     if args.json:
-        print(json.dumps(_facts(stages, [str(problem) for problem in problems]), indent=2))
+        facts = _facts(stages, [str(problem) for problem in problems])
+        if config is not composed:
+            facts["placement.copies"] = config.placement.copies
+        print(json.dumps(facts, indent=2))
     else:
         print("\n".join(_table(stages)))
+        if config is not composed:
+            print(f"\nplacement.copies={config.placement.copies}, as many as fit")
         if args.gpu_memory_gib is not None and not problems:
             print(f"\nfits the {args.gpu_memory_gib:g} GiB of a GPU")
         for problem in problems:

@@ -32,10 +32,18 @@ def find_placement_problems(
     """`ranks_per_node`: as launched, where that is known."""
     placement = config.placement
     for key in ("copies", "overlap_degree", "every_steps", "window_steps"):
-        yield from in_range(f"placement.{key}", getattr(placement, key), 1)
+        if (value := getattr(placement, key)) is not None:
+            yield from in_range(f"placement.{key}", value, 1)
     yield from in_range("placement.tolerance", placement.tolerance, 0)
     yield from in_range("placement.spare", placement.spare, 0)
-    if placement.spare > placement.copies >= 1:
+    if placement.copies is None and placement.makes_copies and config.train.device == "cpu":
+        yield Problem(
+            key="placement.copies",
+            given=None,
+            rule="is as many as the memory of a GPU allows, and train.device=cpu uses none",
+            fix="use a number, e.g. 2",
+        )
+    if placement.copies is not None and placement.spare > placement.copies >= 1:
         yield Problem(
             key="placement.spare",
             given=placement.spare,
@@ -135,6 +143,7 @@ def placement_warnings(config: RunConfig) -> Iterator[str]:
         value = getattr(placement, key)
         if key == "policy" or value == field.default:
             continue
+        value = "null" if value is None else value
         if placement.policy not in READERS.get(key, COPYING):
             yield f"placement.{key}={value} has no effect with placement.policy={placement.policy}"
         elif key == "overlap_degree" and not placement.reads_overlap_degree:

@@ -6,6 +6,7 @@ from typing import Literal
 PlacementPolicy = Literal["fixed", "balanced", "hecate", "everywhere", "eplb"]
 Predictor = Literal["mean", "exponential", "last", "slope"]
 RouteKind = Literal["direct", "star", "relay"]
+RouteChoice = Literal["auto", RouteKind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class PlacementConfig:
     """fixed = no copies; balanced = those that level the loads, near the rows where that is as good; hecate = of each layer's
     hottest experts, in proportion to their loads (Hecate's algorithm 1); everywhere = each layer's hottest ones, once it has
     routed, on all ranks (FasterMoE); eplb = copies and owners packed anew, first over nodes (EPLB)."""
-    copies: int = 2
-    """Experts of each layer, beside its own, that a rank may hold."""
+    copies: int | None = 2
+    """Experts of each layer, beside its own, that a rank may hold. null = as many as the memory of a GPU allows, by formula."""
     tolerance: float = 0.05
     """balanced: a layer whose busiest rank is expected to have at most so much more than the mean, of which it is a share, gets
     no copies for its level."""
@@ -29,8 +30,9 @@ class PlacementConfig:
     near: bool = True
     """balanced: an expert of which a node has more rows than a copy and its gradient are bytes gets a copy there, so that the
     rows need not leave it; where no codec leaves open how many rows there are."""
-    overlap_degree: int = 8
-    """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads."""
+    overlap_degree: int | None = 8
+    """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads.
+    null = as many as travel while what comes before a layer's experts is computed, as measured in the first steps."""
     every_steps: int = 1
     """Optimizer steps between plans; until the next one the same experts are copied. Not of everywhere, which plans in the step."""
     reshard_every_steps: int = 0
@@ -44,14 +46,20 @@ class PlacementConfig:
     release: bool = False
     """Copies are freed after a forward and gathered again for its backward (Hecate-RM): memory for those of two layers, and
     half as many bytes again, of each micro-step. false = they stay for the step."""
-    route: RouteKind = "star"
+    route: RouteChoice = "auto"
     """A copy's way: direct = from its owner; star = once from its owner to each node, and on from there; relay = from node
-    to node, twice as many having it each time."""
+    to node, twice as many having it each time; auto = of each layer's copies the fastest, by links as measured at the start."""
 
     @property
     def makes_copies(self) -> bool:
         """Whether experts have other holders than their owners."""
         return self.policy != "fixed"
+
+    @property
+    def most_copies(self) -> int:
+        """`copies` of a run, where memory has decided."""
+        assert self.copies is not None, "config.copies.with_copies finds them before a run is built"
+        return self.copies
 
     @property
     def plans_ahead(self) -> bool:

@@ -1,5 +1,6 @@
 """Who holds which experts of one layer, on this rank, for a step: what was planned, as it is carried out."""
 
+import time
 from collections.abc import Callable
 
 from moesys.moe.held_experts import HeldExperts
@@ -28,6 +29,9 @@ class LayerPlacement:
         self.earlier: LayerPlacement | None = None
         """The layer whose backward comes next, on this rank."""
         self.later: LayerPlacement | None = None
+        self.ahead_s: list[float] = []
+        """Of training forwards, for how long copies might be on their way before they are needed."""
+        self._since_s: float | None = None
         self.own(owner_E)
 
     def own(self, owner_E: Integers) -> None:
@@ -44,9 +48,20 @@ class LayerPlacement:
         """For the next step, of so many micro-steps. What the last step had is finished."""
         self._copies = self._made(in_order_of_arrival(placement, route), route, backwards)
 
+    def taken_ahead_s(self) -> list[float]:
+        """`ahead_s`, from now on without these."""
+        taken, self.ahead_s = self.ahead_s, []
+        return taken
+
     def plan_after_routing(self, plan: Plan, backwards: int) -> None:
         """For the next step: the first forward's rows decide, and copies are waited for there."""
         self._plan, self._backwards = plan, backwards
+
+    def enter(self) -> None:
+        """The forward of its block begins. Collective."""
+        if self._since_s is None:
+            self._since_s = time.perf_counter()
+        self.begin()
 
     def begin(self) -> None:
         """Start to gather, where that is still to be done in this step. Collective."""
@@ -55,6 +70,7 @@ class LayerPlacement:
 
     def begin_ahead(self) -> None:
         """Where nothing was gathered in this step: a recomputation of the block before comes when copies may be gone. Collective."""
+        self._since_s = time.perf_counter()
         if self._copies is not None and not self._copies.was_begun:
             self.begin()
 
@@ -62,6 +78,9 @@ class LayerPlacement:
         """Who serves the rows of one forward, of which each rank has so many."""
         if not self.experts.training:
             return self._without
+        if self._since_s is not None:
+            self.ahead_s.append(time.perf_counter() - self._since_s)
+            self._since_s = None
         if self._plan is not None:
             self.take(*self._plan(counts_PE.sum(0)), self._backwards)
             self._plan = None

@@ -51,6 +51,12 @@ class Meshes:
         return len(nodes_and_rails(dist.get_process_group_ranks(self.ep_group), per_node)[0][0])
 
     @property
+    def ep_nodes(self) -> int:
+        """That an ep group lies on, of the one that lies on most: the same on all ranks. Raises ValueError as `ep_per_node`."""
+        per_node = self.ranks_per_node or self.dims.world_size
+        return max(len(nodes_and_rails(ranks, per_node)[0]) for ranks in self.dims.groups("ep"))
+
+    @property
     def pp_group(self) -> dist.ProcessGroup:
         return self.dense.get_group("pp")
 

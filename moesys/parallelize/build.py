@@ -137,7 +137,7 @@ def _begin_copies_early(part: Transformer) -> None:
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         own, ahead = _placement_of(block), _placement_of(following)
         if own is not None:  # which begins the next layer's once its rows have come
-            block.register_forward_pre_hook(partial(_call, own.begin))
+            block.register_forward_pre_hook(partial(_call, own.enter))
         elif ahead is not None:
             block.register_forward_pre_hook(partial(_call, ahead.begin_ahead))
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 
 from moesys.config.placement_schema import RouteKind
+from moesys.plan.links import Links
 from moesys.plan.placement import Placement
 
 ROUTE_KINDS: tuple[RouteKind, ...] = get_args(RouteKind)
@@ -25,14 +26,6 @@ class Hop(NamedTuple):
 
 Stage = tuple[Hop, ...]
 """What travels at once, in order of source, destination, expert."""
-
-
-class Links(NamedTuple):
-    """Of a rank's neighbours on its node, and of a node's uplink, that all its ranks share."""
-
-    inside_bytes_per_s: float
-    between_bytes_per_s: float
-    latency_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +56,17 @@ class ChunkRoute:
     def _crosses(self, hop: Hop) -> bool:
         return hop.source // self.per_node != hop.dest // self.per_node
 
-    def seconds(self, chunk_bytes: int, links: Links) -> float:
-        """Of the busiest link of each stage, all stages together."""
-        return sum(
-            links.latency_s
-            + max(
-                chunk_bytes * self._busiest(stage, crosses=True) / links.between_bytes_per_s,
-                chunk_bytes * self._busiest(stage, crosses=False) / links.inside_bytes_per_s,
-            )
-            for stage in self.stages
-        )
+    def seconds(self, chunk_bytes: float, links: Links) -> float:
+        """Of the slowest link of each stage, all stages together."""
+        return sum(self._seconds(stage, chunk_bytes, links) for stage in self.stages)
+
+    def _seconds(self, stage: Stage, chunk_bytes: float, links: Links) -> float:
+        of_kinds = [0.0]
+        for link, crosses in ((links.between, True), (links.inside, False)):
+            if chunks := self._busiest(stage, crosses):
+                assert link is not None, "only what has chunks is asked for"
+                of_kinds.append(link.seconds(chunks * chunk_bytes))
+        return max(of_kinds)
 
     def _busiest(self, stage: Stage, crosses: bool) -> int:
         """Chunks one way through the uplink, or the rank, with the most."""
@@ -119,7 +113,7 @@ def in_order_of_arrival(placement: Placement, route: ChunkRoute) -> Placement:
 
 
 def fastest_route(
-    placement: Placement, per_node: int, chunk_bytes: int, links: Links
+    placement: Placement, per_node: int, chunk_bytes: float, links: Links
 ) -> ChunkRoute:
     """Of the three, by the links as they were measured."""
     routes = [chunk_route(placement, per_node, kind) for kind in ROUTE_KINDS]

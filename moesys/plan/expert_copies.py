@@ -52,7 +52,7 @@ def planned_placements(
             no level loads ask for.
     """
     if config.policy == "eplb":
-        return [replicated(loads_E, num_ranks, per_node, config.copies) for loads_E in loads_M]
+        return [replicated(loads_E, num_ranks, per_node, config.most_copies) for loads_E in loads_M]
     placements: dict[int, Placement] = {}
     for number in {len(loads_E) for loads_E in loads_M}:
         layers = [layer for layer, loads_E in enumerate(loads_M) if len(loads_E) == number]
@@ -65,7 +65,7 @@ def planned_placements(
             placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
             if config.policy == "balanced" and num_ranks <= REPAIRED_RANKS:
                 good = max(GOOD, 1 + config.tolerance)
-                placement = repaired(loads_E, placement, config.copies, REPAIR_STEPS, good)
+                placement = repaired(loads_E, placement, config.most_copies, REPAIR_STEPS, good)
                 if (placement.copies_PC >= 0).any():
                     placement = with_spare(loads_E, placement, per_node, config.spare)
             placements[layer] = placement
@@ -82,6 +82,7 @@ def better_owners(
 ) -> list[Integers] | None:
     """Other owners (plan/sharding.py) if with these, and the copies that would be planned, the busiest ranks of all layers had
     less to do; None if not by `WORTH`."""
+    assert config.overlap_degree is not None, "a measured one is filled in"
     others_M = heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)
 
     def busiest(owners_M: Sequence[Integers]) -> float:
@@ -113,9 +114,21 @@ def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
         + row_bytes(wire.combine_backward)
         + row_bytes(wire.dispatch_backward)
     )
-    gathers, reduces = (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
+    gathers, reduces = _travels(config, micro_steps)
     of_copy_bytes = expert_parameters(model) * (gathers * width + reduces * FP32)
     return of_copy_bytes / of_row_bytes
+
+
+def chunk_bytes(config: RunConfig, micro_steps: int) -> float:
+    """Of an expert on its way, on one rank of parallel.etp: the mean of a step's, parameters there and gradients back."""
+    gathers, reduces = _travels(config, micro_steps)
+    each = (gathers * config.train.compute_bytes + reduces * FP32) / (gathers + reduces)
+    return each * expert_parameters(config.model) / config.parallel.etp
+
+
+def _travels(config: RunConfig, micro_steps: int) -> tuple[int, int]:
+    """Of a copy in a step: how often there, and its gradient home."""
+    return (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
 
 
 def _copies(
@@ -130,11 +143,12 @@ def _copies(
     if config.policy == "balanced":
         return _balanced(config, loads_ME, owner_ME, num_ranks, per_node, rows_per_copy)
     if config.policy == "everywhere":
-        hottest_M = np.full(len(loads_ME), config.copies)
-        return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.copies)
+        hottest_M = np.full(len(loads_ME), config.most_copies)
+        return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.most_copies)
     assert config.policy == "hecate", config.policy
+    assert config.overlap_degree is not None, "a measured one is filled in"
     return sparse_materialization(
-        loads_ME, owner_ME, num_ranks, per_node, config.copies, config.overlap_degree
+        loads_ME, owner_ME, num_ranks, per_node, config.most_copies, config.overlap_degree
     )
 
 
@@ -149,7 +163,7 @@ def _balanced(
     """With the experts near that make the least of what crosses the busiest uplink, times the busiest rank's load."""
 
     def planned(near_ME: NDArray[np.bool_] | None) -> Integers:
-        budget = num_ranks, per_node, config.copies
+        budget = num_ranks, per_node, config.most_copies
         return balancing_copies(loads_ME, owner_ME, *budget, near_ME, config.tolerance)
 
     found_MPC = planned(None)

@@ -208,7 +208,7 @@ def _copied_experts(case: MemoryCase) -> int:
     placement, moe = case.config.placement, case.config.model.moe
     if not placement.makes_copies or case.axes["ep"] == 1:
         return 0
-    one = placement.copies * 3 * case.config.model.d_row * moe.d_expert // case.axes["etp"]
+    one = placement.most_copies * 3 * case.config.model.d_row * moe.d_expert // case.axes["etp"]
     layers = sum(case.is_moe(layer) for layer in case.layers)
     at_once = min(2, layers)
     kept = at_once if placement.release else layers

@@ -157,6 +157,7 @@ codec=lsh parallel.ep=2 dispatch.codec.hashes=20 | dispatch.codec | is refused: 
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
 placement.policy=balance | placement.policy='balance' | must be one of fixed, balanced, hecate, everywhere, eplb | did you mean balanced?
 placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must be at least 1 | use a value at least 1
+placement=balanced parallel.ep=2 placement.copies=null train.device=cpu | placement.copies=null | is as many as the memory of a GPU allows, and train.device=cpu uses none | use a number
 placement=balanced parallel.ep=2 placement.reshard_every_steps=-1 | placement.reshard_every_steps=-1 | must be at least 0 | use a value at least 0
 placement=balanced parallel.ep=2 placement.every_steps=4 placement.reshard_every_steps=10 | placement.reshard_every_steps=10 | must be a multiple of placement.every_steps=4 | use 8 or 12
 placement=balanced parallel.ep=2 placement.tolerance=-0.1 | placement.tolerance=-0.1 | must be at least 0 | use a value at least 0

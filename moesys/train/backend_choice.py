@@ -9,8 +9,8 @@ from moesys.train.folder import write_text
 from moesys.train.setup import Run
 
 
-def choose_backend(run: Run, dtype: torch.dtype) -> tuple[str, str]:
-    """Set the model's backend; return its name and why. Collective.
+def choose_backend(run: Run, dtype: torch.dtype) -> dict[str, str]:
+    """Set the model's backend; return its name and why, as the start record has them. Collective.
 
     What this run folder's first start measured on this layout is kept: another backend rounds differently.
     """
@@ -33,4 +33,4 @@ def choose_backend(run: Run, dtype: torch.dtype) -> tuple[str, str]:
     if run.process.rank == 0 and is_auto:
         # All ranks have looked: choosing is collective.
         write_text(path, json.dumps({"backend": backend, "layout": layout}) + "\n")
-    return backend, reason
+    return {"expert_backend": backend, "expert_backend_reason": reason}

@@ -6,7 +6,7 @@ Shapes: M MoE layers of all pipeline stages, E experts of the layer with the mos
 import hashlib
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,15 +14,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import RunConfig
 from moesys.models.transformer import Transformer
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
+from moesys.parallel.links import measured_links
 from moesys.parallel.mesh import Meshes
-from moesys.plan.chunk_routes import ChunkRoute, chunk_route
-from moesys.plan.expert_copies import better_owners, copy_in_rows, planned_placements
+from moesys.plan.chunk_routes import ChunkRoute, chunk_route, fastest_route
+from moesys.plan.costs import expert_parameters
+from moesys.plan.expert_copies import (
+    better_owners,
+    chunk_bytes,
+    copy_in_rows,
+    planned_placements,
+)
+from moesys.plan.links import Links
 from moesys.plan.load_prediction import predicted_loads, prediction_errors, steps_needed
+from moesys.plan.overlap import AHEAD_STEPS, overlap_degree
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.sharding import first_owners, moved
@@ -50,6 +60,8 @@ class _Plan(NamedTuple):
     placed_M: list[Placement]
     predicted_ME: Amounts
     """The loads that it was made from."""
+    overlap_degree: int
+    """That it was made by, set or measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +85,8 @@ class PlacementFigures:
     """Parameters and optimizer states that ranks sent with these."""
     wait_ms: float
     """For copies and their gradients, mean over ranks; part of forward, backward and optimizer."""
+    overlap_degree: int | None
+    """That the plan in force was made by; None where it is not to be measured."""
 
 
 class Placements:
@@ -86,7 +100,9 @@ class Placements:
         meshes: Meshes,
     ) -> None:
         self._config, self._optimizer, self._meshes = config.placement, optimizer, meshes
-        self._per_node = meshes.ep_per_node if meshes.copies_group is not None else 1
+        has_copies = meshes.copies_group is not None
+        self._per_node = meshes.ep_per_node if has_copies else 1
+        self._nodes = meshes.ep_nodes if has_copies else 1
         self._layers = {
             index: _Layer(layer.placement, layer.dispatcher)
             for index, layer in model.moe_places().items()
@@ -107,6 +123,15 @@ class Placements:
         micro_steps = config.train.micro_steps(meshes.dims.dp)
         self._rows_per_copy = copy_in_rows(config, micro_steps) * meshes.dims.edp
         """Of a step's loads, which are of all groups."""
+        self._chunk_bytes = chunk_bytes(config, micro_steps)
+        """Of an expert on its way, there or back."""
+        self._copy_bytes = (
+            expert_parameters(config.model) * config.train.compute_bytes / config.parallel.etp
+        )
+        """There."""
+        self._links: Links | None = None
+        self._ahead: list[tuple[int, float]] = []
+        """Of the first steps, their numbers and how many seconds a copy may travel for free."""
         self._needed = steps_needed(self._config.predictor, self._config.window_steps)
         # A resume between two plans makes the one in force again.
         most = self._needed + self._config.every_steps - 1
@@ -123,26 +148,44 @@ class Placements:
             "loads": [[loads.step, loads.load_ME.tolist()] for loads in self._history],
             "owners": [owner_E.tolist() for owner_E in self._owners_M],
             "ranks": self._meshes.dims.ep,
+            "nodes": self._nodes,
+            "links": None if self._links is None else self._links.told(),
+            "ahead": [[step, seconds] for step, seconds in self._ahead],
         }
 
     def at_resume(self, state: dict[str, Any] | None) -> None:
-        """Go on with a checkpoint's loads and owners, as far as it is of these experts and ranks. Collective."""
+        """Go on with a checkpoint's loads, owners and links, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
-        self._in_force = None
+        self._ahead, self._in_force = [], None
         if state is None or not self._is_used:
             return
         owners_M = [np.array(owner_E, dtype=np.int64) for owner_E in state["owners"]]
         if list(map(len, owners_M)) != list(map(len, self._owners_M)):
             return
         for step, load_ME in state["loads"]:
-            self.observe(step, load_ME)
+            self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
         if state["ranks"] == self._meshes.dims.ep:
             self._reshard(owners_M)
+            # Routes say in which order gradients are summed: with others the run would not go on bit for bit.
+            if state.get("links") and state["nodes"] == self._nodes:
+                self._links = Links.of(state["links"])
+                self._ahead = [(step, seconds) for step, seconds in state["ahead"]]
+
+    def measure(self) -> dict[str, Any]:
+        """How fast the links are, where that decides something: timed by the first call, but what a checkpoint told stays. As
+        the start record has them. Collective."""
+        group = self._meshes.copies_group
+        needs = self._chooses_routes or self._measures_overlap
+        if self._links is None and self._is_used and needs and group is not None:
+            device = torch.device(self._meshes.expert.device_type)
+            self._links = measured_links(group, self._per_node, device)
+        return {} if self._links is None else {"links": self._links.fields()}
 
     def begin(self, step: int, micro_steps: int) -> None:
         """Before the forwards of a step: plan where that is due, and tell the layers. Collective."""
         if not self._is_used:
             return
+        self.measure()
         self._moved_experts, self._reshard_bytes = 0, 0
         for layer in self._layers.values():
             layer.dispatcher.levels = Levels()
@@ -165,14 +208,20 @@ class Placements:
         for layer in reversed(self._layers.values()):
             layer.placement.finish()
 
-    def observe(self, step: int, load_MX: Sequence[Sequence[int]]) -> None:
-        """The loads of a step, the same on all ranks."""
-        if self._is_used:
-            load_ME = [row[: self._most_experts] for row in load_MX]
-            self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
+    def observe(
+        self, step: int, load_MX: Sequence[Sequence[int]], numbers: Sequence[float]
+    ) -> None:
+        """The loads of a step and the sums of all ranks' numbers, the same on all ranks."""
+        if not self._is_used:
+            return
+        load_ME = [row[: self._most_experts] for row in load_MX]
+        self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
+        *_, ahead_us, forwards = numbers
+        if self._measures_overlap and forwards and len(self._ahead) < AHEAD_STEPS:
+            self._ahead.append((step, ahead_us / forwards / 1e6))
 
     def numbers(self) -> list[float]:
-        """What this rank adds to the step's figures: to be summed over ranks; as many on all."""
+        """What this rank adds to the step's figures: to be summed over ranks; as many on all. Read once."""
         if not self._is_used:
             return []
         levels_3M = np.zeros((3, len(self._owners_M)))
@@ -181,12 +230,15 @@ class Placements:
             levels_3M[:, index] = levels.busiest, levels.if_owners_alone, levels.mean
         collectives = {layer.placement.collectives for layer in self._layers.values()}
         traffic = Traffic.total(each.meter.read() for each in collectives)
+        ahead_s = [s for layer in self._layers.values() for s in layer.placement.taken_ahead_s()]
         return [
             *levels_3M.ravel().tolist(),
             traffic.sent_bytes,
             traffic.between_nodes_bytes,
             traffic.seconds,
             self._reshard_bytes,
+            float(sum(round(seconds * 1e6) for seconds in ahead_s)),  # whole: exact in any order
+            len(ahead_s),
         ]
 
     def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
@@ -195,7 +247,7 @@ class Placements:
             return None
         layers = len(self._owners_M)
         busiest_M, owner_M, mean_M = np.array(numbers[: 3 * layers]).reshape(3, layers)
-        sent_bytes, between_bytes, seconds, reshard_bytes = numbers[3 * layers :]
+        sent_bytes, between_bytes, seconds, reshard_bytes, *_ = numbers[3 * layers :]
         mean_M = np.where(mean_M > 0, mean_M, 1.0)
         return PlacementFigures(
             holders_ME=self._holders_ME(),
@@ -207,6 +259,9 @@ class Placements:
             moved_experts=self._moved_experts,
             reshard_bytes=int(reshard_bytes),
             wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
+            overlap_degree=self._in_force.overlap_degree
+            if self._in_force is not None and self._measures_overlap
+            else None,
         )
 
     def _holders_ME(self) -> list[list[int]]:
@@ -235,7 +290,8 @@ class Placements:
         known = [loads.load_ME for loads in self._history if loads.step < as_of][-self._needed :]
         if not known:
             return None
-        config = self._config
+        degree = self._overlap_degree(as_of)
+        config = replace(self._config, overlap_degree=degree)
         loads_ME = predicted_loads(np.stack(known), config.predictor, config.window_steps)
         loads_M = [
             loads_E[: len(owner_E)]
@@ -244,14 +300,23 @@ class Placements:
         ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy
         every = config.reshard_every_steps
         if every and step == as_of and (step - 1) % every == 0:
-            owners_M = self._better_owners(loads_M)
+            owners_M = self._better_owners(config, loads_M)
             self._agree(owners_M)
             self._reshard(owners_M)
         planned_M = planned_placements(config, loads_M, self._owners_M, *ranks)
         self._agree([part for placed in planned_M for part in (placed.owner_E, placed.copies_PC)])
         if config.policy == "eplb":
             self._reshard([placed.owner_E for placed in planned_M])
-        return _Plan(planned_M, loads_ME)
+        return _Plan(planned_M, loads_ME, degree)
+
+    def _overlap_degree(self, as_of: int) -> int:
+        """As it was known before step `as_of`; before it was measured, of as many as a rank may hold."""
+        config, ahead_s = self._config, [seconds for step, seconds in self._ahead if step < as_of]
+        if config.overlap_degree is not None:
+            return config.overlap_degree
+        if self._links is None or len(ahead_s) < AHEAD_STEPS:
+            return config.most_copies
+        return overlap_degree(ahead_s, self._links, self._copy_bytes, self._most_experts)
 
     def _planned_after_routing(self, layer: int, loads_E: Integers) -> tuple[Placement, ChunkRoute]:
         """Of one layer, from the rows of its first forward."""
@@ -265,14 +330,26 @@ class Placements:
         return self._with_route(placed)
 
     def _with_route(self, placed: Placement) -> tuple[Placement, ChunkRoute]:
-        return placed, chunk_route(placed, self._per_node, self._config.route)
+        if self._links is not None and self._chooses_routes:
+            return placed, fastest_route(placed, self._per_node, self._chunk_bytes, self._links)
+        kind = "direct" if self._config.route == "auto" else self._config.route
+        return placed, chunk_route(placed, self._per_node, kind)
 
-    def _better_owners(self, loads_M: list[Amounts]) -> list[Integers]:
+    @property
+    def _chooses_routes(self) -> bool:
+        """By measured links. On one node all ways are the same."""
+        return self._config.route == "auto" and self._nodes > 1
+
+    @property
+    def _measures_overlap(self) -> bool:
+        return self._config.overlap_degree is None and self._config.reads_overlap_degree
+
+    def _better_owners(self, config: PlacementConfig, loads_M: list[Amounts]) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""
         owners_M = list(self._owners_M)
         for layers in filter(None, self._layers_of_ranks):
             found = better_owners(
-                self._config,
+                config,
                 [loads_M[layer] for layer in layers],
                 [owners_M[layer] for layer in layers],
                 self._meshes.dims.ep,

@@ -263,6 +263,14 @@ def banner(run_name: str, start: Mapping[str, Any]) -> str:
             f"{number(start.get('peak_tflops'), '.3g')} TFLOP/s per rank ({start.get('peak_source', '-')})",
         ),
     ]
+    if links := start.get("links"):
+        told = (
+            f"{kind} nodes {number(links.get(f'{kind}_gbit_per_s'), '.3g')} Gbit/s after "
+            f"{number(links.get(f'{kind}_latency_us'), '.3g')} us"
+            for kind in ("inside", "between")
+            if f"{kind}_gbit_per_s" in links
+        )
+        lines.append(("links", ", ".join(told)))
     if sources := start.get("sources"):
         told = (
             f"{name} {number(of.get('weight'), '.1%')}, {number(of.get('epochs'), '.2f')} epochs"

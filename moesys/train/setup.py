@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from moesys.config.copies import with_copies
+from moesys.config.errors import ConfigError
+from moesys.config.memory import GIB, memory_problems
 from moesys.config.schema import RunConfig
 from moesys.data.indexed import IndexedTokens
 from moesys.data.loader import EvalBatches, TokenLoader
@@ -19,7 +23,7 @@ from moesys.data.source import Source
 from moesys.models.transformer import Transformer
 from moesys.optim.build import build_optimizer
 from moesys.parallel.bootstrap import Process
-from moesys.parallel.dims import parallel_dims
+from moesys.parallel.dims import ParallelDims, parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.build import ParallelModel, build_parallel_model
 
@@ -75,6 +79,8 @@ def build_run(
     `meshes` of these degrees that are there already are used again.
     """
     dims = parallel_dims(config.parallel, process.world_size)
+    if config.placement.copies is None:
+        config = _with_copies(config, dims, process.device)
     dispatch = config.dispatch
     meshes = meshes or build_meshes(
         dims,
@@ -135,3 +141,16 @@ def build_run(
         mixing_batches=mixing_batches,
         token_bytes_V=token_bytes_V.to(process.device, torch.int64),
     )
+
+
+def _with_copies(config: RunConfig, dims: ParallelDims, device: torch.device) -> RunConfig:
+    """By the memory of the job's smallest GPU. Collective. Raises ConfigError where it has none, or not even one copy fits."""
+    if device.type != "cuda":
+        return with_copies(config, dims, None)
+    total = torch.tensor(torch.cuda.mem_get_info(device)[1], device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MIN)
+    memory_gib = total.item() / GIB
+    found = with_copies(config, dims, memory_gib)
+    if problems := memory_problems(found, dims, memory_gib):
+        raise ConfigError(problems)
+    return found

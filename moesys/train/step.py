@@ -174,7 +174,7 @@ class TrainStep:
         if rate is not None:
             self._recorder.write(step)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
-        self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX])
+        self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX], sums.placed)
         return self._result(sums, is_applied=rate is not None)
 
     def _run_micro_steps(self, micro_batches: Sequence[MicroBatch]) -> None:

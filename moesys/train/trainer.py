@@ -110,7 +110,7 @@ class Trainer:
         is_writer = self.run.process.rank == 0
         begun = self._resume()
         self.start_up.mark("load")
-        self.backend, self.backend_reason = choose_backend(self.run, self._dtype())
+        self.found = choose_backend(self.run, self._dtype()) | self.train_step.placements.measure()
         self.yardstick = yardstick(self.run, self._dtype())
         begin_random_state(self.run, begun.resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
@@ -414,8 +414,7 @@ class Trainer:
     def _start_record(self, begun: Beginning) -> Record:
         return {
             **start_record(self.config, self.run.meshes.dims, self.run.process),
-            "expert_backend": self.backend,
-            "expert_backend_reason": self.backend_reason,
+            **self.found,
             **self.yardstick.fields(),
             **self.start_up.fields(),
             **planned_epochs(self.config, self.run.loader),

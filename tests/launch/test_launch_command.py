@@ -126,6 +126,37 @@ def test_64_nodes_whose_memory_is_impossible_are_refused_without_torch(
     assert main(["launch", *large, said[2], "--dry-run"]) == 0
 
 
+def test_memory_decides_how_many_experts_a_rank_may_copy_without_torch(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared_data(tmp_path / "data", train_tokens=10**9)
+    code = (
+        "import sys; from moesys.cli import main; code = main(sys.argv[1:]); "
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
+    large = [
+        *("launch", "cluster=h100_pyxis", "nodes=64", "model=qwen3_30b_a3b", words[-1]),
+        *("data.seq_len=4096", "train.micro_batch_tokens=4096", "train.recompute=layer"),
+        *("parallel.ep=128", f"train.global_batch_tokens={4096 * 512}", "--dry-run"),
+        *("placement=balanced", "placement.copies=null"),
+    ]
+    command = [sys.executable, "-c", code, *large, "cluster.gpu_memory_gib=20"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert "which must be at most the 20 GiB of a GPU" in done.stderr
+    assert main(large) == 0
+    said = capsys.readouterr().out
+    (copies,) = map(int, re.findall(r"# placement.copies, as many as fit: (\d+)", said))
+    (memory_gib,) = map(float, re.findall(r"by formula: (\d+\.\d) GiB", said))
+    assert 1 <= copies < 127
+    assert memory_gib <= 79.6
+    given = [word for word in large if word != "placement.copies=null"]
+    assert main([*given, f"placement.copies={copies + 1}"]) == 2
+    assert "which must be at most the 79.6 GiB" in capsys.readouterr().err
+    assert main([*words, "--dry-run", "parallel.ep=2", *large[-2:]]) == 2
+    assert "cluster.gpu_memory_gib" in capsys.readouterr().err
+
+
 def test_without_sbatch_the_other_ways_are_named(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

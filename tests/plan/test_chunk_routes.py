@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from moesys.plan.chunk_routes import (
     ROUTE_KINDS,
     ChunkRoute,
-    Links,
     chunk_route,
     fastest_route,
     in_order_of_arrival,
 )
+from moesys.plan.links import Link, Links
 from moesys.plan.placement import Placement, problems
 from tests.plan.placements import random_placement, seeds
 
@@ -91,14 +91,14 @@ def test_gates_of_a_node_take_turns():
     [(1.0, 1, "direct"), (0.0, 10**6, "relay"), (0.012, 10**6, "star")],
 )
 def test_the_links_decide(latency_s, chunk_bytes, fastest):
-    links = Links(inside_bytes_per_s=FAST, between_bytes_per_s=SLOW, latency_s=latency_s)
+    links = Links(inside=Link(latency_s, FAST), between=Link(latency_s, SLOW))
     assert fastest_route(everywhere(8), 2, chunk_bytes, links).kind == fastest
 
 
-def test_seconds_are_those_of_the_busiest_link_of_each_stage():
-    links = Links(inside_bytes_per_s=100.0, between_bytes_per_s=10.0, latency_s=0.5)
+def test_seconds_are_those_of_the_slowest_link_of_each_stage():
+    links = Links(inside=Link(0.25, 100.0), between=Link(0.5, 10.0))
     route: ChunkRoute = chunk_route(everywhere(8), 2, "star")
-    assert route.seconds(20, links) == pytest.approx(0.5 + 3 * 20 / 10 + 0.5 + 20 / 100)
+    assert route.seconds(20, links) == pytest.approx(0.5 + 3 * 20 / 10 + 0.25 + 20 / 100)
     slower = [
         fastest_route(everywhere(8), 2, size, links).seconds(size, links) for size in (1, 10, 100)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moesys.plan.links import Link, Links
 from moesys.train.metrics import MetricsLog, read_metrics
 from moesys.train.progress import LiveView, Pace, PlainView, console_view, load_bar, sparkline
 from moesys.train.sinks import TensorboardSink, WandbSink
@@ -253,14 +254,15 @@ def test_the_plain_view_prints_a_banner_and_a_line_per_interval() -> None:
     stream = io.StringIO()
     view = console_view("tiny", log_every_steps=5, stream=stream)
     assert isinstance(view, PlainView)
-    view.write(start())
+    view.write(start() | {"links": Links(Link(1e-5, 1e10), Link(2.5e-5, 1.25e9)).fields()})
     for step in range(1, 21):
         view.write(train(step, step_ms=30_000.0 if step in (1, 7) else 100.0, grad_norm=math.nan))
     view.write({"kind": "eval", "step": 20, "val_loss": 2.5, "val_bits_per_byte": 1.25})
     view.write({"kind": "stop", "step": 20, "reason": "finished"})
     view.close()
     lines = stream.getvalue().splitlines()
-    head, lines = "\n".join(lines[:6]), lines[6:]
+    head, lines = "\n".join(lines[:7]), lines[7:]
+    assert "links  inside nodes 80 Gbit/s after 10 us, between nodes 10 Gbit/s after 25 us" in head
     assert "grouped_mm (1.2 ms, loop 3.4 ms)" in head
     assert "note  skipped step_9: damaged" in head
     assert "12.3M parameters, 4M active" in head

@@ -5,11 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import moesys.train.placements as placements_module
 from moesys.config.dispatch_schema import DispatchConfig
-from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
+from moesys.config.placement_schema import PlacementConfig, PlacementPolicy, RouteKind
 from moesys.config.schema import Recompute, RunConfig
+from moesys.moe.layer_placement import LayerPlacement
+from moesys.plan.chunk_routes import ChunkRoute
+from moesys.plan.costs import expert_parameters
+from moesys.plan.links import Link, Links
 from moesys.plan.load_prediction import prediction_errors
-from moesys.testing.parity import Difference, Numbers, compare, parity
+from moesys.plan.placement import Placement
+from moesys.testing.parity import Difference, Numbers, compare, parity, train_small
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.record import _placement_fields
 from tests.train.coded import INT8, LSH, config
 
@@ -87,6 +95,73 @@ def test_a_prediction_is_compared_with_the_loads_of_the_step_that_it_was_for() -
         for fields, error_M in zip(others, expected, strict=True):
             assert fields["load_prediction_error_by_layer"] == pytest.approx(error_M)
             assert fields["load_prediction_error"] == pytest.approx(error_M.mean())
+
+
+def _kinds(rank: int, size: int, run_config: RunConfig, *each: Links) -> list[set[RouteKind]]:
+    """Of the routes of a step by each of the links, after one that knows no loads."""
+    placements_module.measured_links = lambda *_: each[0]  # type: ignore[assignment]
+    taken: list[ChunkRoute] = []
+    take = LayerPlacement.take
+
+    def kept(layer: LayerPlacement, placement: Placement, route: ChunkRoute, steps: int) -> None:
+        taken.append(route)
+        take(layer, placement, route, steps)
+
+    LayerPlacement.take = kept  # type: ignore[method-assign]
+    run = SmallRun(with_micro_steps(run_config, size, 1), size)
+    run.step()
+    found = []
+    for links in each:
+        run.train_step.placements._links = links
+        taken.clear()
+        run.step()
+        found.append({route.kind for route in taken if route.stages})
+    return found
+
+
+def test_routes_are_the_fastest_by_the_links_as_measured() -> None:
+    """A slow uplink is crossed once by a copy for two ranks; where stages cost more than bytes there is one."""
+    placement = PlacementConfig(policy="hecate", overlap_degree=2)
+    slow_uplinks = Links(inside=Link(0.0, 1e10), between=Link(0.0, 1e6))
+    late = Links(inside=Link(1.0, 1e10), between=Link(1.0, 1e10))
+    for kinds in run_ranks(_kinds, 4, spread(placement), slow_uplinks, late):
+        assert kinds == [{"star"}, {"direct"}]
+    fixed = replace(placement, route="relay")
+    for kinds in run_ranks(_kinds, 4, spread(fixed), slow_uplinks):
+        assert kinds == [{"relay"}]
+
+
+def _measured(rank: int, size: int, run_config: RunConfig, step_s: float) -> Numbers:
+    """With the first step's time ahead, and links and `step_s` made up."""
+    placements_module.AHEAD_STEPS = 1  # type: ignore[misc]
+    if step_s:
+        made_up = Links(inside=Link(0.0, 1e10), between=Link(0.0, 1e6))
+        placements_module.measured_links = lambda *_: made_up  # type: ignore[assignment]
+        # Of the ranks' mean.
+        LayerPlacement.taken_ahead_s = lambda _: [step_s * 2 * rank / 3, step_s * 2 * rank / 3]  # type: ignore[method-assign]
+    return train_small(rank, size, run_config, 2)
+
+
+@pytest.mark.parametrize("experts_in_time", [pytest.param(0, marks=pytest.mark.parity), 3.5])
+def test_an_overlap_degree_that_is_measured_changes_no_number(
+    experts_in_time: float, plain: list[Numbers]
+) -> None:
+    """And is that of the links and of the time that copies have: 3 in the time of three and a half, if these are made up."""
+    run_config = spread(PlacementConfig(policy="hecate", overlap_degree=None))
+    step_s = experts_in_time * 4 * expert_parameters(run_config.model) / 1e6
+    ranks = run_ranks(_measured, 4, run_config, step_s)
+    found = compare(ranks, plain[0])
+    assert not found.missing
+    assert found.figures < 1e-6
+    assert found.gradients < 1e-5
+    assert_copies_made(ranks, "hecate")
+    for numbers in ranks:
+        first, *others = (result.placement for result in numbers.results)
+        assert first is not None
+        assert first.overlap_degree is None
+        degrees = {figures and figures.overlap_degree for figures in others}
+        assert degrees == {3} if experts_in_time else degrees <= {*range(1, 9)}
+        assert _placement_fields(numbers.results[1])["overlap_degree"] in degrees
 
 
 @pytest.mark.parity
