@@ -146,6 +146,20 @@ def test_small_pieces_do_not_take_the_places_of_large_ones():
         assert loads_P.max() <= 1.1 * loads_P.mean()
 
 
+@settings(deadline=None, max_examples=300)
+@given(seeds(), st.integers(1, 12), st.integers(2, 4), st.integers(1, 4), st.integers(1, 4))
+def test_what_is_near_is_levelled_within_the_budget(rng, experts, nodes, per_node, copies):
+    """No rank gets a copy of what it owns, though other nodes have it too and may give of it."""
+    ranks = nodes * per_node
+    loads_E, owner_E = (
+        random_loads(rng, experts).astype(float),
+        random_owners(rng, experts, ranks),
+    )
+    near_ME = rng.random((1, experts)) < 0.5
+    (copies_PC,) = balancing_copies(loads_E[None], owner_E[None], ranks, per_node, copies, near_ME)
+    assert problems(placement_of(owner_E, copies_PC), copies) == []
+
+
 def test_ranks_of_a_node_share_what_is_near():
     """Expert 0 has three of eight ranks' load: on each of two nodes, more than a rank's."""
     loads_ME = np.array([[3.0, *[5 / 7] * 7]])

@@ -137,6 +137,15 @@ def test_an_uplink_of_a_node_or_of_each_rank() -> None:
     assert crossing_rows(loads_E, alone, loads_E, 2, 10.0) == pytest.approx((10 * 20) ** 0.5)
 
 
+def test_copies_that_weigh_more_than_they_take_stay_on_their_nodes() -> None:
+    loads_E, owner_E = np.array([300.0, 300, 50, 50, 50, 50, 0, 0]), even_owners(8, 4)
+    for rows_per_copy, crosses in ((np.inf, True), (100.0, True), (250.0, False)):
+        (placement,) = planned_placements(BALANCED, [loads_E], [owner_E], 4, 2, rows_per_copy)
+        away, _ = chunk_route(placement, 2, "star").crossing_chunks(0)
+        assert (away > 0) == crosses
+        assert placement.copies(1)
+
+
 def test_owners_change_so_that_copies_stay_on_their_nodes() -> None:
     """Both hot experts are of one node, the ranks of which can be level only with the other's help."""
     loads_M, owners_M = [np.array([300.0, 300, 50, 50, 50, 50, 0, 0])], [even_owners(8, 4)]

@@ -54,8 +54,10 @@ def test_an_expert_for_two_nodes_leaves_room_on_two() -> None:
 
 
 def test_experts_of_all_nodes_are_owned_by_as_many_on_each() -> None:
-    """Each sends its copies from its owner's uplink."""
-    loads_E = np.array([8.0, 7, 6, 5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1])
-    (owner_E,) = level_owners([loads_E], 8, 2, [loads_E > 4])
-    assert np.bincount(owner_E[:4] // 2, minlength=4).tolist() == [1, 1, 1, 1]
-    assert np.bincount(owner_E // 2).tolist() == [4, 4, 4, 4]
+    """Each sends its copies from its owner's uplink; also where a node has most of its places left, for it owns but one more."""
+    loads_E = np.array([8.0, *[1.8] * 11, *[1.0] * 4])
+    near_E = np.arange(16) >= 12
+    layers, all_near = [loads_E, *[np.full(16, 0.1)] * 3], [near_E, *[np.zeros(16, dtype=bool)] * 3]
+    owner_E = level_owners(layers, 8, 2, all_near)[0]
+    assert (owner_E[1:12] // 2 != owner_E[0] // 2).all()
+    assert np.bincount(owner_E[near_E] // 2, minlength=4).tolist() == [1, 1, 1, 1]
