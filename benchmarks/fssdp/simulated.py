@@ -34,7 +34,7 @@ from benchmarks.fssdp.loads import drawn, drifting, zipf_shares
 from benchmarks.fssdp.machines import CLUSTERS, LAYERS, Layer
 from benchmarks.results import ROOT, Cell
 from moesys.config.placement_schema import PlacementConfig
-from moesys.plan.expert_copies import planned_placements
+from moesys.plan.expert_copies import better_owners, planned_placements
 from moesys.plan.load_prediction import predicted_loads
 from moesys.plan.placement import Amounts, Integers, Placement, even_owners, owners_alone
 from moesys.plan.shares import Shares
@@ -53,7 +53,8 @@ def _preset(policy: str) -> PlacementConfig:
 
 
 PRESETS = {policy: _preset(policy) for policy in POLICIES}
-EPLB_STEPS = PRESETS["eplb"].every_steps
+OWNERS_STEPS = PRESETS["eplb"].every_steps
+"""Between looks for other owners, of all policies."""
 FIRST_STEP = 5
 """That is planned: all before are known."""
 
@@ -64,9 +65,9 @@ class Sizes:
 
     ranks: Sequence[int] = RANKS
     zipfs: Sequence[float] = ZIPFS
-    num_layers: int = 2
+    num_layers: int = 4
     ages: Sequence[int] = (6, 18)
-    """Of eplb's plan, in each simulated step: their mean is that of all of its steps."""
+    """Of the last look for other owners, in each simulated step: their mean is that of all steps until the next one."""
 
 
 QUICK = Sizes(ranks=RANKS[:2], zipfs=(0.0, 1.0), num_layers=1, ages=(12,))
@@ -181,7 +182,7 @@ def simulate(case: Case) -> dict[str, Found]:
     shape = len(case.ages), case.num_layers, case.groups
     found = {policy: Found.empty(*shape) for policy in POLICIES}
     for s, age in enumerate(case.ages):
-        step = FIRST_STEP + EPLB_STEPS + age
+        step = FIRST_STEP + OWNERS_STEPS + age
         planned = {policy: planned_ahead(case, policy, loads_WME[:step]) for policy in POLICIES}
         for m in range(case.num_layers):
             for g in range(case.groups):
@@ -194,7 +195,7 @@ def simulate(case: Case) -> dict[str, Found]:
 
 def _trace(case: Case, rng: np.random.Generator) -> tuple[Amounts, Integers]:
     """[W, M, E]: each expert's share of slots, and the slots that all groups sent it in the step."""
-    steps, layer = FIRST_STEP + 2 * EPLB_STEPS, case.layer
+    steps, layer = FIRST_STEP + 2 * OWNERS_STEPS, case.layer
     shares_E = zipf_shares(layer.num_experts, case.zipf, layer.top_k)
     shares_WME = np.stack([drifting(rng, steps, shares_E) for _ in range(case.num_layers)], axis=1)
     slots = case.slots * layer.micro_steps * case.num_ranks * case.groups
@@ -207,45 +208,61 @@ def planned_ahead(case: Case, policy: str, loads_WME: Integers) -> list[Placed]:
     if config.makes_copies and not config.plans_ahead:
         return []
 
-    def at(step: int) -> list[Placement]:
-        past_WME = loads_WME[:step]
-        return _placements(
-            case, config, predicted_loads(past_WME, config.predictor, config.window_steps)
-        )
+    def foretold(step: int) -> list[Amounts]:
+        return [*predicted_loads(loads_WME[:step], config.predictor, config.window_steps)]
 
+    owners_M = before_M = _even_owners(case)
+    if config.reshard_every_steps:
+        for look in range(FIRST_STEP, len(loads_WME) + 1, config.reshard_every_steps):
+            budget = case.num_ranks, PER_NODE, _copy_in_rows(case, config)
+            before_M = owners_M
+            owners_M = better_owners(config, foretold(look), owners_M, *budget) or owners_M
     as_of = len(loads_WME) - (len(loads_WME) - FIRST_STEP) % config.every_steps
-    now = at(as_of)
-    before = at(as_of - config.every_steps) if policy == "eplb" else now
-    return [_placed(case, config, *both) for both in zip(before, now, strict=True)]
+    now_M = _placements(case, config, foretold(as_of), owners_M)
+    if policy == "eplb":
+        last_M = _placements(case, config, foretold(as_of - config.every_steps), owners_M)
+        before_M = [placement.owner_E for placement in last_M]
+    return [_placed(case, config, *both) for both in zip(before_M, now_M, strict=True)]
 
 
 def _after_routing(case: Case, policy: str, counts_PE: Integers) -> Placed:
     """Decided by a group's rows."""
-    loads_1E = counts_PE.sum(0, keepdims=True).astype(np.float64)
-    (placement,) = _placements(case, PRESETS[policy], loads_1E)
-    return _placed(case, PRESETS[policy], placement, placement)
+    loads_E, owner_E = counts_PE.sum(0).astype(np.float64), _even_owners(case)[0]
+    (placement,) = _placements(case, PRESETS[policy], [loads_E], [owner_E])
+    return _placed(case, PRESETS[policy], owner_E, placement)
 
 
-def _placed(case: Case, config: PlacementConfig, before: Placement, placement: Placement) -> Placed:
-    """A step pays its part of what moved since the plan before."""
+def _placed(
+    case: Case, config: PlacementConfig, before_E: Integers, placement: Placement
+) -> Placed:
+    """A step pays its part of what moved at the last look for other owners."""
     routes = routes_of(placement, PER_NODE)
-    owners = before.owner_E, placement.owner_E
+    owners = before_E, placement.owner_E
     waited = {
         cluster.name: waited_seconds(cluster, case.layer, routes, config.plans_ahead)
-        + moving_seconds(cluster, case.layer, *owners, case.num_ranks) / config.every_steps
+        + moving_seconds(cluster, case.layer, *owners, case.num_ranks) / OWNERS_STEPS
         for cluster in CLUSTERS
     }
     return Placed(placement=placement, waited=waited)
 
 
-def _placements(case: Case, config: PlacementConfig, loads_ME: Amounts) -> list[Placement]:
+def _placements(
+    case: Case, config: PlacementConfig, loads_M: list[Amounts], owners_M: list[Integers]
+) -> list[Placement]:
     """As training plans them."""
-    owner_E = even_owners(case.layer.num_experts, case.num_ranks)
     if not config.makes_copies:
-        return [owners_alone(owner_E, case.num_ranks)] * len(loads_ME)
-    owners_M = [owner_E] * len(loads_ME)
-    near = rows_per_copy(case.layer) * case.groups if config.near else math.inf
-    return planned_placements(config, list(loads_ME), owners_M, case.num_ranks, PER_NODE, near)
+        return [owners_alone(owner_E, case.num_ranks) for owner_E in owners_M]
+    budget = case.num_ranks, PER_NODE, _copy_in_rows(case, config)
+    return planned_placements(config, loads_M, owners_M, *budget)
+
+
+def _even_owners(case: Case) -> list[Integers]:
+    return [even_owners(case.layer.num_experts, case.num_ranks)] * case.num_layers
+
+
+def _copy_in_rows(case: Case, config: PlacementConfig) -> float:
+    """As training counts them: of all groups, whose loads are planned together."""
+    return rows_per_copy(case.layer) * case.groups if config.near else math.inf
 
 
 def _serve(

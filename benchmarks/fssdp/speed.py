@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.fabric.layout import Layout
 from benchmarks.fabric.told import told_by_rank_0
-from benchmarks.fssdp.simulated import EPLB_STEPS
+from benchmarks.fssdp.simulated import OWNERS_STEPS
 from benchmarks.fssdp.traces import Loads, write_run
 from benchmarks.kept import KeptParts
 from benchmarks.results import Cell
@@ -35,6 +35,7 @@ PLACED = {
     "eplb": ["placement=eplb", COPIES],
 }
 """Overrides of each."""
+OWNERS_STAY = (PLAIN, "everywhere")
 UNIFORM = "uniform"
 FIRST_STEPS = 2
 """The first step knows no loads, and before the second all is placed for the first time."""
@@ -96,8 +97,8 @@ def speed_rows(
 
 
 def placed(told: Sequence[Mapping[str, Any]]) -> dict[str, Placed]:
-    """Means by policy. What EPLB's rearrangement takes, the first being as good as any, is shared out over the steps between
-    two. Pure."""
+    """Means by policy. What it takes to move experts to other owners, the first time being as good as any, is shared out over the
+    steps between two looks for such. Pure."""
     by_name: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in told:
         by_name[record["variant"]].append(record)
@@ -107,8 +108,8 @@ def placed(told: Sequence[Mapping[str, Any]]) -> dict[str, Placed]:
             key: statistics.fmean(record[key] for record in later)
             for key in Placed.__dataclass_fields__
         }
-        if name == "eplb":
-            means["step_ms"] += max(0.0, first["step_ms"] - means["step_ms"]) / EPLB_STEPS
+        if name not in OWNERS_STAY:
+            means["step_ms"] += max(0.0, first["step_ms"] - means["step_ms"]) / OWNERS_STEPS
         found[name] = Placed(**means)
     return found
 

@@ -16,7 +16,7 @@ READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "tolerance": ("balanced",),
         "spare": ("balanced",),
         "near": ("balanced",),
-        "overlap_degree": ("balanced", "hecate"),
+        "overlap_degree": ("hecate",),
         "reshard_every_steps": ("balanced", "hecate"),
         **dict.fromkeys(
             ("every_steps", "predictor", "window_steps"), ("balanced", "hecate", "eplb")
@@ -146,11 +146,6 @@ def placement_warnings(config: RunConfig) -> Iterator[str]:
         value = "null" if value is None else value
         if placement.policy not in READERS.get(key, COPYING):
             yield f"placement.{key}={value} has no effect with placement.policy={placement.policy}"
-        elif key == "overlap_degree" and not placement.reads_overlap_degree:
-            yield (
-                f"placement.{key}={value} has no effect with placement.policy={placement.policy} and "
-                "placement.reshard_every_steps=0"
-            )
     if placement.predictor in ("last", "exponential") and placement.plans_ahead:
         default = PlacementConfig.__dataclass_fields__["window_steps"].default
         if placement.window_steps != default:

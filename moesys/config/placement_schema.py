@@ -28,16 +28,17 @@ class PlacementConfig:
     """balanced: in a layer that has copies a rank holds at least so many, of up to copies: those that level the predicted loads, and
     others in case loads come otherwise. In groups of up to 64 ranks."""
     near: bool = True
-    """balanced: an expert of which a node has more rows than a copy and its gradient are bytes gets a copy there, so that the
-    rows need not leave it; where no codec leaves open how many rows there are."""
+    """balanced: bytes between nodes count, where no codec leaves open how many rows there are. An expert of which a node has more
+    rows than a copy and its gradient are bytes may get a copy there, so that the rows need not leave it; one on another node
+    must take as many rows off its owner."""
     overlap_degree: int | None = 8
     """hecate: so many of each layer's hottest experts have copies. When owners change, the others are spread by their loads.
-    null = as many as travel while what comes before a layer's experts is computed, as measured in the first steps."""
+    null = as many as travel before a layer's experts need them, as measured in the first steps."""
     every_steps: int = 1
     """Optimizer steps between plans; until the next one the same experts are copied. Not of everywhere, which plans in the step."""
     reshard_every_steps: int = 0
-    """Optimizer steps between looks whether other owners, to whom experts move with their optimizer states, would level the
-    loads better (Hecate's algorithm 2, every 100); a multiple of every_steps. 0 = never."""
+    """Optimizer steps between looks whether with other owners, to whom experts move with their optimizer states, steps would take
+    less time (balanced: nodes with equal loads; hecate: its algorithm 2); a multiple of every_steps. 0 = never."""
     predictor: Predictor = "exponential"
     """From the loads of the steps before to the next step's: mean of the last window_steps; exponential mean; last; slope =
     a line through them, as far as that was right before."""
@@ -65,10 +66,3 @@ class PlacementConfig:
     def plans_ahead(self) -> bool:
         """Whether copies are planned before a step, from the loads of those before."""
         return self.policy in ("balanced", "hecate", "eplb")
-
-    @property
-    def reads_overlap_degree(self) -> bool:
-        """Whether anything hangs on it."""
-        return self.policy == "hecate" or (
-            self.policy == "balanced" and self.reshard_every_steps > 0
-        )

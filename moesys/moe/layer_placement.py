@@ -31,7 +31,8 @@ class LayerPlacement:
         self.later: LayerPlacement | None = None
         self.ahead_s: list[float] = []
         """Of training forwards, for how long copies might be on their way before they are needed."""
-        self._since_s: float | None = None
+        self._entered_s = 0.0
+        self._ahead_from_s: float | None = None
         self.own(owner_E)
 
     def own(self, owner_E: Integers) -> None:
@@ -59,8 +60,7 @@ class LayerPlacement:
 
     def enter(self) -> None:
         """The forward of its block begins. Collective."""
-        if self._since_s is None:
-            self._since_s = time.perf_counter()
+        self._entered_s = time.perf_counter()
         self.begin()
 
     def begin(self) -> None:
@@ -70,7 +70,7 @@ class LayerPlacement:
 
     def begin_ahead(self) -> None:
         """Where nothing was gathered in this step: a recomputation of the block before comes when copies may be gone. Collective."""
-        self._since_s = time.perf_counter()
+        self._ahead_from_s = time.perf_counter()
         if self._copies is not None and not self._copies.was_begun:
             self.begin()
 
@@ -78,9 +78,7 @@ class LayerPlacement:
         """Who serves the rows of one forward, of which each rank has so many."""
         if not self.experts.training:
             return self._without
-        if self._since_s is not None:
-            self.ahead_s.append(time.perf_counter() - self._since_s)
-            self._since_s = None
+        self.ahead_s.append(time.perf_counter() - (self._ahead_from_s or self._entered_s))
         if self._plan is not None:
             self.take(*self._plan(counts_PE.sum(0)), self._backwards)
             self._plan = None

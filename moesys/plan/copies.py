@@ -1,7 +1,8 @@
 """Which ranks hold copies of which experts for a step, so that all have about equal loads. Pure.
 
 Shapes: M MoE layers, E experts, P ranks (`per_node` of each node one after another), C copies that a rank may hold of each layer,
-X pieces of loads (donations) that overloaded ranks give away, Y ranks with room.
+I items: experts at their owners, and copies near the rows; X pieces of their loads that overloaded ranks give away, Y ranks with
+room.
 
 Loads of all layers are planned at once: each layer, or each node of each layer, is a line of its own in flat arrays.
 """
@@ -12,9 +13,9 @@ from numpy.typing import NDArray
 from moesys.plan.lines import begins
 from moesys.plan.placement import Amounts, Integers, Nodes
 
-LEAST = 0.01
-"""Of a rank's mean load: a smaller piece is not worth a copy."""
-ROUNDS = 3
+LEAST = (0.2, 0.05, 0.01)
+"""Of a rank's mean load: pieces that are laid in each round. Small ones would take the places that large ones want; the smallest
+are not worth a copy."""
 
 
 def balancing_copies(
@@ -25,6 +26,7 @@ def balancing_copies(
     most_copies: int,
     near_ME: NDArray[np.bool_] | None = None,
     tolerance: float = 0.0,
+    far_load: float = 0.0,
 ) -> Integers:
     """int64 [M, P, C], -1 = none: the hottest experts of ranks with too much, on ranks with room, on their own node first.
 
@@ -33,9 +35,11 @@ def balancing_copies(
     is a share, gets no more.
 
     What overloaded ranks then have above the mean, expert by expert from the hottest, is laid on a line beside the room of the
-    others, the largest beside the largest. Where a piece lies beside a rank's room the rank gets a copy, so that about as few
-    are made as there are pieces and ranks with room; a rank takes `most_copies` at most, and what is then left is laid
-    again.
+    others, the largest beside the largest, on each node and then over all. Where a piece lies beside a rank's room the rank gets
+    a copy, so that about as few are made as there are pieces and ranks with room; a rank takes `most_copies` at most, and what
+    is then left, and what was too small, is laid again (`LEAST`). Over all nodes the ranks of each lie beside each other, those
+    of the node with the most room first, so that few copies cross; a node that would get less than `far_load` of an expert gets
+    nothing of it.
     """
     state = _State(loads_ME, owner_ME, num_ranks, per_node, most_copies)
     if most_copies == 0 or num_ranks == 1:
@@ -44,11 +48,12 @@ def balancing_copies(
         state.bring_near(near_ME)
     state.find_room(tolerance)
     layer_M1 = np.arange(len(loads_ME))[:, None]
-    if 1 < per_node < num_ranks:
-        state.lay(layer_M1 * state.nodes.number + state.nodes.node_P)
-    for _ in range(ROUNDS):
-        if not state.lay(np.broadcast_to(layer_M1, state.used_MP.shape)):
-            break
+    layer_MP = np.broadcast_to(layer_M1, state.used_MP.shape)
+    node_MP = layer_M1 * state.nodes.number + state.nodes.node_P
+    for least in LEAST:
+        if 1 < per_node < num_ranks:
+            state.lay(least, node_MP, node_MP)
+        state.lay(least, layer_MP, state.by_room_MP(), far_load if per_node < num_ranks else 0.0)
     return state.copies_MPC
 
 
@@ -63,14 +68,13 @@ class _State:
         per_node: int,
         most_copies: int,
     ) -> None:
-        layers = len(loads_ME)
+        layers, num_experts = loads_ME.shape
         self.owner_ME = owner_ME
         self.nodes = Nodes(num_ranks=num_ranks, per_node=per_node)
-        mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
-        self.at_owner_ME = loads_ME / mean_M1
-        """Of each expert's load what its owner has."""
-        self.elsewhere_MP = np.zeros((layers, num_ranks))
-        """What each rank has of other ranks' experts, by copies near the rows."""
+        self.mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
+        self.expert_MI = np.broadcast_to(np.arange(num_experts), loads_ME.shape)
+        self.rank_MI = owner_ME
+        self.load_MI = loads_ME / self.mean_M1
         self.used_MP = np.zeros((layers, num_ranks), dtype=np.int64)
         """Copies that each rank has."""
         self.copies_MPC = np.full((layers, num_ranks, most_copies), -1, dtype=np.int64)
@@ -78,89 +82,121 @@ class _State:
     def bring_near(self, near_ME: NDArray[np.bool_]) -> None:
         """These experts to a rank of every node: from the first rank to the last and back, the hottest first."""
         near_M, nodes = near_ME.sum(1), self.nodes
-        most = min(int(near_M.max()), nodes.per_node * self.copies_MPC.shape[2])
-        by_load_ME = np.argsort(np.where(near_ME, -self.at_owner_ME, 1.0), axis=1, kind="stable")
-        layer_M, node_N = np.arange(len(near_M)), np.arange(nodes.number)
-        for turn in range(most):
+        layers, num_ranks, most = self.copies_MPC.shape
+        turns = min(int(near_M.max()), nodes.per_node * most)
+        by_load_ME = np.argsort(np.where(near_ME, -self.load_MI, 1.0), axis=1, kind="stable")
+        layer_M, node_N = np.arange(layers), np.arange(nodes.number)
+        shape = layers, turns, nodes.number
+        expert_MTN, rank_MTN = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        load_MTN = np.zeros(shape)
+        for turn in range(turns):
             there, place = divmod(turn, nodes.per_node)
             rank_N = node_N * nodes.per_node + (
                 place if there % 2 == 0 else nodes.per_node - 1 - place
             )
             expert_M = by_load_ME[:, turn]
-            owner_M = self.owner_ME[layer_M, expert_M]
-            is_away_MN = (nodes.node_P[owner_M][:, None] != node_N) & (turn < near_M)[:, None]
-            layer_T, node_T = np.nonzero(is_away_MN & (rank_N < self.used_MP.shape[1]))
-            rank_T, expert_T = rank_N[node_T], expert_M[layer_T]
-            part_M = self.at_owner_ME[layer_M, expert_M] / nodes.number
-            self._hold(layer_T * self.used_MP.shape[1] + rank_T, expert_T)
-            self.elsewhere_MP[layer_T, rank_T] += part_M[layer_T]
-            np.subtract.at(self.at_owner_ME, (layer_T, expert_T), part_M[layer_T])
+            node_M = nodes.node_P[self.owner_ME[layer_M, expert_M]]
+            part_M = self.load_MI[layer_M, expert_M] / nodes.number
+            is_away_MN = (node_M[:, None] != node_N) & (turn < near_M)[:, None]
+            m, n = np.nonzero(is_away_MN & (rank_N < num_ranks))
+            at = m, turn, n
+            expert_MTN[at], rank_MTN[at], load_MTN[at] = expert_M[m], rank_N[n], part_M[m]
+            self._hold(m * num_ranks + rank_N[n], expert_M[m])
+            np.subtract.at(self.load_MI, (m, expert_M[m]), part_M[m])
+        self.expert_MI = np.concatenate([self.expert_MI, expert_MTN.reshape(layers, -1)], axis=1)
+        self.rank_MI = np.concatenate([self.rank_MI, rank_MTN.reshape(layers, -1)], axis=1)
+        self.load_MI = np.concatenate([self.load_MI, load_MTN.reshape(layers, -1)], axis=1)
 
     def find_room(self, tolerance: float) -> None:
-        """Which ranks have too much, and of which experts, and which have room."""
+        """Which ranks have too much, and of which items, and which have room."""
         layers, num_ranks = self.used_MP.shape
-        rank_of_all = self.owner_ME + np.arange(layers)[:, None] * num_ranks
-        own_X = np.bincount(rank_of_all.ravel(), self.at_owner_ME.ravel(), layers * num_ranks)
-        has_MP = own_X.reshape(layers, num_ranks) + self.elsewhere_MP
+        rank_of_all = self.rank_MI + np.arange(layers)[:, None] * num_ranks
+        has_X = np.bincount(rank_of_all.ravel(), self.load_MI.ravel(), layers * num_ranks)
+        has_MP = has_X.reshape(layers, num_ranks)
         is_level_M1 = has_MP.max(1, keepdims=True) <= 1.0 + tolerance
         over_MP = np.where(is_level_M1, 0.0, np.maximum(has_MP - 1.0, 0.0))
-        self.over_ME = _hottest_first(self.at_owner_ME, self.owner_ME, over_MP)
-        """Of each expert's load what its owner wants to give away."""
+        self.over_MI = _hottest_first(self.load_MI, self.rank_MI, over_MP)
+        """Of each item's load what its rank wants to give away."""
         self.room_MP = np.maximum(1.0 - has_MP, 0.0)
 
-    def lay(self, line_MP: Integers) -> bool:
-        """Once, every line by itself; return whether anything found a place."""
+    def lay(
+        self, least: float, line_MP: Integers, stretch_MP: Integers, far_load: float = 0.0
+    ) -> None:
+        """Once, every line by itself, with room stretch by stretch."""
         _, num_ranks, most = self.copies_MPC.shape
-        line_ME = np.take_along_axis(line_MP, self.owner_ME, axis=1)
+        line_MI = np.take_along_axis(line_MP, self.rank_MI, axis=1)
         # Places in the arrays, flat.
-        at_X = np.flatnonzero(self.over_ME > LEAST)
-        line_X = line_ME.ravel()[at_X]
+        at_X = np.flatnonzero(self.over_MI > least)
+        line_X = line_MI.ravel()[at_X]
         is_used = np.zeros(int(line_MP[-1, -1]) + 1, dtype=np.bool_)
         is_used[line_X] = True
-        has_room_MP = is_used[line_MP] & (self.room_MP > LEAST) & (self.used_MP < most)
+        has_room_MP = is_used[line_MP] & (self.room_MP > least) & (self.used_MP < most)
         at_Y = np.flatnonzero(has_room_MP)
         if not len(at_X) or not len(at_Y):
-            return False
+            return
         line_Y = line_MP.ravel()[at_Y]
-        over_X, room_Y = self.over_ME.ravel()[at_X], self.room_MP.ravel()[at_Y]
+        stretch_Y = stretch_MP.ravel()[at_Y]
+        over_X, room_Y = self.over_MI.ravel()[at_X], self.room_MP.ravel()[at_Y]
         # Lines lie after one another, each longer than anything on it.
         far = 2.0 * num_ranks
         by_size_X = np.argsort(line_X * far - over_X, kind="stable")
-        by_size_Y = np.argsort(line_Y * far - room_Y, kind="stable")
+        by_size_Y = _by_stretch(stretch_Y, room_Y)
         at_X, line_X, over_X = at_X[by_size_X], line_X[by_size_X], over_X[by_size_X]
         at_Y, line_Y, room_Y = at_Y[by_size_Y], line_Y[by_size_Y], room_Y[by_size_Y]
         begin_X, begin_Y = begins(over_X, line_X), begins(room_Y, line_Y)
         end_X, end_Y = begin_X + over_X, begin_Y + room_Y
         first_Y = np.searchsorted(begin_X + line_X * far, begin_Y + line_Y * far, side="right") - 1
-        free_Y = most - self.used_MP.ravel()[at_Y]
-        found = False
+        from_Y, to_Y, least_Y = begin_Y, end_Y, None
+        if far_load:
+            from_Y, to_Y = _of_stretches(begin_Y, end_Y, stretch_Y[by_size_Y])
+            least_Y = far_load / self.mean_M1[at_Y // num_ranks, 0]
         for step in range(most):
             piece_Y = np.minimum(first_Y + step, len(over_X) - 1)
             taken_Y = np.minimum(end_X[piece_Y], end_Y) - np.maximum(begin_X[piece_Y], begin_Y)
-            is_taken_Y = (taken_Y > LEAST) & (free_Y > 0) & (line_X[piece_Y] == line_Y)
+            is_taken_Y = (taken_Y > least) & (line_X[piece_Y] == line_Y)
             if step:
-                is_taken_Y &= first_Y + step < len(over_X)
+                is_taken_Y &= (first_Y + step < len(over_X)) & (self.used_MP.ravel()[at_Y] < most)
+            if least_Y is not None:
+                there_Y = np.minimum(end_X[piece_Y], to_Y) - np.maximum(begin_X[piece_Y], from_Y)
+                is_taken_Y &= there_Y >= least_Y
+            if self.rank_MI is not self.owner_ME:
+                is_taken_Y &= self._owner_X(at_X)[piece_Y] != at_Y % num_ranks
             y = np.flatnonzero(is_taken_Y)
             if not len(y):
                 continue
-            found = True
-            self._take(at_Y[y], at_X[piece_Y[y]], taken_Y[y])
-            free_Y[y] = most - self.used_MP.ravel()[at_Y[y]]
-        return found
+            self._move(at_Y[y], at_X[piece_Y[y]], taken_Y[y])
 
-    def _take(self, at_T: Integers, expert_at_T: Integers, amount_T: Amounts) -> None:
-        """Each rank at most once; by flat places in [M, P] and [M, E]."""
-        expert_T = expert_at_T % self.over_ME.shape[1]
-        held_TC = self.copies_MPC.reshape(-1, self.copies_MPC.shape[2])[at_T]
-        is_new_T = ~(held_TC == expert_T[:, None]).any(1)
-        self._hold(at_T[is_new_T], expert_T[is_new_T])
+    def by_room_MP(self) -> Integers:
+        """Nodes of all layers by number: of each layer those with the most room first."""
+        layers, number = len(self.room_MP), self.nodes.number
+        is_free_MP = self.used_MP < self.copies_MPC.shape[2]
+        firsts = np.arange(0, self.room_MP.shape[1], self.nodes.per_node)
+        room_MN = np.add.reduceat(self.room_MP * is_free_MP, firsts, axis=1)
+        place_MN = np.empty((layers, number), dtype=np.int64)
+        places_MN = np.arange(layers * number).reshape(layers, number)
+        np.put_along_axis(place_MN, np.argsort(-room_MN, axis=1, kind="stable"), places_MN, axis=1)
+        return place_MN.repeat(self.nodes.per_node, axis=1)[:, : self.room_MP.shape[1]]
+
+    def _owner_X(self, at_X: Integers) -> Integers:
+        """Of the experts of items, by flat places in [M, I]."""
+        return self.owner_ME[at_X // self.expert_MI.shape[1], self.expert_MI.ravel()[at_X]]
+
+    def _move(self, at_T: Integers, item_T: Integers, amount_T: Amounts) -> None:
+        """From items to each rank at most once; by flat places in [M, P] and [M, I]."""
+        self._hold(at_T, self.expert_MI.ravel()[item_T])
         self.room_MP.reshape(-1)[at_T] -= amount_T
-        taken_X = np.bincount(expert_at_T, amount_T, self.over_ME.size)
-        self.over_ME -= taken_X.reshape(self.over_ME.shape)
+        moved_X = np.bincount(item_T, amount_T, self.over_MI.size)
+        self.over_MI -= moved_X.reshape(self.over_MI.shape)
 
     def _hold(self, at_T: Integers, expert_T: Integers) -> None:
-        used, slots = self.used_MP.reshape(-1), self.copies_MPC.shape[2]
-        self.copies_MPC.reshape(-1)[at_T * slots + used[at_T]] = expert_T
+        """A copy more on each of these ranks, flat in [M, P], that has none of the expert."""
+        used, most = self.used_MP.reshape(-1), self.copies_MPC.shape[2]
+        is_new_T = used[at_T] == 0
+        some = np.flatnonzero(~is_new_T)
+        held_XC = self.copies_MPC.reshape(-1, most)[at_T[some]]
+        is_new_T[some] = (held_XC != expert_T[some, None]).all(1)
+        at_T, expert_T = at_T[is_new_T], expert_T[is_new_T]
+        self.copies_MPC.reshape(-1)[at_T * most + used[at_T]] = expert_T
         used[at_T] += 1
 
 
@@ -176,3 +212,19 @@ def _hottest_first(loads_ME: Amounts, owner_ME: Integers, over_MP: Amounts) -> A
     given_ME = np.zeros_like(loads_ME)
     given_ME[layer_X[order], expert_X[order]] = np.clip(left_X, 0.0, load_X)
     return given_ME
+
+
+def _of_stretches(begin_Y: Amounts, end_Y: Amounts, stretch_Y: Integers) -> tuple[Amounts, Amounts]:
+    """Where the stretch of each begins and ends; those of a stretch are next to each other."""
+    first_N = np.flatnonzero(np.diff(stretch_Y, prepend=-1))
+    number_N = np.diff(first_N, append=len(stretch_Y))
+    return begin_Y[first_N].repeat(number_N), end_Y[first_N + number_N - 1].repeat(number_N)
+
+
+def _by_stretch(stretch_Y: Integers, room_Y: Amounts) -> Integers:
+    """An order in which those of a stretch are next to each other, the ones with the most room first."""
+    # Numbers of 16 bits are sorted by radix, ten times as fast.
+    by_room_Y = np.argsort(((1.0 - room_Y) * 65535).astype(np.uint16), kind="stable")
+    stretch_Y = stretch_Y[by_room_Y]
+    short = stretch_Y.max() < 2**16
+    return by_room_Y[np.argsort(stretch_Y.astype(np.uint16) if short else stretch_Y, kind="stable")]

@@ -15,6 +15,7 @@ from moesys.config.schema import RunConfig
 from moesys.plan.copies import balancing_copies
 from moesys.plan.costs import expert_parameters
 from moesys.plan.crossing import crossing_rows
+from moesys.plan.level_owners import level_owners
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.repair import GOOD, expected_loads, repaired
 from moesys.plan.replication import replicated
@@ -23,17 +24,16 @@ from moesys.plan.spare_copies import with_spare
 from moesys.plan.sparse_materialization import hottest_everywhere, sparse_materialization
 
 FP32 = 4
-REPAIRED_RANKS = 64
-"""Of at most so many, each layer's copies are changed one by one once more: on 64 ranks with 256 experts it takes 10 ms a layer, and
-lowers the busiest rank from 1.1 means to 1.03."""
+MOST_RANKS = 64
+"""Groups of at most so many choose the experts that are near, and change each layer's copies one by one once more: on 64 ranks
+with 256 experts both take 8 ms a layer."""
 REPAIR_STEPS = 16
-NEAR_TIMES = (2, 4)
-"""Experts of which a node has so many times the rows that a copy and its gradient weigh may come near, all or none of them,"""
-NEAR_GAIN = 0.1
-"""where that saves so large a part of what crosses the busiest uplink, times the busiest rank's load. Bytes are not all: copies leave
-their owners' links at once, and rows leave all."""
+NEAR_TIMES = (4, 2, 1)
+"""Experts of which a node has so many times the rows that a copy and its gradient weigh may come near, all or none of them."""
+COST_SWEEPS = 4
+"""Of levelling, to compare plans: all of them take three times as long, and choose alike."""
 WORTH = 0.02
-"""Of the busiest ranks' rows, that other owners must save: experts move with all of their optimizer states."""
+"""Of a step (`_cost`), that other owners must save: experts move with all of their optimizer states."""
 
 
 def planned_placements(
@@ -48,8 +48,8 @@ def planned_placements(
     with `policy=eplb`.
 
     Args:
-        rows_per_copy: of which a node must have more for an expert (a step's loads are over all ranks) to get a copy of it that
-            no level loads ask for.
+        rows_per_copy: of a step's rows over all ranks, that are as many bytes as a copy of their expert and its gradient: a copy
+            on another node must take as many off the owner's. Infinite = not known, copies count as nothing.
     """
     if config.policy == "eplb":
         return [replicated(loads_E, num_ranks, per_node, config.most_copies) for loads_E in loads_M]
@@ -63,9 +63,10 @@ def planned_placements(
             layers, loads_ME, owner_ME, copies_MPC, strict=True
         ):
             placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
-            if config.policy == "balanced" and num_ranks <= REPAIRED_RANKS:
-                good = max(GOOD, 1 + config.tolerance)
-                placement = repaired(loads_E, placement, config.most_copies, REPAIR_STEPS, good)
+            if config.policy == "balanced" and num_ranks <= MOST_RANKS:
+                good, far = max(GOOD, 1 + config.tolerance), _far_load(rows_per_copy)
+                limits = config.most_copies, REPAIR_STEPS, good, per_node, far
+                placement = repaired(loads_E, placement, *limits)
                 if (placement.copies_PC >= 0).any():
                     placement = with_spare(loads_E, placement, per_node, config.spare)
             placements[layer] = placement
@@ -80,21 +81,28 @@ def better_owners(
     per_node: int,
     rows_per_copy: float = math.inf,
 ) -> list[Integers] | None:
-    """Other owners (plan/sharding.py) if with these, and the copies that would be planned, the busiest ranks of all layers had
-    less to do; None if not by `WORTH`."""
-    assert config.overlap_degree is not None, "a measured one is filled in"
-    others_M = heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)
+    """Other owners (Hecate's, plan/sharding.py, or of `balanced` those of plan/level_owners.py) with which, and the copies that
+    would be planned, steps took less time; None if not by `WORTH`."""
+    budget = num_ranks, per_node, rows_per_copy
 
-    def busiest(owners_M: Sequence[Integers]) -> float:
-        placements = planned_placements(
-            config, loads_M, owners_M, num_ranks, per_node, rows_per_copy
-        )
+    def cost(owners_M: Sequence[Integers]) -> float:
+        placements = planned_placements(config, loads_M, owners_M, *budget)
         return sum(
-            float(expected_loads(loads_E, placement)[1].max())
+            _cost(loads_E, placement, per_node, rows_per_copy)
             for loads_E, placement in zip(loads_M, placements, strict=True)
         )
 
-    return others_M if busiest(others_M) < (1 - WORTH) * busiest(owners_M) else None
+    if config.policy == "balanced":
+        choices = [
+            level_owners(loads_M, num_ranks, per_node, near_M)
+            for near_M in _near_choices(loads_M, *budget)
+        ]
+    else:
+        assert config.overlap_degree is not None, "a measured one is filled in"
+        choices = [heterogeneous_sharding(loads_M, num_ranks, per_node, config.overlap_degree)]
+    costs = [cost(others_M) for others_M in choices]
+    best = int(np.argmin(costs))
+    return choices[best] if costs[best] < (1 - WORTH) * cost(owners_M) else None
 
 
 def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
@@ -160,27 +168,55 @@ def _balanced(
     per_node: int,
     rows_per_copy: float,
 ) -> Integers:
-    """With the experts near that make the least of what crosses the busiest uplink, times the busiest rank's load."""
+    """With the experts near with which a step costs least."""
+    limits = config.tolerance, _far_load(rows_per_copy)
 
-    def planned(near_ME: NDArray[np.bool_] | None) -> Integers:
+    def planned(near_ME: NDArray[np.bool_]) -> Integers:
         budget = num_ranks, per_node, config.most_copies
-        return balancing_copies(loads_ME, owner_ME, *budget, near_ME, config.tolerance)
-
-    found_MPC = planned(None)
-    if not (math.isfinite(rows_per_copy) and per_node < num_ranks <= REPAIRED_RANKS):
-        return found_MPC
+        return balancing_copies(loads_ME, owner_ME, *budget, near_ME, *limits)
 
     def cost(layer: int, copies_PC: Integers) -> float:
-        loads_E, owner_E = loads_ME[layer], owner_ME[layer]
-        crossing = crossing_rows(loads_E, owner_E, copies_PC, per_node, rows_per_copy)
-        placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
-        return crossing * float(expected_loads(loads_E, placement)[1].max())
+        placement = Placement(owner_E=owner_ME[layer], copies_PC=copies_PC)
+        return _cost(loads_ME[layer], placement, per_node, rows_per_copy)
 
-    rows_of_node_ME = loads_ME * (per_node / num_ranks)
-    for times in NEAR_TIMES:
-        near_ME = rows_of_node_ME > times * rows_per_copy
+    none_M, *others = _near_choices([*loads_ME], num_ranks, per_node, rows_per_copy)
+    found_MPC, least = planned(np.stack(none_M)), dict[int, float]()
+    for near_ME in map(np.stack, others):
         other_MPC = planned(near_ME)
         for layer in np.flatnonzero(near_ME.any(1)).tolist():
-            if cost(layer, other_MPC[layer]) < (1 - NEAR_GAIN) * cost(layer, found_MPC[layer]):
-                found_MPC[layer] = other_MPC[layer]
+            if layer not in least:
+                least[layer] = cost(layer, found_MPC[layer])
+            other = cost(layer, other_MPC[layer])
+            if other < least[layer]:
+                found_MPC[layer], least[layer] = other_MPC[layer], other
     return found_MPC
+
+
+def _near_choices(
+    loads_M: Sequence[Amounts], num_ranks: int, per_node: int, rows_per_copy: float
+) -> list[list[NDArray[np.bool_]]]:
+    """[M][E]: which experts all nodes may have; first none, and each other than the one before."""
+    choices = [[np.zeros(len(loads_E), dtype=np.bool_) for loads_E in loads_M]]
+    if math.isfinite(rows_per_copy) and per_node < num_ranks <= MOST_RANKS:
+        for times in NEAR_TIMES:
+            rows = times * rows_per_copy * num_ranks / per_node
+            near_M = [loads_E > rows for loads_E in loads_M]
+            if any((a != b).any() for a, b in zip(near_M, choices[-1], strict=True)):
+                choices.append(near_M)
+    return choices
+
+
+def _cost(loads_E: Amounts, placement: Placement, per_node: int, rows_per_copy: float) -> float:
+    """What a step's time goes with, as far as anybody knows who knows no rates: the busiest rank's load, and what crosses the
+    busiest uplink, the geometric mean of both."""
+    amounts_H, loads_P = expected_loads(loads_E, placement, COST_SWEEPS)
+    busiest = float(loads_P.max())
+    if not math.isfinite(rows_per_copy) or per_node >= placement.num_ranks:
+        return busiest
+    crossing = crossing_rows(loads_E, placement, amounts_H, per_node, rows_per_copy)
+    return math.sqrt(busiest * crossing)
+
+
+def _far_load(rows_per_copy: float) -> float:
+    """That a copy on another node must have."""
+    return rows_per_copy if math.isfinite(rows_per_copy) else 0.0

@@ -1,4 +1,4 @@
-"""How many experts may be copied for free: while what comes before a layer's experts is computed. Pure."""
+"""How many experts may be copied for free: before a layer's experts need them. Pure."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def overlap_degree(
     that is shared by most. At least 1, at most `num_experts`.
 
     Args:
-        ahead_s: of steps, from the begin of a block to its experts; their median counts.
+        ahead_s: of steps, from where copies may set out to where they are needed; their median counts.
         links: of which one is there.
         copy_bytes: of an expert's parameters as they travel.
     """

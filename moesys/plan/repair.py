@@ -4,37 +4,51 @@ Shapes: E experts, P ranks, C copies that a rank may hold, H pairs of an expert 
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from moesys.plan.placement import Amounts, Integers, Placement, placement_of
-from moesys.plan.shares import levelled
+from moesys.plan.placement import Amounts, Integers, Nodes, Placement, placement_of
+from moesys.plan.shares import MOST_SWEEPS, levelled
 
 GOOD = 1.02
 """A highest load of so many times the mean is left as it is."""
-TRIED_EXPERTS, TRIED_RANKS = 4, 4
+TRIED_EXPERTS, TRIED_RANKS, TRIED_NEAR = 4, 4, 2
 
 
-def expected_loads(loads_E: Amounts, placement: Placement) -> tuple[Amounts, Amounts]:
-    """What each holder of each expert gets [H], and each rank [P], levelled as far as it goes."""
+def expected_loads(
+    loads_E: Amounts, placement: Placement, sweeps: int = MOST_SWEEPS
+) -> tuple[Amounts, Amounts]:
+    """What each holder of each expert gets [H], and each rank [P], levelled as far as it goes or as `sweeps` do."""
     pairs = placement.pairs
     number_H = np.diff(pairs.start_X)[pairs.expert_H]
-    amounts_H = levelled(loads_E[pairs.expert_H] / number_H, pairs, placement.num_ranks)
+    even_H = loads_E[pairs.expert_H] / number_H
+    amounts_H = levelled(even_H, pairs, placement.num_ranks, sweeps=sweeps)
     return amounts_H, pairs.loads(amounts_H, placement.num_ranks)
 
 
 def repaired(
-    loads_E: Amounts, placement: Placement, most_copies: int, most_steps: int, good: float = GOOD
+    loads_E: Amounts,
+    placement: Placement,
+    most_copies: int,
+    most_steps: int,
+    good: float = GOOD,
+    per_node: int | None = None,
+    far_load: float = 0.0,
 ) -> Placement:
     """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
-    `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means."""
+    `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means.
+
+    Ranks on nodes that hold the expert come first. One on another node must get at least `far_load` of it.
+    """
+    nodes = Nodes(num_ranks=placement.num_ranks, per_node=per_node or placement.num_ranks)
     score, amounts_H, loads_P = _score(loads_E, placement)
     for _ in range(most_steps):
         if loads_P.max() <= good * loads_P.mean():
             break
-        for changed in _changes(placement, amounts_H, loads_P, most_copies):
+        for copy, changed in _changes(placement, amounts_H, loads_P, most_copies, nodes):
             found = _score(loads_E, changed)
-            if found[0] < score:
+            if found[0] < score and _amount(copy, changed, found[1]) >= far_load * copy.is_far:
                 (score, amounts_H, loads_P), placement = found, changed
                 break
         else:
@@ -49,9 +63,23 @@ def _score(loads_E: Amounts, placement: Placement) -> tuple[tuple[float, float],
     return (most, round(float(np.square(loads_P / scale).sum()), 6)), amounts_H, loads_P
 
 
+class _Copy(NamedTuple):
+    """That is tried."""
+
+    expert: int
+    rank: int
+    is_far: bool
+    """On a node that has not held the expert."""
+
+
+def _amount(copy: _Copy, placement: Placement, amounts_H: Amounts) -> float:
+    of = placement.pairs.of(copy.expert)
+    return float(amounts_H[of][placement.pairs.rank_H[of] == copy.rank].sum())
+
+
 def _changes(
-    placement: Placement, amounts_H: Amounts, loads_P: Amounts, most_copies: int
-) -> Iterator[Placement]:
+    placement: Placement, amounts_H: Amounts, loads_P: Amounts, most_copies: int, nodes: Nodes
+) -> Iterator[tuple[_Copy, Placement]]:
     """One copy more, or one in the place of another."""
     pairs, used_P = placement.pairs, (placement.copies_PC >= 0).sum(1)
     is_full_P = loads_P >= loads_P.max() * (1 - 1e-3)
@@ -59,17 +87,20 @@ def _changes(
         pairs.expert_H, amounts_H * is_full_P[pairs.rank_H], placement.num_experts
     )
     hottest = [e for e in np.argsort(-on_full_E, kind="stable")[:TRIED_EXPERTS] if on_full_E[e] > 0]
-    emptiest = [r for r in np.argsort(loads_P, kind="stable") if not is_full_P[r]][:TRIED_RANKS]
+    by_load = [r for r in np.argsort(loads_P, kind="stable").tolist() if not is_full_P[r]]
     holders_EP = placement.holders_EP()
     for expert in hottest:
-        for rank in emptiest:
+        is_near_P = np.isin(nodes.node_P, nodes.node_P[holders_EP[expert]])
+        near = [r for r in by_load if is_near_P[r]][:TRIED_NEAR]
+        for rank in near + [r for r in by_load[:TRIED_RANKS] if r not in near]:
             if holders_EP[expert, rank]:
                 continue
+            copy = _Copy(expert, rank, not is_near_P[rank])
             if used_P[rank] < most_copies:
-                yield _with_copy(placement, rank, int(used_P[rank]), expert)
+                yield copy, _with_copy(placement, rank, int(used_P[rank]), expert)
                 continue
             for column in range(most_copies):
-                yield _with_copy(placement, rank, column, expert)
+                yield copy, _with_copy(placement, rank, column, expert)
 
 
 def _with_copy(placement: Placement, rank: int, column: int, expert: int) -> Placement:

@@ -61,15 +61,19 @@ def relieved(
 
 
 def levelled(
-    amounts_H: Amounts, pairs: Pairs, num_ranks: int, speeds_P: Amounts | None = None
+    amounts_H: Amounts,
+    pairs: Pairs,
+    num_ranks: int,
+    speeds_P: Amounts | None = None,
+    sweeps: int = MOST_SWEEPS,
 ) -> Amounts:
     """The least maximum of the ranks' loads: each expert's holders are levelled, one expert after the other, until the sum of
-    squares falls no more."""
+    squares falls no more, or so many times."""
     speeds_P = np.ones(num_ranks) if speeds_P is None else speeds_P
     amounts_H, by_total = amounts_H.copy(), _hottest_shared(amounts_H, pairs)
     loads_P = pairs.loads(amounts_H, num_ranks)
     before = np.inf
-    for _ in range(MOST_SWEEPS):
+    for _ in range(sweeps):
         for expert in by_total:
             _level(amounts_H, loads_P, speeds_P, pairs, expert)
         squares = float((np.square(loads_P) / speeds_P).sum())

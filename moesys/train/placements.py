@@ -299,7 +299,8 @@ class Placements:
         ]
         ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy
         every = config.reshard_every_steps
-        if every and step == as_of and (step - 1) % every == 0:
+        # As with plans, a look that would be due before the first step is made before the second.
+        if every and step == as_of and (step == 2 or (step - 1) % every == 0):
             owners_M = self._better_owners(config, loads_M)
             self._agree(owners_M)
             self._reshard(owners_M)
@@ -342,7 +343,7 @@ class Placements:
 
     @property
     def _measures_overlap(self) -> bool:
-        return self._config.overlap_degree is None and self._config.reads_overlap_degree
+        return self._config.overlap_degree is None and self._config.policy == "hecate"
 
     def _better_owners(self, config: PlacementConfig, loads_M: list[Amounts]) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""

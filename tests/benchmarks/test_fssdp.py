@@ -10,7 +10,7 @@ from benchmarks import fssdp
 from benchmarks.fabric import network
 from benchmarks.fssdp import headlines, plan_rows, simulated_table
 from benchmarks.fssdp.memory import peak_table
-from benchmarks.fssdp.speed import EPLB_STEPS, LAYOUT, OURS, PLAIN, placed, routing_rows
+from benchmarks.fssdp.speed import LAYOUT, OURS, OWNERS_STEPS, PLAIN, placed, routing_rows
 from benchmarks.fssdp.steps import busiest_owner
 from benchmarks.fssdp.traces import HOT_TIMES, STAYS_STEPS, recorded, synthetic, write_run
 from benchmarks.results import ROOT
@@ -52,21 +52,23 @@ def told(variant: str, times_ms: list[float], level: float) -> list[dict]:
     ]
 
 
-def test_a_rearrangement_is_shared_out_over_its_steps() -> None:
-    """The first step that is told is before a policy's first plan in force: of others it is left out."""
-    first = 100.0 + 10 * EPLB_STEPS
+def test_what_moves_is_shared_out_over_the_steps_between() -> None:
+    """Experts move before the first step that is told: where owners stay it is left out."""
+    first = 100.0 + 10 * OWNERS_STEPS
     records = [
         *told(PLAIN, [900.0, 200.0, 240.0], 3.0),
-        *told(OURS, [900.0, 100.0, 120.0], 1.05),
+        *told("everywhere", [900.0, 200.0, 200.0], 1.05),
+        *told(OURS, [first, 90.0, 110.0], 1.05),
         *told("eplb", [first, 100.0, 100.0], 1.5),
     ]
     found = placed(records)
     assert {name: one.step_ms for name, one in found.items()} == {
         PLAIN: 220,
+        "everywhere": 200,
         OURS: 110,
         "eplb": 110,
     }
-    plain, ours, eplb = routing_rows("r", 45.0, LAYOUT_45, found)
+    plain, _, ours, eplb = routing_rows("r", 45.0, LAYOUT_45, found)
     assert (plain["speedup"], ours["speedup"], eplb["speedup"]) == (1.0, 2.0, 2.0)
     assert (ours["max_over_mean"], ours["owner_over_mean"]) == (1.05, 3.0)
     assert ours["copies_between_mib"] == 1.0

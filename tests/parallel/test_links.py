@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moesys.parallel import links as links_module
-from moesys.parallel.links import REPEATS, SIZES, measured_links
+from moesys.parallel.links import SIZES, measured_links
 from moesys.plan.links import Link, Links
 from moesys.testing.ranks import run_ranks
 

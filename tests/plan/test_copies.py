@@ -92,6 +92,97 @@ def test_a_node_gets_what_it_has_many_rows_of(rng, experts, nodes, per_node, cop
     assert is_there_EN.sum() == experts + sum(nodes - 1 for _ in hottest)
 
 
+def crossing(copies_PC, owner_E, per_node: int) -> set[tuple[int, int]]:
+    """Experts, and nodes other than their owners' that hold copies of them."""
+    return {
+        (expert, rank // per_node)
+        for rank, row in enumerate(copies_PC.tolist())
+        for expert in row
+        if expert >= 0 and owner_E[expert] // per_node != rank // per_node
+    }
+
+
+def test_what_leaves_a_node_goes_to_few_others():
+    """Of two experts of node 0, each to one other node, though a rank with the most room is on the wrong one."""
+    loads_E = np.array([2.6, 2.2, 1.0, 1.0, 0.5, 0.9, 0.5, 0.9, 0.6, 0.6, 0.6, 0.6])
+    owner_E = np.arange(12)
+    (copies_PC,) = balancing_copies(loads_E[None], owner_E[None], 12, 4, 2)
+    assert crossing(copies_PC, owner_E, 4) == {(0, 2), (1, 1)}
+    assert expected_loads(loads_E, placement_of(owner_E, copies_PC))[1].max() < 1.001
+
+
+@settings(deadline=None, max_examples=200)
+@given(seeds(), st.integers(2, 4), st.integers(1, 4), st.integers(1, 3))
+def test_no_node_gets_less_of_an_expert_than_a_copy_weighs(rng, nodes, per_node, copies):
+    """Nothing crosses if that is all that there is; with nothing to pay, as before."""
+    ranks, experts = nodes * per_node, int(rng.integers(1, 25))
+    loads_E, owner_E = (
+        random_loads(rng, experts).astype(float),
+        random_owners(rng, experts, ranks),
+    )
+
+    def planned_far(far_load: float) -> np.ndarray:
+        (copies_PC,) = balancing_copies(
+            loads_E[None], owner_E[None], ranks, per_node, copies, far_load=far_load
+        )
+        assert problems(placement_of(owner_E, copies_PC), copies) == []
+        return copies_PC
+
+    assert not crossing(planned_far(1.01 * loads_E.sum() + 1), owner_E, per_node)
+    far = float(rng.uniform(0, 1)) * loads_E.sum() / ranks
+    for expert, _ in crossing(planned_far(far), owner_E, per_node):
+        assert loads_E[expert] >= far
+    assert (planned_far(0.0) == planned_far(1e-12)).all()
+
+
+def test_small_pieces_do_not_take_the_places_of_large_ones():
+    """256 ranks with an expert and two places each. With all pieces laid at once it was 1.3 times the mean."""
+    rng = np.random.default_rng(0)
+    loads_ME = np.stack([rng.permutation(np.arange(1.0, 257) ** -0.6) for _ in range(4)])
+    owner_E = np.arange(256)
+    copies_MPC = balancing_copies(loads_ME, np.tile(owner_E, (4, 1)), 256, 8, 2)
+    for loads_E, copies_PC in zip(loads_ME, copies_MPC, strict=True):
+        loads_P = expected_loads(loads_E, placement_of(owner_E, copies_PC))[1]
+        assert loads_P.max() <= 1.1 * loads_P.mean()
+
+
+@settings(deadline=None, max_examples=300)
+@given(seeds(), st.integers(1, 12), st.integers(2, 4), st.integers(1, 4), st.integers(1, 4))
+def test_what_is_near_is_levelled_within_the_budget(rng, experts, nodes, per_node, copies):
+    """No rank gets a copy of what it owns, though other nodes have it too and may give of it."""
+    ranks = nodes * per_node
+    loads_E, owner_E = (
+        random_loads(rng, experts).astype(float),
+        random_owners(rng, experts, ranks),
+    )
+    near_ME = rng.random((1, experts)) < 0.5
+    (copies_PC,) = balancing_copies(loads_E[None], owner_E[None], ranks, per_node, copies, near_ME)
+    assert problems(placement_of(owner_E, copies_PC), copies) == []
+
+
+def test_ranks_of_a_node_share_what_is_near():
+    """Expert 0 has three of eight ranks' load: on each of two nodes, more than a rank's."""
+    loads_ME = np.array([[3.0, *[5 / 7] * 7]])
+    owner_E = np.arange(8)
+    near_ME = np.arange(8)[None] == 0
+    (copies_PC,) = balancing_copies(loads_ME, owner_E[None], 8, 4, 2, near_ME)
+    loads_P = expected_loads(loads_ME[0], placement_of(owner_E, copies_PC))[1]
+    assert loads_P.max() <= 1.01
+    assert crossing(copies_PC, owner_E, 4) == {(0, 1)}
+
+
+def test_a_repair_stays_on_the_node():
+    """Rank 0 has too much; ranks of its own node are as good as those of the other, which have less to do."""
+    loads_E, owner_E = np.array([4.0, 1.0, 0.0, 0.0]), np.arange(4)
+    alone = placement_of(owner_E, np.full((4, 1), -1))
+    far = repaired(loads_E, alone, 1, most_steps=1, per_node=2, far_load=3.0)
+    assert far.copies_PC.ravel().tolist() == [-1, 0, -1, -1]
+    more = repaired(loads_E, alone, 1, most_steps=8, per_node=2, far_load=3.0)
+    assert crossing(more.copies_PC, owner_E, 2) == set()
+    paid = repaired(loads_E, alone, 1, most_steps=8, per_node=2, far_load=1.0)
+    assert crossing(paid.copies_PC, owner_E, 2) == {(0, 1)}
+
+
 def test_a_layer_that_is_level_enough_gets_no_copies():
     loads_ME = np.array([[104.0, 98, 99, 99], [107.0, 97, 98, 98]])
     owner_ME = np.tile(np.arange(4), (2, 1))
