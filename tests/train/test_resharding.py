@@ -176,7 +176,7 @@ def numbers(run: SmallRun) -> Numbers:
 
 
 PLANNED = PlacementConfig(
-    policy="balanced", every_steps=2, reshard_every_steps=2, copies=1, overlap_degree=None
+    policy="hecate", every_steps=2, reshard_every_steps=2, copies=1, overlap_degree=None
 )
 STOP = 3
 """In the middle between two plans, so that the one in force is made again."""
