@@ -23,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kept import KeptParts
+from benchmarks.own_text import VOCAB_SIZE, prepared
 from benchmarks.requeues import REQUEUES, requeue_five_times
-from benchmarks.results import ROOT, Cell, Result
+from benchmarks.results import Cell, Result
 from benchmarks.start_up import measure_starts
 from moesys.chaos import cut
 from moesys.chaos.campaign import run_faulted, run_plain, table_faults, table_steps, with_steps
 from moesys.chaos.faults import KINDS, PHASES, Fault, spread
 from moesys.chaos.job import Command, Watched, run_job
 from moesys.chaos.outcome import survived_pct
-from moesys.data.prepare import prepare
-from moesys.data.recipe import PrepArguments
 from moesys.report.numbers import duration
 from moesys.report.records import read_records
 from moesys.testing.mutations import MUTATIONS
@@ -49,7 +48,6 @@ WORLDS = (1, 2, 4, 8)
 RESTART_TIMES_BETWEEN_FAULTS = 20
 GOODPUT_KINDS = ("kill", "exception", "corrupt_checkpoint")
 """Those that end the ranks at once: a restart time is one of these."""
-VOCAB_SIZE = 512
 JOB = (
     *("model=tiny", f"model.vocab_size={VOCAB_SIZE}", "data.seq_len=32", "train.eval_tokens=256"),
     *("train.global_batch_tokens=512", "train.micro_batch_tokens=64"),
@@ -340,33 +338,6 @@ def mutations(bench: Bench) -> list[Row]:
             "not_refused": "; ".join(accepted),
         }
     ]
-
-
-def prepared(folder: Path) -> Path:
-    """Data to train on: the package's own source text. Made once."""
-    if not (folder / "manifest.json").exists():
-        arguments = PrepArguments(
-            inputs=(str(ROOT / "moesys"),),
-            output=str(folder),
-            include=("*.py",),
-            vocab_size=VOCAB_SIZE,
-            val_fraction=0.1,
-        )
-        prepare(arguments, _Silent())
-    return folder
-
-
-class _Silent:
-    """A prep of a second has nothing to tell."""
-
-    def line(self, text: str) -> None:
-        pass
-
-    def phase(self, label: str, total_bytes: int, done_bytes: int = 0) -> None:
-        pass
-
-    def advance(self, count_bytes: int) -> None:
-        pass
 
 
 def expected_s(part: str, seeds: int) -> float:

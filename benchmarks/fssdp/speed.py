@@ -39,7 +39,7 @@ OWNERS_STAY = (PLAIN, "everywhere")
 UNIFORM = "uniform"
 FIRST_STEPS = 2
 """The first step knows no loads, and before the second all is placed for the first time."""
-TRIES, SHAPING_STEPS = 3, 7
+TRIES, SHAPING_STEPS = 3, 5
 """To find the uplinks' rate."""
 
 

@@ -15,7 +15,7 @@ from moesys.moe.routers.load_replay import recorded_loads
 
 Loads = NDArray[np.int64]
 """[S, M, E]: slots of each expert."""
-SLOTS, TOP_K = 16_384, 2
+SLOTS, TOP_K = 65_536, 2
 """Of a step. Each token's are drawn by themselves: loads waver as they do where nothing binds tokens together."""
 HOT_TIMES = 6.0
 """The others' share, that a hotspot has: 29 % of the slots of 16 experts."""
