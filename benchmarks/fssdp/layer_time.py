@@ -1,8 +1,9 @@
 """How long a layer's forwards and backwards of a step take, by what its busiest ranks and links have to do. Pure.
 
 All ranks wait for the busiest one four times a micro-step: rows go to experts and back, in forward and backward. An exchange takes
-as long as its busiest link; a backward multiplies twice as much as a forward. A step's copies are on their way while attention
-computes, and their gradients while its backward does (twice as long); what does not fit there is waited for.
+as long as its busiest link; a backward multiplies twice as much as a forward. A step's copies are on their way while the experts of
+the layer before and attention compute, and their gradients while the backward of these does (twice as long); what does not fit there
+is waited for.
 
 Left out: latencies (each message here takes milliseconds), work that is not matrix products, the host's, and all that is the
 same with every policy and not of the layer.
@@ -73,10 +74,10 @@ def copies_seconds(
 def waited_seconds(
     cluster: Cluster, layer: Layer, routes: Sequence[Sequence[Integers]], ahead: bool
 ) -> float:
-    """For copies and their gradients. `ahead`: copies were planned before the step, and attention computes meanwhile."""
+    """For copies and their gradients. `ahead`: copies were planned before the step, and the mean rank computes meanwhile."""
     there, home = copies_seconds(cluster, layer, routes)
-    dense = layer.dense_flops / cluster.flops_per_s
-    return max(0.0, there - dense * ahead) + max(0.0, home - 2 * dense)
+    forward = (layer.dense_flops + layer.expert_flops) / cluster.flops_per_s
+    return max(0.0, there - forward * ahead) + max(0.0, home - 2 * forward)
 
 
 def routes_of(placement: Placement, per_node: int) -> list[list[Integers]]:

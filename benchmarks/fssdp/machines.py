@@ -61,6 +61,11 @@ class Layer:
         per_token = 2 * self.dense_parameters + self.seq_len * self.score_width
         return float(self.tokens * per_token)
 
+    @property
+    def expert_flops(self) -> float:
+        """Of a forward of the mean rank's experts."""
+        return float(self.tokens * self.top_k * 2 * self.expert_parameters)
+
 
 _GBIT = 1e9 / 8
 P3DN = Cluster(
