@@ -68,6 +68,7 @@ inline Sums sums_of(const char* op, const std::vector<Tensor>& parts,
                   totals.size(), " totals");
   Sums sums;
   std::unordered_map<void*, std::pair<size_t, int64_t>> known;  // a total's place and length
+  known.reserve(totals.size());
   for (size_t i = 0; i < parts.size(); ++i) {
     check_device(op, "part", i, parts[i], totals[0]);
     check_device(op, "total", i, totals[i], totals[0]);

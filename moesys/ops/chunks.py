@@ -40,7 +40,7 @@ def add_chunks(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     if not pairs:
         return
     parts, totals = zip(*pairs, strict=True)
-    if library.runs_on(totals[0]) and all(tensor.is_contiguous() for tensor in parts + totals):
+    if library.runs_on(totals[0]) and all(map(Tensor.is_contiguous, parts + totals)):
         torch.ops.moesys.add_chunks(parts, totals)
         torch.autograd.graph.increment_version(totals)  # what autograd saved of them is gone
     else:
