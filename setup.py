@@ -190,7 +190,7 @@ class BuildOps(build_ext):
             install(library, target)
 
     def compile(self, toolchain: Toolchain, sources: list[Path]) -> list[Path]:
-        headers = [path.read_bytes() for path in sorted(CSRC.rglob("*.h"))]
+        headers = [path.read_bytes() for path in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")])]
         folder = ROOT / "build" / "objects"
         folder.mkdir(parents=True, exist_ok=True)
 

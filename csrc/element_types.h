@@ -19,15 +19,19 @@ using torch::stable::Tensor;
 template <typename T>
 using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// In which torch adds a `Part` to a `Total`.
+template <typename Part, typename Total>
+using sum_t = std::conditional_t<std::is_same_v<Part, double>, double, accumulator_t<Total>>;
+
 template <typename T>
 inline constexpr ScalarType scalar_type_of = std::is_same_v<T, double>    ? ScalarType::Double
                                              : std::is_same_v<T, int64_t> ? ScalarType::Long
                                                                           : ScalarType::Float;
 
-// Calls kernel.template operator()<T>() with the element type of `tensor`.
+// Calls kernel.template operator()<T>() with this element type.
 template <typename Kernel>
-auto for_float_type(const char* op, const Tensor& tensor, const Kernel& kernel) {
-  switch (tensor.scalar_type()) {
+auto for_float_type(const char* op, ScalarType type, const Kernel& kernel) {
+  switch (type) {
     case ScalarType::Float:
       return kernel.template operator()<float>();
     case ScalarType::Double:
@@ -40,6 +44,11 @@ auto for_float_type(const char* op, const Tensor& tensor, const Kernel& kernel) 
       STD_TORCH_CHECK(false, op, ": needs fp32, fp64, bf16 or fp16 elements");
   }
   __builtin_unreachable();
+}
+
+template <typename Kernel>
+auto for_float_type(const char* op, const Tensor& tensor, const Kernel& kernel) {
+  return for_float_type(op, tensor.scalar_type(), kernel);
 }
 
 // Calls kernel.template operator()<Id>() with int64_t or int32_t.

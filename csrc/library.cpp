@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(moesys, m) {
       "pack(Tensor x, Tensor slot_of_row, int top_k, int format, int block, bool is_stochastic,"
       " int carried_rows, bool is_checked) -> Tensor");
   m.def("unpack(Tensor bytes, Tensor like, int d, int format, int block) -> Tensor");
+  // chunks
+  m.def("pack_chunks(Tensor[] chunks, Tensor like) -> Tensor");
+  m.def("add_chunks(Tensor[] parts, Tensor(a!)[] totals) -> ()");
   // grouped_linear
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor tokens_per_expert) -> Tensor");
   m.def("grouped_linear_grad_rows(Tensor grad, Tensor weight, Tensor tokens_per_expert) -> Tensor");

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.ops.autocast import compute_type
+from moesys.ops.chunks import add_chunks
 from moesys.ops.shard import local_tensor
 from moesys.parallel.sparse import Gather, Reduce, SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute
@@ -135,10 +136,8 @@ class LayerCopies:
             parameter = getattr(self.experts, name)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            grad = local_tensor(parameter.grad)
-            for expert, part in reduce.wait():
-                own = grad[place[expert]]
-                own.add_(part.view_as(own))
+            own = local_tensor(parameter.grad).unbind()
+            add_chunks([(part, own[place[expert]]) for expert, part in reduce.wait()])
         self._reduces = []
 
     def finish(self) -> None:

@@ -7,6 +7,7 @@ rank, I inputs, O outputs.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F_
@@ -152,6 +153,16 @@ def unpack(bytes_NW: Tensor, like: Tensor, d: int, format: int, block: int) -> T
     )
     scales_ND = scales.repeat_interleave(block or d, dim=1)[:, :d]
     return (_decoded(codes_ND, format) * scales_ND).to(like.dtype)
+
+
+def pack_chunks(chunks: Sequence[Tensor], like: Tensor) -> Tensor:
+    flats = [chunk.reshape(-1).to(like.dtype) for chunk in chunks]
+    return torch.cat([like.new_empty(0), *flats])
+
+
+def add_chunks(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for part, total in pairs:
+        total.add_(part.view_as(total))
 
 
 _FLOAT_MAX = torch.finfo(torch.float32).max

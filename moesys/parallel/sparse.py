@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.ops.chunks import add_chunks, pack_chunks
 from moesys.parallel.exchange import ExchangeMeter
 from moesys.plan.chunk_routes import ChunkRoute, Hop, Stage
 
@@ -145,10 +146,8 @@ class Gather:
             return
         stage, rank = self._left.pop(0), self.collectives.rank
         sent = [hop for hop in stage if hop.source == rank]
-        send = self.flat.new_empty(sum(self.sizes_E[hop.expert] for hop in sent))
-        for hop, to in zip(sent, send.split([self.sizes_E[h.expert] for h in sent]), strict=True):
-            chunk = self.own[hop.expert] if hop.expert in self.own else self.copies[hop.expert]
-            to.copy_(chunk.reshape(-1))
+        has = {**self.copies, **self.own}
+        send = pack_chunks([has[hop.expert] for hop in sent], self.flat)
         come = [hop for hop in stage if hop.dest == rank]
         begin, self._place = self._place, self._place + sum(self.sizes_E[h.expert] for h in come)
         received = self.flat[begin : self._place]
@@ -191,12 +190,11 @@ class Reduce:
 
     def _end(self, pending: _Pending) -> None:
         self.collectives.wait(pending.work)
-        sizes = [self.sizes_E[hop.expert] for hop in pending.hops]
-        for hop, part in zip(pending.hops, pending.received.split(sizes), strict=True):
-            if hop.expert in self.copies:
-                self.copies[hop.expert].add_(part)
-            else:
-                self._home.append((hop.expert, part))
+        experts = [hop.expert for hop in pending.hops]
+        sizes = [self.sizes_E[expert] for expert in experts]
+        come = list(zip(experts, pending.received.split(sizes), strict=True))
+        add_chunks([(part, self.copies[expert]) for expert, part in come if expert in self.copies])
+        self._home += [(expert, part) for expert, part in come if expert not in self.copies]
         self._pending = None
         self._begin_next()
 
@@ -208,9 +206,7 @@ class Reduce:
         come = [hop for hop in stage if hop.source == rank]
         # To each rank, and from each, in the order in which chunks went the other way.
         come.sort(key=lambda hop: (hop.dest, hop.source, hop.expert))
-        send = (
-            torch.cat([self.copies[hop.expert] for hop in sent]) if sent else self.like.new_empty(0)
-        )
+        send = pack_chunks([self.copies[hop.expert] for hop in sent], self.like)
         received = self.like.new_empty(sum(self.sizes_E[hop.expert] for hop in come))
         work = self.collectives.exchange(
             send,
@@ -277,8 +273,7 @@ class _Known(NamedTuple):
         sums = {expert: chunk.clone() for expert, chunk in zip(self.experts, own, strict=True)}
         passing = {expert: copy.clone() for expert, copy in zip(self.arrive, copies, strict=True)}
         reduce = self.collectives.begin_reduce(passing, self.sizes_E, self.route, self.like)
-        for expert, part in reduce.wait():
-            sums[expert] += part
+        add_chunks([(part, sums[expert]) for expert, part in reduce.wait()])
         return tuple(sums.values())
 
 

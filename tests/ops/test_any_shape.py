@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from moesys.ops import expert_order, reference, swiglu
 from tests.ops.cases import Case
 from tests.ops.gradients import compare
+from tests.ops.test_chunks import check_add, check_pack, chunks
 from tests.ops.test_permute import compare_both
 from tests.ops.test_swiglu import TYPES
 
@@ -50,3 +51,15 @@ def test_permute_and_unpermute(data: st.DataObject) -> None:
 def test_swiglu(num_rows: int, width: int, dtype: torch.dtype) -> None:
     gate_up_N2F = torch.randn(num_rows, 2 * width, generator=torch.Generator().manual_seed(1))
     compare(swiglu, reference.swiglu, [gate_up_N2F.to(dtype)])
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_chunks(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(0, 9000), min_size=1, max_size=12))
+    order = data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=20))
+    source, target = data.draw(st.sampled_from(TYPES)), data.draw(st.sampled_from(TYPES))
+    skip = data.draw(st.integers(0, 9))
+    check_pack(chunks(lengths, source, skip=skip), torch.empty(0, dtype=target))
+    parts = chunks([lengths[i] for i in order], source, skip=skip)
+    check_add(parts, chunks(lengths, target, seed=1), order)

@@ -119,3 +119,25 @@ def test_copies_and_sums_are_those_of_the_dense_reference(ranks: int) -> None:
 )
 def test_nodes_of_any_size_and_numbers_of_any_type(per_node: int, dtype: torch.dtype) -> None:
     run_ranks(_check, 6, per_node, dtype)
+
+
+def _check_rounded_once(rank: int, ranks: int) -> None:
+    """In a stage that sends own chunks and passes on others'."""
+    collectives = SparseCollectives(dist.group.WORLD, 2)
+    for placement, sizes_E in placements(ranks):
+        whole = [
+            torch.randn(size, generator=torch.Generator().manual_seed(e))
+            for e, size in enumerate(sizes_E)
+        ]
+        for kind in ROUTE_KINDS:
+            route = chunk_route(placement, 2, kind)
+            own = {expert: whole[expert] for expert in placement.own(rank)}
+            gather = collectives.begin_gather(own, sizes_E, route, torch.empty(0).bfloat16())
+            gather.wait()
+            assert sorted(gather.copies) == sorted(placement.copies(rank))
+            for expert, copy in gather.copies.items():
+                assert torch.equal(copy, whole[expert].bfloat16())
+
+
+def test_chunks_may_travel_in_a_narrower_type() -> None:
+    run_ranks(_check_rounded_once, 6)
