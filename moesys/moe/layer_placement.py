@@ -117,13 +117,14 @@ class LayerPlacement:
         """Gradients of the next layer's copies set out under the backward of this one's experts."""
         if self.later is not None:
             self.later._send_gradients()
-        if self.releases and self.earlier is not None:
-            self.earlier.begin()
 
     def _after_backward(self) -> None:
-        """Nothing computes after the first layer's experts that its gradients could wait for."""
+        """Released copies of the earlier layer come once this one's are gone. Nothing computes after the first layer's experts
+        that its gradients could wait for."""
         if self.earlier is None:
             self._send_gradients()
+        elif self.releases:
+            self.earlier.begin()
 
     def _send_gradients(self) -> None:
         """Those of the next layer are through the first stage of their way meanwhile, and those of the one after it have come
