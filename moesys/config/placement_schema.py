@@ -6,6 +6,7 @@ from typing import Literal
 PlacementPolicy = Literal["fixed", "balanced", "hecate", "everywhere", "eplb"]
 Predictor = Literal["mean", "exponential", "last", "slope"]
 RouteKind = Literal["direct", "star", "relay"]
+SharesBy = Literal["even", "measured"]
 RouteChoice = Literal["auto", RouteKind]
 
 
@@ -50,6 +51,10 @@ class PlacementConfig:
     route: RouteChoice = "auto"
     """A copy's way: direct = from its owner; star = once from its owner to each node, and on from there; relay = from node
     to node, twice as many having it each time; auto = of each layer's copies the fastest, by links as measured at the start."""
+    speeds: SharesBy = "even"
+    """By which ranks that hold the same expert share its rows: even = all alike; measured = by how many rows a second each rank's
+    experts took in the forwards of the last steps, where ranks differ by more than a few percent. balanced plans its copies by
+    them too."""
 
     @property
     def makes_copies(self) -> bool:

@@ -4,6 +4,7 @@ Shapes: D model, F hidden, O own experts, C copies, L = O + C, R rows in order o
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,14 @@ from moesys.moe.layer_copies import LayerCopies, entered, left
 from moesys.ops.grouped_linear import GroupedBackend
 from moesys.ops.shard import local_tensor, set_rows
 
+Timed = Callable[[int], AbstractContextManager[None]]
+"""Within, so many rows are computed."""
+
+
+def untimed(num_rows: int) -> AbstractContextManager[None]:
+    """Nobody asks."""
+    return nullcontext()
+
 
 class HeldExperts(nn.Module):
     """As `Experts`, of any number of a layer's experts; and between a gather and a reduction, copies of others."""
@@ -25,6 +34,8 @@ class HeldExperts(nn.Module):
         self.gate_up, self.down = gate_up, down
         self.owned = tuple(owned)
         self.backend: GroupedBackend = "grouped_mm"
+        self.timed: Timed = untimed
+        """Products of a training forward, alone."""
         self._say_rows()
 
     def classes(self) -> list[Self]:
@@ -64,9 +75,10 @@ class HeldExperts(nn.Module):
             tokens_per_expert_L.split([num_own, num_held - num_own]),
             strict=True,
         )
-        out = [
-            grouped_swiglu(rows_RD, gate_up, down, counts_L, self.backend)
-            for (gate_up, down), rows_RD, counts_L in parts
-            if len(counts_L)
-        ]
+        with (self.timed if self.training else untimed)(len(rows_RD)):
+            out = [
+                grouped_swiglu(rows_RD, gate_up, down, counts_L, self.backend)
+                for (gate_up, down), rows_RD, counts_L in parts
+                if len(counts_L)
+            ]
         return left(torch.cat(out) if out else rows_RD, copies)

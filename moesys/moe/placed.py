@@ -15,7 +15,7 @@ from torch import Tensor
 from moesys.moe.compression import PLAIN, WireFormats
 from moesys.moe.dispatch import ExchangePlan, ExpertOrder, ExpertParallelDispatcher
 from moesys.parallel.exchange import FlatExchange, Route
-from moesys.plan.placement import Integers, Placement
+from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.shares import Shares
 
 
@@ -42,18 +42,25 @@ class PlacedPlan(ExchangePlan):
 
 @dataclass(kw_only=True)
 class Levels:
-    """Rows that the busiest rank of each forward got, and the mean rank, one forward after the other."""
+    """Rows that the busiest rank of each forward got, and the mean rank, one forward after the other; over the ranks' speeds."""
 
-    busiest: int = 0
-    if_owners_alone: int = 0
+    busiest: float = 0.0
+    if_owners_alone: float = 0.0
     """The busiest of each forward, had owners served all rows."""
     mean: float = 0.0
 
-    def add(self, placement: Placement, counts_E: Integers, rows_P: Integers) -> None:
+    def add(
+        self,
+        placement: Placement,
+        counts_E: Integers,
+        rows_P: Integers,
+        speeds_P: Amounts | None = None,
+    ) -> None:
+        speeds_P = np.ones(placement.num_ranks) if speeds_P is None else speeds_P
         owned_P = np.bincount(placement.owner_E, counts_E, placement.num_ranks)
-        self.busiest += int(rows_P.max())
-        self.if_owners_alone += int(owned_P.max())
-        self.mean += float(rows_P.mean())
+        self.busiest += float((rows_P / speeds_P).max())
+        self.if_owners_alone += float((owned_P / speeds_P).max())
+        self.mean += float(rows_P.sum() / speeds_P.sum())
 
 
 class PlacedDispatcher(ExpertParallelDispatcher):
@@ -77,6 +84,8 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         self.per_node, self.decide = per_node, decide
         self.levels = Levels()
         """Of forwards since this was set."""
+        self.speeds_P: Amounts | None = None
+        """Ranks' shares of rows that several could serve go by these, the same on all; None = even."""
 
     def plan(
         self, topk_ids_TK: Tensor, padded_rows: int | None = None, formats: WireFormats = PLAIN
@@ -93,10 +102,11 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         by_place_H = np.argsort(pairs.place_H)
         mine_L = by_place_H[pairs.rank_H[by_place_H] == rank]
         shares_S = [
-            Shares.of(counts_PE, copies.placement, self.per_node) for counts_PE in counts_SPE
+            Shares.of(counts_PE, copies.placement, self.per_node, self.speeds_P)
+            for counts_PE in counts_SPE
         ]
         rows_P = np.sum([shares.loads_P() for shares in shares_S], axis=0)
-        self.levels.add(copies.placement, counts_SPE.sum((0, 1)), rows_P)
+        self.levels.add(copies.placement, counts_SPE.sum((0, 1)), rows_P, self.speeds_P)
         received_SPL = np.stack([shares.received_PI(mine_L) for shares in shares_S])
         own_slice = 0 if self.slices is None else self.slices.rank
         own = shares_S[own_slice]

@@ -27,6 +27,7 @@ def balancing_copies(
     near_ME: NDArray[np.bool_] | None = None,
     tolerance: float = 0.0,
     far_load: float = 0.0,
+    speeds_P: Amounts | None = None,
 ) -> Integers:
     """int64 [M, P, C], -1 = none: the hottest experts of ranks with too much, on ranks with room, on their own node first.
 
@@ -34,19 +35,19 @@ def balancing_copies(
     that rows for them need not leave it. A layer whose busiest rank then has at most `tolerance` more than the mean, of which it
     is a share, gets no more.
 
-    What overloaded ranks then have above the mean, expert by expert from the hottest, is laid on a line beside the room of the
-    others, the largest beside the largest, on each node and then over all. Where a piece lies beside a rank's room the rank gets
-    a copy, so that about as few are made as there are pieces and ranks with room; a rank takes `most_copies` at most, and what
-    is then left, and what was too small, is laid again (`LEAST`). Over all nodes the ranks of each lie beside each other, those
-    of the node with the most room first, so that few copies cross; a node that would get less than `far_load` of an expert gets
-    nothing of it.
+    A rank's mean is by its speed. What overloaded ranks then have above it, expert by expert from the hottest, is laid on a
+    line beside the room of the others, the largest beside the largest, on each node and then over all. Where a piece lies
+    beside a rank's room the rank gets a copy, so that about as few are made as there are pieces and ranks with room; a rank
+    takes `most_copies` at most, and what is then left, and what was too small, is laid again (`LEAST`). Over all nodes the
+    ranks of each lie beside each other, those of the node with the most room first, so that few copies cross; a node that would
+    get less than `far_load` of an expert gets nothing of it.
     """
     state = _State(loads_ME, owner_ME, num_ranks, per_node, most_copies)
     if most_copies == 0 or num_ranks == 1:
         return state.copies_MPC
     if near_ME is not None and near_ME.any():
         state.bring_near(near_ME)
-    state.find_room(tolerance)
+    state.find_room(tolerance, np.ones(num_ranks) if speeds_P is None else speeds_P)
     layer_M1 = np.arange(len(loads_ME))[:, None]
     layer_MP = np.broadcast_to(layer_M1, state.used_MP.shape)
     node_MP = layer_M1 * state.nodes.number + state.nodes.node_P
@@ -107,17 +108,18 @@ class _State:
         self.rank_MI = np.concatenate([self.rank_MI, rank_MTN.reshape(layers, -1)], axis=1)
         self.load_MI = np.concatenate([self.load_MI, load_MTN.reshape(layers, -1)], axis=1)
 
-    def find_room(self, tolerance: float) -> None:
+    def find_room(self, tolerance: float, speeds_P: Amounts) -> None:
         """Which ranks have too much, and of which items, and which have room."""
+        mean_P = speeds_P / speeds_P.mean()
         layers, num_ranks = self.used_MP.shape
         rank_of_all = self.rank_MI + np.arange(layers)[:, None] * num_ranks
         has_X = np.bincount(rank_of_all.ravel(), self.load_MI.ravel(), layers * num_ranks)
         has_MP = has_X.reshape(layers, num_ranks)
-        is_level_M1 = has_MP.max(1, keepdims=True) <= 1.0 + tolerance
-        over_MP = np.where(is_level_M1, 0.0, np.maximum(has_MP - 1.0, 0.0))
+        is_level_M1 = (has_MP / mean_P).max(1, keepdims=True) <= 1.0 + tolerance
+        over_MP = np.where(is_level_M1, 0.0, np.maximum(has_MP - mean_P, 0.0))
         self.over_MI = _hottest_first(self.load_MI, self.rank_MI, over_MP)
         """Of each item's load what its rank wants to give away."""
-        self.room_MP = np.maximum(1.0 - has_MP, 0.0)
+        self.room_MP = np.maximum(mean_P - has_MP, 0.0)
 
     def lay(
         self, least: float, line_MP: Integers, stretch_MP: Integers, far_load: float = 0.0
@@ -224,6 +226,7 @@ def _of_stretches(begin_Y: Amounts, end_Y: Amounts, stretch_Y: Integers) -> tupl
 def _by_stretch(stretch_Y: Integers, room_Y: Amounts) -> Integers:
     """An order in which those of a stretch are next to each other, the ones with the most room first."""
     # Numbers of 16 bits are sorted by radix, ten times as fast.
+    room_Y = room_Y / max(1.0, float(room_Y.max()))  # a fast rank's may be more than the mean
     by_room_Y = np.argsort(((1.0 - room_Y) * 65535).astype(np.uint16), kind="stable")
     stretch_Y = stretch_Y[by_room_Y]
     short = stretch_Y.max() < 2**16

@@ -43,6 +43,7 @@ def planned_placements(
     num_ranks: int,
     per_node: int,
     rows_per_copy: float = math.inf,
+    speeds_P: Amounts | None = None,
 ) -> list[Placement]:
     """Of each layer, from its experts' loads [E] and owners [E]; layers may have different numbers of experts. Owners stay but
     with `policy=eplb`.
@@ -50,22 +51,24 @@ def planned_placements(
     Args:
         rows_per_copy: of a step's rows over all ranks, that are as many bytes as a copy of their expert and its gradient: a copy
             on another node must take as many off the owner's. Infinite = not known, copies count as nothing.
+        speeds_P: of `balanced`, whose ranks' means are by them; None = all alike.
     """
     if config.policy == "eplb":
         return [replicated(loads_E, num_ranks, per_node, config.most_copies) for loads_E in loads_M]
+    ranks = num_ranks, per_node, rows_per_copy, speeds_P
     placements: dict[int, Placement] = {}
     for number in {len(loads_E) for loads_E in loads_M}:
         layers = [layer for layer, loads_E in enumerate(loads_M) if len(loads_E) == number]
         loads_ME = np.stack([loads_M[layer] for layer in layers])
         owner_ME = np.stack([owners_M[layer] for layer in layers])
-        copies_MPC = _copies(config, loads_ME, owner_ME, num_ranks, per_node, rows_per_copy)
+        copies_MPC = _copies(config, loads_ME, owner_ME, *ranks)
         for layer, loads_E, owner_E, copies_PC in zip(
             layers, loads_ME, owner_ME, copies_MPC, strict=True
         ):
             placement = Placement(owner_E=owner_E, copies_PC=copies_PC)
             if config.policy == "balanced" and num_ranks <= MOST_RANKS:
                 good, far = max(GOOD, 1 + config.tolerance), _far_load(rows_per_copy)
-                limits = config.most_copies, REPAIR_STEPS, good, per_node, far
+                limits = config.most_copies, REPAIR_STEPS, good, per_node, far, speeds_P
                 placement = repaired(loads_E, placement, *limits)
                 if (placement.copies_PC >= 0).any():
                     placement = with_spare(loads_E, placement, per_node, config.spare)
@@ -80,15 +83,16 @@ def better_owners(
     num_ranks: int,
     per_node: int,
     rows_per_copy: float = math.inf,
+    speeds_P: Amounts | None = None,
 ) -> list[Integers] | None:
     """Other owners (Hecate's, plan/sharding.py, or of `balanced` those of plan/level_owners.py) with which, and the copies that
     would be planned, steps took less time; None if not by `WORTH`."""
     budget = num_ranks, per_node, rows_per_copy
 
     def cost(owners_M: Sequence[Integers]) -> float:
-        placements = planned_placements(config, loads_M, owners_M, *budget)
+        placements = planned_placements(config, loads_M, owners_M, *budget, speeds_P)
         return sum(
-            _cost(loads_E, placement, per_node, rows_per_copy)
+            _cost(loads_E, placement, per_node, rows_per_copy, speeds_P)
             for loads_E, placement in zip(loads_M, placements, strict=True)
         )
 
@@ -146,10 +150,12 @@ def _copies(
     num_ranks: int,
     per_node: int,
     rows_per_copy: float,
+    speeds_P: Amounts | None,
 ) -> Integers:
     """int64 [M, P, C], -1 = none."""
     if config.policy == "balanced":
-        return _balanced(config, loads_ME, owner_ME, num_ranks, per_node, rows_per_copy)
+        ranks = num_ranks, per_node, rows_per_copy, speeds_P
+        return _balanced(config, loads_ME, owner_ME, *ranks)
     if config.policy == "everywhere":
         hottest_M = np.full(len(loads_ME), config.most_copies)
         return hottest_everywhere(loads_ME, owner_ME, num_ranks, hottest_M, config.most_copies)
@@ -167,9 +173,10 @@ def _balanced(
     num_ranks: int,
     per_node: int,
     rows_per_copy: float,
+    speeds_P: Amounts | None,
 ) -> Integers:
     """With the experts near with which a step costs least."""
-    limits = config.tolerance, _far_load(rows_per_copy)
+    limits = config.tolerance, _far_load(rows_per_copy), speeds_P
 
     def planned(near_ME: NDArray[np.bool_]) -> Integers:
         budget = num_ranks, per_node, config.most_copies
@@ -177,7 +184,7 @@ def _balanced(
 
     def cost(layer: int, copies_PC: Integers) -> float:
         placement = Placement(owner_E=owner_ME[layer], copies_PC=copies_PC)
-        return _cost(loads_ME[layer], placement, per_node, rows_per_copy)
+        return _cost(loads_ME[layer], placement, per_node, rows_per_copy, speeds_P)
 
     none_M, *others = _near_choices([*loads_ME], num_ranks, per_node, rows_per_copy)
     found_MPC, least = planned(np.stack(none_M)), dict[int, float]()
@@ -206,10 +213,16 @@ def _near_choices(
     return choices
 
 
-def _cost(loads_E: Amounts, placement: Placement, per_node: int, rows_per_copy: float) -> float:
+def _cost(
+    loads_E: Amounts,
+    placement: Placement,
+    per_node: int,
+    rows_per_copy: float,
+    speeds_P: Amounts | None,
+) -> float:
     """What a step's time goes with, as far as anybody knows who knows no rates: the busiest rank's load, and what crosses the
     busiest uplink, the geometric mean of both."""
-    amounts_H, loads_P = expected_loads(loads_E, placement, COST_SWEEPS)
+    amounts_H, loads_P = expected_loads(loads_E, placement, COST_SWEEPS, speeds_P)
     busiest = float(loads_P.max())
     if not math.isfinite(rows_per_copy) or per_node >= placement.num_ranks:
         return busiest

@@ -17,14 +17,18 @@ TRIED_EXPERTS, TRIED_RANKS, TRIED_NEAR = 4, 4, 2
 
 
 def expected_loads(
-    loads_E: Amounts, placement: Placement, sweeps: int = MOST_SWEEPS
+    loads_E: Amounts,
+    placement: Placement,
+    sweeps: int = MOST_SWEEPS,
+    speeds_P: Amounts | None = None,
 ) -> tuple[Amounts, Amounts]:
-    """What each holder of each expert gets [H], and each rank [P], levelled as far as it goes or as `sweeps` do."""
+    """What each holder of each expert gets [H], and each rank over its speed [P], levelled as far as it goes or as `sweeps` do."""
+    speeds_P = np.ones(placement.num_ranks) if speeds_P is None else speeds_P
     pairs = placement.pairs
     number_H = np.diff(pairs.start_X)[pairs.expert_H]
     even_H = loads_E[pairs.expert_H] / number_H
-    amounts_H = levelled(even_H, pairs, placement.num_ranks, sweeps=sweeps)
-    return amounts_H, pairs.loads(amounts_H, placement.num_ranks)
+    amounts_H = levelled(even_H, pairs, placement.num_ranks, speeds_P, sweeps)
+    return amounts_H, pairs.loads(amounts_H, placement.num_ranks) / speeds_P
 
 
 def repaired(
@@ -35,19 +39,23 @@ def repaired(
     good: float = GOOD,
     per_node: int | None = None,
     far_load: float = 0.0,
+    speeds_P: Amounts | None = None,
 ) -> Placement:
     """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
     `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means.
 
-    Ranks on nodes that hold the expert come first. One on another node must get at least `far_load` of it.
+    Ranks on nodes that hold the expert come first. One on another node must get at least `far_load` of it. A rank's load is over
+    its speed, and the mean is the load of all over all speeds.
     """
+    speeds_P = np.ones(placement.num_ranks) if speeds_P is None else speeds_P
+    mean = float(loads_E.sum() / speeds_P.sum())
     nodes = Nodes(num_ranks=placement.num_ranks, per_node=per_node or placement.num_ranks)
-    score, amounts_H, loads_P = _score(loads_E, placement)
+    score, amounts_H, loads_P = _score(loads_E, placement, speeds_P, mean)
     for _ in range(most_steps):
-        if loads_P.max() <= good * loads_P.mean():
+        if loads_P.max() <= good * mean:
             break
         for copy, changed in _changes(placement, amounts_H, loads_P, most_copies, nodes):
-            found = _score(loads_E, changed)
+            found = _score(loads_E, changed, speeds_P, mean)
             if found[0] < score and _amount(copy, changed, found[1]) >= far_load * copy.is_far:
                 (score, amounts_H, loads_P), placement = found, changed
                 break
@@ -56,9 +64,11 @@ def repaired(
     return placement
 
 
-def _score(loads_E: Amounts, placement: Placement) -> tuple[tuple[float, float], Amounts, Amounts]:
-    amounts_H, loads_P = expected_loads(loads_E, placement)
-    scale = max(float(loads_P.mean()), 1e-30)
+def _score(
+    loads_E: Amounts, placement: Placement, speeds_P: Amounts, mean: float
+) -> tuple[tuple[float, float], Amounts, Amounts]:
+    amounts_H, loads_P = expected_loads(loads_E, placement, speeds_P=speeds_P)
+    scale = max(mean, 1e-30)
     most = round(float(loads_P.max()) / scale, 6)
     return (most, round(float(np.square(loads_P / scale).sum()), 6)), amounts_H, loads_P
 

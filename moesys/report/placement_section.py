@@ -145,5 +145,14 @@ def _most_held(holders_E: NDArray[np.float64]) -> tuple[int, int, int]:
 def _note(run: Run) -> str:
     step: Any = run.last_train.get("step", 0)
     if run.holders is None or run.holders.final_step == step:
-        return f"Of step {step:,}."
-    return f"Of step {step:,}; copies and holders of step {run.holders.final_step:,}."
+        return f"Of step {step:,}.{_speeds(run)}"
+    return f"Of step {step:,}; copies and holders of step {run.holders.final_step:,}.{_speeds(run)}"
+
+
+def _speeds(run: Run) -> str:
+    """Nothing where they are not measured."""
+    speeds = run.last_train.get("rank_speeds")
+    if not speeds:
+        return ""
+    told = f"{min(speeds):.2f} (rank {speeds.index(min(speeds))}) to {max(speeds):.2f}"
+    return f" Rows are over the speeds of a group's ranks, {told} of the mean."

@@ -156,6 +156,7 @@ codec=auto parallel.ep=2 +dispatch.candidates.tree_int8.codec.dimensions=0 | dis
 codec=lsh parallel.ep=2 dispatch.codec.hashes=20 | dispatch.codec | is refused: hashes=20 of dimensions=8 make codes of 80 bits | correct the options
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
 placement.policy=balance | placement.policy='balance' | must be one of fixed, balanced, hecate, everywhere, eplb | did you mean balanced?
+placement=balanced parallel.ep=2 placement.speeds=measure | placement.speeds='measure' | must be one of even, measured | did you mean measured?
 placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.copies=null train.device=cpu | placement.copies=null | is as many as the memory of a GPU allows, and train.device=cpu uses none | use a number
 placement=balanced parallel.ep=2 placement.reshard_every_steps=-1 | placement.reshard_every_steps=-1 | must be at least 0 | use a value at least 0

@@ -36,6 +36,7 @@ from moesys.plan.overlap import AHEAD_STEPS, overlap_degree
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.sharding import first_owners, moved
+from moesys.train.rank_speeds import RankSpeeds
 from moesys.train.resharding import reshard
 
 
@@ -87,6 +88,8 @@ class PlacementFigures:
     """For copies and their gradients, mean over ranks; part of forward, backward and optimizer."""
     overlap_degree: int | None
     """That the plan in force was made by; None where it is not to be measured."""
+    speeds_P: list[float] | None
+    """Of the ranks of a group, 1 = mean, by which rows were shared out; None where they are not to be measured."""
 
 
 class Placements:
@@ -138,6 +141,18 @@ class Placements:
         self._history: deque[_Loads] = deque(maxlen=most)
         self._in_force: _Plan | None = None
         self._moved_experts, self._reshard_bytes = 0, 0
+        self._speeds: RankSpeeds | None = None
+        self._speeds_P: Amounts | None = None
+        """In force."""
+        if self._config.speeds == "measured" and self._is_used:
+            rank, device = (
+                meshes.expert.get_local_rank("ep"),
+                torch.device(meshes.expert.device_type),
+            )
+            later = self._config.every_steps - 1
+            self._speeds = RankSpeeds(rank, meshes.dims.ep, device, later)
+            for layer in self._layers.values():
+                layer.placement.experts.timed = self._speeds.timed
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -151,12 +166,15 @@ class Placements:
             "nodes": self._nodes,
             "links": None if self._links is None else self._links.told(),
             "ahead": [[step, seconds] for step, seconds in self._ahead],
+            "times": None if self._speeds is None else self._speeds.state,
         }
 
     def at_resume(self, state: dict[str, Any] | None) -> None:
-        """Go on with a checkpoint's loads, owners and links, as far as it is of these experts and ranks. Collective."""
+        """Go on with a checkpoint's loads, owners, links and times, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
         self._ahead, self._in_force = [], None
+        if self._speeds is not None:
+            self._speeds.at_resume([])
         if state is None or not self._is_used:
             return
         owners_M = [np.array(owner_E, dtype=np.int64) for owner_E in state["owners"]]
@@ -166,6 +184,8 @@ class Placements:
             self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
         if state["ranks"] == self._meshes.dims.ep:
             self._reshard(owners_M)
+            if self._speeds is not None and state.get("times"):
+                self._speeds.at_resume(state["times"])
             # Routes say in which order gradients are summed: with others the run would not go on bit for bit.
             if state.get("links") and state["nodes"] == self._nodes:
                 self._links = Links.of(state["links"])
@@ -187,8 +207,9 @@ class Placements:
             return
         self.measure()
         self._moved_experts, self._reshard_bytes = 0, 0
+        self._speeds_P = None if self._speeds is None else self._speeds.as_of(step)
         for layer in self._layers.values():
-            layer.dispatcher.levels = Levels()
+            layer.dispatcher.levels, layer.dispatcher.speeds_P = Levels(), self._speeds_P
         if not self._config.plans_ahead:
             for index, layer in self._layers.items():
                 after_routing = partial(self._planned_after_routing, index)
@@ -216,9 +237,11 @@ class Placements:
             return
         load_ME = [row[: self._most_experts] for row in load_MX]
         self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
-        *_, ahead_us, forwards = numbers
+        *_, ahead_us, forwards = numbers[: 3 * len(self._owners_M) + 6]
         if self._measures_overlap and forwards and len(self._ahead) < AHEAD_STEPS:
             self._ahead.append((step, ahead_us / forwards / 1e6))
+        if self._speeds is not None:
+            self._speeds.observe(step, numbers[3 * len(self._owners_M) + 6 :])
 
     def numbers(self) -> list[float]:
         """What this rank adds to the step's figures: to be summed over ranks; as many on all. Read once."""
@@ -239,6 +262,7 @@ class Placements:
             self._reshard_bytes,
             float(sum(round(seconds * 1e6) for seconds in ahead_s)),  # whole: exact in any order
             len(ahead_s),
+            *(self._speeds.numbers() if self._speeds is not None else ()),
         ]
 
     def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
@@ -262,6 +286,7 @@ class Placements:
             overlap_degree=self._in_force.overlap_degree
             if self._in_force is not None and self._measures_overlap
             else None,
+            speeds_P=None if self._speeds_P is None else self._speeds_P.tolist(),
         )
 
     def _holders_ME(self) -> list[list[int]]:
@@ -297,11 +322,12 @@ class Placements:
             loads_E[: len(owner_E)]
             for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
         ]
-        ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy
+        speeds_P = None if self._speeds is None else self._speeds.as_of(as_of)
+        ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy, speeds_P
         every = config.reshard_every_steps
         # As with plans, a look that would be due before the first step is made before the second.
         if every and step == as_of and (step == 2 or (step - 1) % every == 0):
-            owners_M = self._better_owners(config, loads_M)
+            owners_M = self._better_owners(config, loads_M, speeds_P)
             self._agree(owners_M)
             self._reshard(owners_M)
         planned_M = planned_placements(config, loads_M, self._owners_M, *ranks)
@@ -345,7 +371,9 @@ class Placements:
     def _measures_overlap(self) -> bool:
         return self._config.overlap_degree is None and self._config.policy == "hecate"
 
-    def _better_owners(self, config: PlacementConfig, loads_M: list[Amounts]) -> list[Integers]:
+    def _better_owners(
+        self, config: PlacementConfig, loads_M: list[Amounts], speeds_P: Amounts | None
+    ) -> list[Integers]:
         """For each pipeline rank by itself, whose memory it is."""
         owners_M = list(self._owners_M)
         for layers in filter(None, self._layers_of_ranks):
@@ -356,6 +384,7 @@ class Placements:
                 self._meshes.dims.ep,
                 self._per_node,
                 self._rows_per_copy,
+                speeds_P,
             )
             for layer, owner_E in zip(layers, found or (), strict=False):
                 owners_M[layer] = owner_E

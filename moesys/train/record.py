@@ -148,6 +148,8 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
         }
     if found.overlap_degree is not None:
         fields["overlap_degree"] = found.overlap_degree
+    if found.speeds_P is not None:
+        fields["rank_speeds"] = found.speeds_P
     if found.holders_ME:
         fields["expert_holders"] = found.holders_ME
     return fields

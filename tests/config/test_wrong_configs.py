@@ -461,6 +461,10 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
             "metrics.straggler_every_steps=0 metrics.straggler_ratio=2",
             "straggler_ratio=2.0 has no effect",
         ),
+        (
+            "placement.speeds=measured",
+            "speeds=measured has no effect with placement.policy=fixed",
+        ),
         ("train.eval_every_steps=101", "beyond train.steps=100"),
         ("anomaly.warmup_steps=16", "anomaly.warmup_steps=16 has no effect with anomaly.sigma=0"),
         ("anomaly.tries=2", "no effect with anomaly.policy=stop"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from moesys.moe.placed import PlacedDispatcher
+from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import FlatExchange
-from moesys.plan.placement import Placement
+from moesys.plan.placement import Amounts, Placement
 from moesys.plan.shares import Shares
 from moesys.testing.ranks import run_ranks
 from tests.moe.test_dispatch import CASES, D, assert_identity, make_routing, passed
@@ -26,7 +26,9 @@ def placement_for(num_experts: int, size: int, case: str) -> Placement:
     return random_placement(np.random.default_rng(len(case)), num_experts, size, COPIES)
 
 
-def _there_and_back(rank: int, size: int, per_node: int | None, case: str):
+def _there_and_back(
+    rank: int, size: int, per_node: int | None, case: str, speeds_P: Amounts | None = None
+):
     x_TD, routing, num_experts = make_routing(rank, case)
     x_TD.requires_grad_()
     placement = placement_for(num_experts, size, case)
@@ -39,19 +41,24 @@ def _there_and_back(rank: int, size: int, per_node: int | None, case: str):
         per_node or size,
         lambda counts_PE: seen.append(counts_PE) or copies,
     )
+    dispatcher.speeds_P = speeds_P
     plan, found = passed(dispatcher, x_TD, routing, rank)
     assert plan.expert_arguments == (plan.rows_per_class_list, copies)
-    return found | {"known": seen}
+    return found | {"known": seen, "levels": dispatcher.levels}
 
 
 @each_way
 @pytest.mark.parametrize("case", CASES)
-def test_there_and_back_is_the_identity(case: str, size: int, per_node: int | None) -> None:
-    results = run_ranks(_there_and_back, size, per_node, case)
+@pytest.mark.parametrize("by_speed", [False, True], ids=["even", "by speed"])
+def test_there_and_back_is_the_identity(
+    case: str, size: int, per_node: int | None, by_speed: bool
+) -> None:
+    speeds_P = 0.5 + np.arange(size) / 2 if by_speed else None
+    results = run_ranks(_there_and_back, size, per_node, case, speeds_P)
     num_experts = CASES[case][1]
     placement = placement_for(num_experts, size, case)
     counts_PE = np.stack([result["slots"].numpy() for result in results])
-    shares = Shares.of(counts_PE, placement, per_node or size)
+    shares = Shares.of(counts_PE, placement, per_node or size, speeds_P)
     arrived: list[list[list[float]]] = [[] for _ in range(num_experts)]
     for rank, result in enumerate(results):
         assert_identity(result)
@@ -74,3 +81,14 @@ def test_there_and_back_is_the_identity(case: str, size: int, per_node: int | No
         ]
         assert sorted(arrived[expert]) == sorted(sent)
     assert all(len(row) == D for rows in arrived for row in rows)
+
+
+def test_levels_are_over_speeds() -> None:
+    """Rank 1, half as fast, is level with a third of the rows: its owner alone would take all of them."""
+    placement = Placement(owner_E=np.array([1]), copies_PC=np.array([[0], [-1]]))
+    levels = Levels()
+    speeds_P = np.array([1.0, 0.5])
+    levels.add(placement, np.array([300]), np.array([200, 100]), speeds_P)
+    assert (levels.busiest, levels.if_owners_alone, levels.mean) == (200.0, 600.0, 200.0)
+    levels.add(placement, np.array([300]), np.array([200, 100]))
+    assert (levels.busiest, levels.if_owners_alone, levels.mean) == (400.0, 900.0, 350.0)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moesys.plan.copies import balancing_copies
+from moesys.plan.copies import _by_stretch, balancing_copies
 from moesys.plan.placement import Placement, placement_of, problems
 from moesys.plan.placement_optimum import best_copies, least_maximum
 from moesys.plan.repair import expected_loads, repaired
@@ -193,3 +193,18 @@ def test_a_layer_that_is_level_enough_gets_no_copies():
     assert (strict > 0).all()
     assert lenient[0] == 0
     assert lenient[1] == strict[1]
+
+
+def test_a_repair_takes_rows_off_the_slow_rank() -> None:
+    """Loads are equal, and rank 1 is half as fast: nothing is to be done for ranks that are alike."""
+    loads_E, alone = np.full(4, 1.0), placement_of(np.arange(4), np.full((4, 1), -1))
+    assert (repaired(loads_E, alone, 1, most_steps=8).copies_PC < 0).all()
+    speeds_P = np.array([1.0, 0.5, 1.0, 1.0])
+    found = repaired(loads_E, alone, 1, most_steps=8, speeds_P=speeds_P)
+    assert found.copies_PC[1].tolist() == [-1]
+    assert expected_loads(loads_E, found, speeds_P=speeds_P)[1] == pytest.approx(4 / 3.5, rel=0.01)
+
+
+def test_room_over_the_mean_is_the_most_room() -> None:
+    """As a fast rank has."""
+    assert _by_stretch(np.zeros(3, dtype=np.int64), np.array([0.5, 3.0, 1.5])).tolist() == [1, 2, 0]

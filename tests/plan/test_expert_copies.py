@@ -1,17 +1,24 @@
 """What is planned for a run: of layers with different numbers of experts, never over its memory, owners only where they help."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moesys.config.compose import compose
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
 from moesys.plan.chunk_routes import chunk_route
 from moesys.plan.crossing import crossing_rows
-from moesys.plan.expert_copies import WORTH, better_owners, copy_in_rows, planned_placements
+from moesys.plan.expert_copies import (
+    REPAIR_STEPS,
+    WORTH,
+    better_owners,
+    copy_in_rows,
+    planned_placements,
+)
 from moesys.plan.placement import Placement, even_owners, problems
 from moesys.plan.placement_optimum import best_copies
 from moesys.plan.repair import expected_loads
@@ -158,3 +165,38 @@ def test_owners_change_so_that_copies_stay_on_their_nodes() -> None:
     loads_P = expected_loads(loads_M[0], after)[1]
     assert loads_P.max() <= 1.05 * loads_P.mean()
     assert better_owners(BALANCED, loads_M, found, 4, 2, 100.0) is None
+
+
+@pytest.mark.parametrize("steps", [REPAIR_STEPS, 0], ids=["repaired", "laid"])
+def test_copies_are_planned_by_speed(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks with equal loads the slow one's experts are copied, and it gets no copy."""
+    monkeypatch.setattr("moesys.plan.expert_copies.REPAIR_STEPS", steps)
+    loads_E, owner_E = np.full(16, 100.0), even_owners(16, 8)
+    speeds_P = np.where(np.arange(8) == 1, 0.5, 1.0)
+    (even,) = planned_placements(BALANCED, [loads_E], [owner_E], 8, 8)
+    assert (even.copies_PC < 0).all()
+    (placement,) = planned_placements(BALANCED, [loads_E], [owner_E], 8, 8, math.inf, speeds_P)
+    assert problems(placement, BALANCED.most_copies) == []
+    assert (placement.copies_PC[1] < 0).all()
+    assert {*placement.copies_PC[placement.copies_PC >= 0].tolist()} <= {2, 3}
+    over_P = expected_loads(loads_E, placement, speeds_P=speeds_P)[1]
+    assert over_P.max() <= 1.07 * loads_E.sum() / speeds_P.sum()
+
+
+@settings(deadline=None, max_examples=200)
+@given(seeds(), st.integers(1, 24), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3))
+def test_plans_by_speed_are_plans(rng, experts, nodes, per_node, copies):
+    """And no worse by it than owners alone."""
+    ranks = nodes * per_node
+    loads_E, owner_E = (
+        random_loads(rng, experts).astype(float),
+        random_owners(rng, experts, ranks),
+    )
+    speeds_P = np.round(rng.uniform(0.25, 4, ranks), 2)
+    config = replace(BALANCED, copies=copies)
+    (placement,) = planned_placements(
+        config, [loads_E], [owner_E], ranks, per_node, math.inf, speeds_P
+    )
+    assert problems(placement, copies) == []
+    busiest = expected_loads(loads_E, placement, speeds_P=speeds_P)[1].max()
+    assert busiest <= (np.bincount(owner_E, loads_E, ranks) / speeds_P).max() * (1 + 1e-9)

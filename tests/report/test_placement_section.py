@@ -165,3 +165,12 @@ def test_experts_without_copies_are_said_to_have_none(tmp_path: Path) -> None:
     ] == ["At the end every expert has one holder."] * LAYERS
     at = page.texts.index("prediction error")
     assert page.texts[at + 4 : at + 7] == ["0", "1", "-"]
+
+
+def test_speeds_by_which_rows_were_shared_are_told(tmp_path: Path) -> None:
+    def measured(rng: np.random.Generator, step: int) -> dict[str, Any]:
+        return {"rank_speeds": [1.14, 1.14, 0.57, 1.14]}
+
+    write_placed(tmp_path, placement_fields, measured)
+    told = "Rows are over the speeds of a group's ranks, 0.57 (rank 2) to 1.14 of the mean."
+    assert f"Of step {STEPS}. {told}" in page_of(tmp_path).texts

@@ -1,6 +1,7 @@
 """Training in which the hottest experts lie on several ranks: the numbers of plain expert parallelism, under every axis."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from moesys.config.schema import Recompute, RunConfig
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.plan.chunk_routes import ChunkRoute
 from moesys.plan.costs import expert_parameters
+from moesys.plan.expert_copies import planned_placements
 from moesys.plan.links import Link, Links
 from moesys.plan.load_prediction import prediction_errors
 from moesys.plan.placement import Placement
+from moesys.plan.speeds import LEAST_STEPS
 from moesys.testing.parity import Difference, Numbers, compare, parity, train_small
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
+from moesys.train.rank_speeds import RankSpeeds
 from moesys.train.record import _placement_fields
 from tests.train.coded import INT8, LSH, config
 
@@ -162,6 +166,114 @@ def test_an_overlap_degree_that_is_measured_changes_no_number(
         degrees = {figures and figures.overlap_degree for figures in others}
         assert degrees == {3} if experts_in_time else degrees <= {*range(1, 9)}
         assert _placement_fields(numbers.results[1])["overlap_degree"] in degrees
+
+
+SLOW_RANK, SLOWNESS = 2, 2
+
+
+class Sped(NamedTuple):
+    """A run of which a rank's experts had so many rows in each step."""
+
+    numbers: Numbers
+    rows: list[int]
+    planned_by: list[list[float]]
+    """Speeds, of each plan."""
+
+
+def with_made_up_clock(slow_place: int) -> list[int]:
+    """In this process a row takes 10 us, or `SLOWNESS` times as long on ranks of that place in a group. Returns rows, step by step."""
+    rows_of_steps: list[int] = []
+    taken = RankSpeeds.taken
+
+    def made_up(speeds: RankSpeeds) -> tuple[int, int]:
+        us, rows = taken(speeds)
+        assert (us > 0) == (rows > 0)
+        rows_of_steps.append(rows)
+        return 10 * rows * (SLOWNESS if speeds._rank == slow_place else 1), rows
+
+    RankSpeeds.taken = made_up  # type: ignore[method-assign]
+    return rows_of_steps
+
+
+def _sped(rank: int, size: int, run_config: RunConfig, slow_place: int) -> Sped:
+    rows, planned_by = with_made_up_clock(slow_place), []
+
+    def planned(*given) -> list[Placement]:
+        if run_config.placement.policy != "everywhere":
+            planned_by.append(given[-1].tolist())
+        return planned_placements(*given)
+
+    placements_module.planned_placements = planned  # type: ignore[assignment]
+    return Sped(train_small(rank, size, run_config, 2), rows, planned_by)
+
+
+def test_a_rank_that_is_half_as_fast_serves_about_half_the_rows() -> None:
+    """From the step on in which enough is known; numbers are those of plain expert parallelism."""
+    steps = LEAST_STEPS + 2
+    plain = parity(spread(PlacementConfig(), steps=steps), 4, micro_steps=2)
+    placement = replace(BALANCED, copies=6, spare=6, speeds="measured")
+    ranks = run_ranks(_sped, 4, spread(placement, steps=steps), SLOW_RANK)
+    found = compare([sped.numbers for sped in ranks], plain[0])
+    assert not found.missing
+    assert found.are_counters_equal
+    assert found.figures < 1e-6
+    assert found.gradients < 1e-5
+    rows_SP = np.array([sped.rows for sped in ranks]).T
+    assert len({*rows_SP.sum(1).tolist()}) == 1
+    of_others_S = rows_SP[:, SLOW_RANK] / np.delete(rows_SP, SLOW_RANK, 1).mean(1)
+    assert of_others_S[1:LEAST_STEPS] == pytest.approx(1, abs=0.05)
+    assert of_others_S[LEAST_STEPS:] == pytest.approx(1 / SLOWNESS, abs=0.05)
+    for sped in ranks:
+        of_steps = [_placement_fields(result) for result in sped.numbers.results]
+        known = [1.14, 1.14, 0.57, 1.14]
+        in_force = [*[[1.0] * 4] * LEAST_STEPS, *[known] * 2]
+        assert [fields["rank_speeds"] for fields in of_steps] == in_force
+        assert sped.planned_by == in_force[1:], "before the first step no loads are known"
+        assert all(fields["rank_imbalance"] < 1.05 for fields in of_steps[1:])
+    assert not any("rank_speeds" in _placement_fields(result) for result in plain[0].results)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("policy", "recompute", "degrees"),
+    [
+        ("balanced", "moe", {"etp": 2}),
+        ("everywhere", "layer", {}),
+        ("hecate", "none", {"pp": 2}),
+        ("eplb", "none", {"tp": 2}),
+    ],
+    ids=["etp+moe", "edp+layer", "pp", "tp"],
+)
+def test_shares_by_speed_change_no_number_under_other_axes(
+    policy: PlacementPolicy, recompute: Recompute, degrees: dict[str, int]
+) -> None:
+    degrees = {"ep": 2} | degrees
+    steps = LEAST_STEPS + 1
+    plain = parity(spread(PlacementConfig(), None, recompute, steps, **degrees), 4, micro_steps=2)
+    placement = PlacementConfig(policy=policy, near=False, speeds="measured")
+    ranks = run_ranks(_sped, 4, spread(placement, None, recompute, steps, **degrees), 1)
+    for sped, theirs in zip(ranks, plain, strict=True):
+        found = compare([sped.numbers], theirs)
+        assert not found.missing
+        assert found.are_counters_equal
+        assert found.figures < 1e-6
+        assert found.gradients < 1e-5
+        last = sped.numbers.results[-1].placement
+        assert last is not None
+        assert last.speeds_P == [1.33, 0.67]
+
+
+def _how_many_numbers(rank: int, size: int, *configs: RunConfig) -> list[int]:
+    runs = [SmallRun(with_micro_steps(found, size, 2), size) for found in configs]
+    return [len(run.train_step.placements.numbers()) for run in runs]
+
+
+def test_a_step_has_as_many_numbers_more_as_docs_communication_says() -> None:
+    """3 M + 6 of M layers, and 2 ep where speeds are measured."""
+    measured = replace(BALANCED, speeds="measured")
+    configs = [spread(placement) for placement in (PlacementConfig(), BALANCED, measured)]
+    layers = len(configs[0].model.moe_layers)
+    assert run_ranks(_how_many_numbers, 4, *configs) == [[0, 3 * layers + 6, 3 * layers + 14]] * 4
 
 
 @pytest.mark.parity

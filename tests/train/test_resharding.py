@@ -22,7 +22,7 @@ from moesys.train import resharding
 from moesys.train.state import run_tensors
 from moesys.train.step import StepResult
 from tests.plan.placements import random_copies, random_owners
-from tests.train.test_placement import spread
+from tests.train.test_placement import SLOW_RANK, spread, with_made_up_clock
 
 EVERY_STEP = PlacementConfig(policy="balanced", reshard_every_steps=1)
 
@@ -137,12 +137,13 @@ def test_a_number_that_changed_on_its_way_ends_the_job_on_all_ranks() -> None:
 
 
 def _stopped_and_resumed(
-    rank: int, size: int, folder: Path, *after: RunConfig
+    rank: int, size: int, folder: Path, planned: RunConfig, *after: RunConfig
 ) -> tuple[Numbers, list[Numbers]]:
     """The last steps of a run in one go, and of those that go on from its checkpoint."""
     expert_copies.WORTH = -1e9  # type: ignore[misc]
     placements_module.AHEAD_STEPS = 2  # type: ignore[misc]
-    run_config = with_micro_steps(spread(PLANNED), size, 2)
+    with_made_up_clock(SLOW_RANK)
+    run_config = with_micro_steps(planned, size, 2)
     run = SmallRun(run_config, size)
     for _ in range(STOP):
         run.step()
@@ -178,13 +179,17 @@ def numbers(run: SmallRun) -> Numbers:
 PLANNED = PlacementConfig(
     policy="hecate", every_steps=2, reshard_every_steps=2, copies=1, overlap_degree=None
 )
+BY_SPEED = PlacementConfig(policy="balanced", every_steps=2, near=False, speeds="measured")
 STOP = 3
 """In the middle between two plans, so that the one in force is made again."""
 
 
 def test_a_resume_goes_on_bit_for_bit_or_without_copies(tmp_path: Path) -> None:
-    after = (spread(PLANNED), spread(PlacementConfig()), spread(PlacementConfig(), ep=2))
-    for in_one_go, (same, *without) in run_ranks(_stopped_and_resumed, 4, tmp_path, *after):
+    planned = spread(PLANNED)
+    after = (planned, spread(PlacementConfig()), spread(PlacementConfig(), ep=2))
+    for in_one_go, (same, *without) in run_ranks(
+        _stopped_and_resumed, 4, tmp_path, planned, *after
+    ):
         first, second, _ = (result.placement for result in in_one_go.results)
         assert max(map(max, first.holders_ME)) > 1
         assert second.moved_experts > 0
@@ -196,6 +201,17 @@ def test_a_resume_goes_on_bit_for_bit_or_without_copies(tmp_path: Path) -> None:
                 assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
                 assert ours.expert_load_ME == theirs.expert_load_ME
                 assert ours.placement is None
+
+
+def test_a_resume_shares_rows_by_the_same_speeds(tmp_path: Path) -> None:
+    """Which are known from the first step after it; the plan in force was made before they were."""
+    planned = spread(BY_SPEED)
+    for in_one_go, (same,) in run_ranks(_stopped_and_resumed, 4, tmp_path, planned, planned):
+        first, second, _ = (result.placement for result in in_one_go.results)
+        assert first.speeds_P == second.speeds_P == [1.14, 1.14, 0.57, 1.14]
+        assert first.holders_ME != second.holders_ME
+        assert [timeless(r) for r in same.results] == [timeless(r) for r in in_one_go.results]
+        assert all(torch.equal(same.weights[name], t) for name, t in in_one_go.weights.items())
 
 
 def timeless(result: StepResult) -> StepResult:
