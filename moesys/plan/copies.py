@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from moesys.plan.lines import begins
 from moesys.plan.placement import Amounts, Integers, Nodes
 
+GRID = 2.0**24
+"""Loads are whole numbers of so many parts of a rank's mean."""
 LEAST = (0.2, 0.05, 0.01)
 """Of a rank's mean load: pieces that are laid in each round. Small ones would take the places that large ones want; the smallest
 are not worth a copy."""
@@ -75,7 +77,7 @@ class _State:
         self.mean_M1 = np.maximum(loads_ME.sum(1, keepdims=True), 1e-30) / num_ranks
         self.expert_MI = np.broadcast_to(np.arange(num_experts), loads_ME.shape)
         self.rank_MI = owner_ME
-        self.load_MI = loads_ME / self.mean_M1
+        self.load_MI = _on_grid(loads_ME / self.mean_M1)
         self.used_MP = np.zeros((layers, num_ranks), dtype=np.int64)
         """Copies that each rank has."""
         self.copies_MPC = np.full((layers, num_ranks, most_copies), -1, dtype=np.int64)
@@ -97,7 +99,7 @@ class _State:
             )
             expert_M = by_load_ME[:, turn]
             node_M = nodes.node_P[self.owner_ME[layer_M, expert_M]]
-            part_M = self.load_MI[layer_M, expert_M] / nodes.number
+            part_M = _on_grid(self.load_MI[layer_M, expert_M] / nodes.number)
             is_away_MN = (node_M[:, None] != node_N) & (turn < near_M)[:, None]
             m, n = np.nonzero(is_away_MN & (rank_N < num_ranks))
             at = m, turn, n
@@ -110,7 +112,7 @@ class _State:
 
     def find_room(self, tolerance: float, speeds_P: Amounts) -> None:
         """Which ranks have too much, and of which items, and which have room."""
-        mean_P = speeds_P / speeds_P.mean()
+        mean_P = _on_grid(speeds_P / speeds_P.mean())
         layers, num_ranks = self.used_MP.shape
         rank_of_all = self.rank_MI + np.arange(layers)[:, None] * num_ranks
         has_X = np.bincount(rank_of_all.ravel(), self.load_MI.ravel(), layers * num_ranks)
@@ -200,6 +202,11 @@ class _State:
         at_T, expert_T = at_T[is_new_T], expert_T[is_new_T]
         self.copies_MPC.reshape(-1)[at_T * most + used[at_T]] = expert_T
         used[at_T] += 1
+
+
+def _on_grid(amounts: Amounts) -> Amounts:
+    """Rounded so that sums over all layers are exact: a layer's plan does not hang on those that are planned with it."""
+    return np.round(amounts * GRID) / GRID
 
 
 def _hottest_first(loads_ME: Amounts, owner_ME: Integers, over_MP: Amounts) -> Amounts:

@@ -35,6 +35,19 @@ POLICIES: tuple[PlacementPolicy, ...] = ("balanced", "hecate", "everywhere")
 def test_memory_is_kept_to_and_layers_are_planned_one_by_one(
     policy: PlacementPolicy, rng: np.random.Generator, copies: int
 ) -> None:
+    assert_planned_alike_alone(policy, rng, copies)
+
+
+@pytest.mark.parametrize("seed", [8011, 8100, 8113])
+def test_sums_over_all_layers_are_exact(seed: int) -> None:
+    """Rounded ones planned these layers otherwise together than alone."""
+    assert_planned_alike_alone("balanced", np.random.default_rng(seed), copies=2)
+    assert_planned_alike_alone("balanced", np.random.default_rng(seed), copies=3)
+
+
+def assert_planned_alike_alone(
+    policy: PlacementPolicy, rng: np.random.Generator, copies: int
+) -> None:
     ranks, per_node = (8, 2) if rng.integers(2) else (4, 4)
     numbers = rng.choice([4, 8, 16], size=int(rng.integers(1, 5))).tolist()
     loads_M = [random_loads(rng, number).astype(float) for number in numbers]
