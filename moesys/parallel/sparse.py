@@ -8,6 +8,7 @@ Shapes: C copies of this rank, in the order in which they arrive.
 """
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -96,8 +97,28 @@ class _Pending:
     """Of those that come to this rank."""
 
 
+class _Staged(ABC):
+    """One stage after the other."""
+
+    _left: list[Stage]
+    _pending: _Pending | None
+
+    def advance(self) -> None:
+        """Wait for the stage that is under way, and start the next. Collective."""
+        if self._pending is not None and self._left:
+            self._end(self._pending)
+
+    def _finish(self) -> None:
+        while self._pending is not None:
+            self._end(self._pending)
+
+    @abstractmethod
+    def _end(self, pending: _Pending) -> None:
+        """Wait for a stage, take what came, and start the next."""
+
+
 @dataclass
-class Gather:
+class Gather(_Staged):
     """Copies on their way to this rank."""
 
     collectives: SparseCollectives
@@ -127,14 +148,8 @@ class Gather:
 
     def wait(self) -> Tensor:
         """Return `flat`. Collective."""
-        while self._pending is not None:
-            self._end(self._pending)
+        self._finish()
         return self.flat
-
-    def advance(self) -> None:
-        """Wait for the stage that is under way, and start the next. Collective."""
-        if self._pending is not None and self._left:
-            self._end(self._pending)
 
     def _end(self, pending: _Pending) -> None:
         self.collectives.wait(pending.work)
@@ -162,7 +177,7 @@ class Gather:
 
 
 @dataclass
-class Reduce:
+class Reduce(_Staged):
     """Gradients on their way to owners."""
 
     collectives: SparseCollectives
@@ -179,14 +194,8 @@ class Reduce:
 
     def wait(self) -> list[tuple[int, Tensor]]:
         """(expert, a part of its gradient's sum, 1-d) of what came to this rank as an owner, in a fixed order. Collective."""
-        while self._pending is not None:
-            self._end(self._pending)
+        self._finish()
         return self._home
-
-    def advance(self) -> None:
-        """Wait for the stage that is under way, and start the next. Collective."""
-        if self._pending is not None and self._left:
-            self._end(self._pending)
 
     def _end(self, pending: _Pending) -> None:
         self.collectives.wait(pending.work)

@@ -132,7 +132,8 @@ def _shard_with_experts(
 
 
 def _begin_copies_early(part: Transformer) -> None:
-    """Copies of a layer's experts are on their way while the block before it computes, and at the latest its own attention."""
+    """Copies of a layer's experts set out under the experts of the layer before, where a dense block is before it with that, and at
+    the latest with its own."""
     blocks = list(part.blocks())
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         own, ahead = _placement_of(block), _placement_of(following)
@@ -151,7 +152,7 @@ def _placement_of(block: nn.Module | None) -> LayerPlacement | None:
 
 
 def _follow_backward(model: Transformer) -> None:
-    """Released copies are on their way again while the backward of the layer after them computes."""
+    """Each layer knows the ones before and after it, under whose experts copies and gradients set out."""
     placed = [layer.placement for layer in model.moe_layers() if layer.placement is not None]
     for earlier, later in pairwise(placed):
         earlier.later, later.earlier = later, earlier

@@ -206,13 +206,17 @@ def test_a_delay_is_at_least_what_was_asked_for() -> None:
     assert seconds[0] < 0.003
 
 
+def slow_rank() -> Layout:
+    """One, with a tenth of a core."""
+    if reason := cores.why_not():
+        pytest.skip(reason)
+    return Layout(name=NAME, num_nodes=1, ranks_per_node=1, cores_per_rank=0.1)
+
+
 @needs_namespaces
 def test_a_rank_computes_with_its_share_of_a_core() -> None:
     """The kernel stops it whenever it has had its share of ten milliseconds; its group goes with the fabric."""
-    reason = cores.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    layout = Layout(name=NAME, num_nodes=1, ranks_per_node=1, cores_per_rank=0.1)
+    layout = slow_rank()
     work = "import time\nwhile time.process_time() < 0.2: pass"
     with fabric(layout):
         assert run_job(layout, [sys.executable, "-c", work]) == 0
@@ -225,10 +229,7 @@ def test_a_rank_computes_with_its_share_of_a_core() -> None:
 @needs_namespaces
 def test_threads_that_carry_bytes_have_no_quota() -> None:
     """A thread with such a name computes for 0.1 s in far less than the second that a rank's share would take."""
-    reason = cores.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    layout = Layout(name=NAME, num_nodes=1, ranks_per_node=1, cores_per_rank=0.1)
+    layout = slow_rank()
     work = """
 import ctypes, threading, time
 def busy():

@@ -97,21 +97,24 @@ def test_a_plan_that_cannot_fit_is_refused_before_it_is_queued(
     assert "# memory of the fullest rank, by formula: " in capsys.readouterr().out
 
 
+SAYS_WHETHER_TORCH = (
+    "import sys; from moesys.cli import main; code = main(sys.argv[1:]); "
+    "print('torch' in sys.modules); sys.exit(code)"
+)
+"""Was imported, after the command."""
+
+
 def test_64_nodes_whose_memory_is_impossible_are_refused_without_torch(
     words: list[str], tmp_path: Path
 ) -> None:
     """On the login node, before Slurm is asked for; with what is said to help, the plan is printed."""
     prepared_data(tmp_path / "data", train_tokens=10**9)
-    code = (
-        "import sys; from moesys.cli import main; code = main(sys.argv[1:]); "
-        "print('torch' in sys.modules); sys.exit(code)"
-    )
     large = [
         *("cluster=h100_pyxis", "nodes=64", "model=qwen3_30b_a3b", words[-1]),
         *("data.seq_len=4096", "train.micro_batch_tokens=4096", "parallel.ep=8"),
         f"train.global_batch_tokens={4096 * 512}",
     ]
-    command = [sys.executable, "-c", code, "launch", *large]
+    command = [sys.executable, "-c", SAYS_WHETHER_TORCH, "launch", *large]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"PATH": "/nowhere"}, timeout=240
     )
@@ -130,17 +133,13 @@ def test_memory_decides_how_many_experts_a_rank_may_copy_without_torch(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prepared_data(tmp_path / "data", train_tokens=10**9)
-    code = (
-        "import sys; from moesys.cli import main; code = main(sys.argv[1:]); "
-        "print('torch' in sys.modules); sys.exit(code)"
-    )
     large = [
         *("launch", "cluster=h100_pyxis", "nodes=64", "model=qwen3_30b_a3b", words[-1]),
         *("data.seq_len=4096", "train.micro_batch_tokens=4096", "train.recompute=layer"),
         *("parallel.ep=128", f"train.global_batch_tokens={4096 * 512}", "--dry-run"),
         *("placement=balanced", "placement.copies=null"),
     ]
-    command = [sys.executable, "-c", code, *large, "cluster.gpu_memory_gib=20"]
+    command = [sys.executable, "-c", SAYS_WHETHER_TORCH, *large, "cluster.gpu_memory_gib=20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert "which must be at most the 20 GiB of a GPU" in done.stderr

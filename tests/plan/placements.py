@@ -39,3 +39,10 @@ def random_loads(rng: np.random.Generator, *shape: int) -> NDArray[np.int64]:
 
 def seeds() -> st.SearchStrategy[np.random.Generator]:
     return st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+def random_layer(
+    rng: np.random.Generator, experts: int, ranks: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Loads of experts, and who owns them."""
+    return random_loads(rng, experts).astype(float), random_owners(rng, experts, ranks)

@@ -11,7 +11,7 @@ from moesys.plan.copies import _by_stretch, balancing_copies
 from moesys.plan.placement import Placement, placement_of, problems
 from moesys.plan.placement_optimum import best_copies, least_maximum
 from moesys.plan.repair import expected_loads, repaired
-from tests.plan.placements import random_loads, random_owners, seeds
+from tests.plan.placements import random_layer, random_loads, random_owners, seeds
 
 
 def planned(loads_E, owner_E, ranks: int, per_node: int, copies: int) -> Placement:
@@ -76,10 +76,7 @@ def test_the_largest_model_is_planned_at_once():
 def test_a_node_gets_what_it_has_many_rows_of(rng, experts, nodes, per_node, copies):
     """As far as its ranks have places, the hottest first; and never more than a rank may hold."""
     ranks = nodes * per_node
-    loads_E, owner_E = (
-        random_loads(rng, experts).astype(float),
-        random_owners(rng, experts, ranks),
-    )
+    loads_E, owner_E = random_layer(rng, experts, ranks)
     near_E = rng.random(experts) < 0.4
     copies_MPC = balancing_copies(
         loads_E[None], owner_E[None], ranks, per_node, copies, near_E[None], tolerance=1e9
@@ -116,10 +113,7 @@ def test_what_leaves_a_node_goes_to_few_others():
 def test_no_node_gets_less_of_an_expert_than_a_copy_weighs(rng, nodes, per_node, copies):
     """Nothing crosses if that is all that there is; with nothing to pay, as before."""
     ranks, experts = nodes * per_node, int(rng.integers(1, 25))
-    loads_E, owner_E = (
-        random_loads(rng, experts).astype(float),
-        random_owners(rng, experts, ranks),
-    )
+    loads_E, owner_E = random_layer(rng, experts, ranks)
 
     def planned_far(far_load: float) -> np.ndarray:
         (copies_PC,) = balancing_copies(
@@ -151,10 +145,7 @@ def test_small_pieces_do_not_take_the_places_of_large_ones():
 def test_what_is_near_is_levelled_within_the_budget(rng, experts, nodes, per_node, copies):
     """No rank gets a copy of what it owns, though other nodes have it too and may give of it."""
     ranks = nodes * per_node
-    loads_E, owner_E = (
-        random_loads(rng, experts).astype(float),
-        random_owners(rng, experts, ranks),
-    )
+    loads_E, owner_E = random_layer(rng, experts, ranks)
     near_ME = rng.random((1, experts)) < 0.5
     (copies_PC,) = balancing_copies(loads_E[None], owner_E[None], ranks, per_node, copies, near_ME)
     assert problems(placement_of(owner_E, copies_PC), copies) == []

@@ -24,7 +24,7 @@ from moesys.plan.placement_optimum import best_copies
 from moesys.plan.repair import expected_loads
 from moesys.plan.sharding import owned_at_most
 from moesys.plan.shares import Shares
-from tests.plan.placements import random_loads, random_owners, seeds
+from tests.plan.placements import random_layer, random_loads, random_owners, seeds
 
 BALANCED = PlacementConfig(policy="balanced")
 POLICIES: tuple[PlacementPolicy, ...] = ("balanced", "hecate", "everywhere")
@@ -201,10 +201,7 @@ def test_copies_are_planned_by_speed(steps: int, monkeypatch: pytest.MonkeyPatch
 def test_plans_by_speed_are_plans(rng, experts, nodes, per_node, copies):
     """And no worse by it than owners alone."""
     ranks = nodes * per_node
-    loads_E, owner_E = (
-        random_loads(rng, experts).astype(float),
-        random_owners(rng, experts, ranks),
-    )
+    loads_E, owner_E = random_layer(rng, experts, ranks)
     speeds_P = np.round(rng.uniform(0.25, 4, ranks), 2)
     config = replace(BALANCED, copies=copies)
     (placement,) = planned_placements(
