@@ -29,7 +29,7 @@ COPIES = "placement.copies=4"
 PLACED = {
     PLAIN: [],
     OURS: ["placement=balanced", COPIES],
-    "balanced, 2 to spare": ["placement=balanced", COPIES, "placement.spare=2"],
+    "balanced, not calibrated": ["placement=balanced", COPIES, "placement.calibrate=false"],
     "hecate": ["placement=hecate", COPIES],
     "everywhere": ["placement=everywhere", COPIES],
     "eplb": ["placement=eplb", COPIES],

@@ -19,7 +19,8 @@ READERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "overlap_degree": ("hecate",),
         "reshard_every_steps": ("balanced", "hecate"),
         **dict.fromkeys(
-            ("every_steps", "predictor", "window_steps"), ("balanced", "hecate", "eplb")
+            ("every_steps", "predictor", "window_steps", "calibrate"),
+            ("balanced", "hecate", "eplb"),
         ),
     }
 )

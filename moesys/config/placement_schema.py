@@ -45,6 +45,9 @@ class PlacementConfig:
     a line through them, as far as that was right before."""
     window_steps: int = 5
     """Optimizer steps that mean and slope look back, at least 1."""
+    calibrate: bool = False
+    """Once a layer has routed a step's first micro-step, more copies are made, on ranks that hold fewer than copies, where these save
+    more time than they take: by links, and by how long rows took in the steps before. In groups of up to 64 ranks."""
     release: bool = False
     """Copies are freed after a forward and gathered again for its backward (Hecate-RM): memory for those of two layers, and
     half as many bytes again, of each micro-step. false = they stay for the step."""

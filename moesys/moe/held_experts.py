@@ -1,6 +1,6 @@
 """Experts of which this rank is the owner, and copies of other ranks' for a while.
 
-Shapes: D model, F hidden, O own experts, C copies, L = O + C, R rows in order of them, E experts of the layer.
+Shapes: D model, F hidden, O own experts, L of these and all copies, R rows in order of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -65,14 +65,13 @@ class HeldExperts(nn.Module):
         rows_list: Sequence[int],
         copies: LayerCopies,
     ) -> Tensor:
-        """Return [R, D]; `rows_list` are those for own experts and those for copies."""
+        """Return [R, D]; `rows_list` are those for own experts and those for each set of copies."""
         rows_RD = entered(rows_RD, copies)
         gate_up, down = local_tensor(self.gate_up), local_tensor(self.down)
-        num_own, num_held = len(gate_up), len(tokens_per_expert_L)
         parts = zip(
-            ((gate_up, down), copies.parameters()),
+            ((gate_up, down), *copies.parameters()),
             rows_RD.split(list(rows_list)),
-            tokens_per_expert_L.split([num_own, num_held - num_own]),
+            tokens_per_expert_L.split(copies.held),
             strict=True,
         )
         with (self.timed if self.training else untimed)(len(rows_RD)):

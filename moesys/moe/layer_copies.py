@@ -1,24 +1,16 @@
 """What a rank holds of other ranks' experts for one step: gathered, used, and their gradients sent home.
 
-Shapes: D model, O own experts, C copies, R rows, E experts of the layer.
+Shapes: D model, C copies of a set, R rows.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moesys.ops.autocast import compute_type
-from moesys.ops.chunks import add_chunks
-from moesys.ops.shard import local_tensor
-from moesys.parallel.sparse import Gather, Reduce, SparseCollectives
-from moesys.plan.chunk_routes import ChunkRoute
-from moesys.plan.placement import Placement
-
-PARAMETERS = ("gate_up", "down")
-"""Of experts, of which each is moved by collectives of its own."""
+from moesys.moe.copy_set import PARAMETERS, CopySet
+from moesys.plan.placement import Placement, with_more_copies
 
 
 def nothing() -> None:
@@ -34,11 +26,7 @@ class LayerCopies:
     backward sends its gradients home.
     """
 
-    experts: nn.Module
-    """With `PARAMETERS`, [O, ...] each."""
-    placement: Placement
-    route: ChunkRoute
-    collectives: SparseCollectives
+    planned: CopySet
     backwards: int
     releases: bool = False
     at_forward: Callable[[], None] = nothing
@@ -47,51 +35,48 @@ class LayerCopies:
     """And when their backward does."""
     after_backward: Callable[[], None] = nothing
     """Done when the experts' backward is through."""
-    was_begun: bool = False
-    """Gathered, once or more."""
-    _gathers: list[Gather] = field(default_factory=list)
-    _flats: tuple[Tensor, ...] = ()
-    """Memory of the copies, one after the other; without storage while released."""
-    _are_here: bool = False
     _in_backward: bool = False
-    _sums: tuple[Tensor, ...] = ()
-    """Of the copies' gradients, in fp32 (fp64 of fp64)."""
-    _reduces: list[Reduce] = field(default_factory=list)
     _done: int = 0
     _are_summed: bool = False
     """Gradients that are to leave."""
 
+    def __post_init__(self) -> None:
+        self.sets = [self.planned]
+        self.placement: Placement = self.planned.placement
+        """Of the copies of all sets, in their order."""
+
+    @property
+    def was_begun(self) -> bool:
+        """Gathered, once or more."""
+        return any(copies.is_begun for copies in self.sets)
+
+    @property
+    def held(self) -> list[int]:
+        """Own experts, and copies of each set, on this rank."""
+        own = self.placement.own(self.planned.collectives.rank)
+        return [len(own), *(copies.number for copies in self.sets)]
+
+    def extend(self, more: CopySet) -> None:
+        """By copies of experts that their ranks do not hold, before anything has computed with the others. Collective."""
+        self.sets.append(more)
+        self.placement = with_more_copies(self.placement, more.placement.copies_PC)
+        more.begin()
+
     def begin(self) -> None:
         """Start to gather, unless that was done. Collective."""
-        if self._gathers or self._are_here or not self.route.stages:
-            return
-        self.was_begun = True
-        for index, own in enumerate(self._own()):
-            flat = self._flats[index] if self._flats else None
-            like = compute_type(own.flatten()[:0]) if flat is None else flat
-            self._gathers.append(
-                self.collectives.begin_gather(
-                    self._by_expert(own), self._sizes(own), self.route, like, flat
-                )
-            )
+        for copies in self.sets:
+            copies.begin()
 
     def advance(self) -> None:
         """What waits on its way goes on. Collective."""
-        for pending in (*self._gathers, *self._reduces):
-            pending.advance()
+        for copies in self.sets:
+            copies.advance()
 
-    def parameters(self) -> tuple[Tensor, ...]:
-        """[C, ...] each, differentiable: gradients are summed for the owners. Collective where they are on their way."""
+    def parameters(self) -> list[tuple[Tensor, ...]]:
+        """[C, ...] each, of each set, differentiable. Collective where they are on their way."""
         self._wait()
         self.at_forward()
-        weights = tuple(
-            flat.view(-1, *own.shape[1:])
-            for flat, own in zip(self._flats, self._own(), strict=True)
-        )
-        if not torch.is_grad_enabled():
-            return weights
-        anchor = self._flats[0].new_empty(0, requires_grad=True)
-        return _Summed.apply(self, anchor, *weights)
+        return [copies.parameters() for copies in self.sets]
 
     def end_forward(self) -> None:
         """They are not needed before this forward's backward."""
@@ -104,14 +89,6 @@ class LayerCopies:
         self.begin()
         self._wait()
         self.at_backward()
-
-    def add(self, grads: Sequence[Tensor]) -> None:
-        """Of one backward."""
-        if self._sums:
-            for total, grad in zip(self._sums, grads, strict=True):
-                total.add_(grad)
-            return
-        self._sums = tuple(grad.to(_wide(grad.dtype), copy=True) for grad in grads)
 
     def end_backward(self) -> None:
         """One has reached this layer's rows."""
@@ -127,74 +104,30 @@ class LayerCopies:
         """Home, if they are summed and did not leave yet. Collective."""
         if self._are_summed:
             self._are_summed = False
-            self._begin_reduce()
+            for copies in self.sets:
+                copies.send_gradients()
 
     def settle(self) -> None:
         """Add what others' copies have sent to the gradients of own experts. Collective where that is on its way."""
-        place = {expert: i for i, expert in enumerate(self._owned)}
-        for name, reduce in zip(PARAMETERS, self._reduces, strict=False):
-            parameter = getattr(self.experts, name)
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            own = local_tensor(parameter.grad).unbind()
-            add_chunks([(part, own[place[expert]]) for expert, part in reduce.wait()])
-        self._reduces = []
+        for copies in self.sets:
+            copies.settle()
 
     def finish(self) -> None:
         """Of a step: all gradients are there, also of no expert. Collective."""
         self.send_gradients()
         self.settle()
         for name in PARAMETERS:
-            parameter = getattr(self.experts, name)
+            parameter = getattr(self.planned.experts, name)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _wait(self) -> None:
-        if self._are_here:
-            return
-        self.begin()
-        flats = [gather.wait() for gather in self._gathers] or [own[:0] for own in self._own()]
-        self._flats, self._gathers, self._are_here = tuple(flats), [], True
+        for copies in self.sets:
+            copies.wait()
 
     def _free(self) -> None:
-        """Their storage alone: what autograd has saved are views of it, good again once it is filled."""
-        for flat in self._flats if self.route.stages else ():
-            flat.untyped_storage().resize_(0)
-        self._are_here = False
-
-    def _begin_reduce(self) -> None:
-        if not self.route.stages:
-            return
-        self.settle()
-        arrived = self.route.arrivals(self.collectives.rank)
-        for index, own in enumerate(self._own()):
-            like = own.flatten()[:0].to(_wide(own.dtype))
-            total = (
-                self._sums[index] if self._sums else like.new_zeros(len(arrived), *own.shape[1:])
-            )
-            copies = dict(zip(arrived, (part.flatten() for part in total), strict=True))
-            self._reduces.append(
-                self.collectives.begin_reduce(copies, self._sizes(own), self.route, like)
-            )
-        self._sums = ()
-
-    @property
-    def _owned(self) -> list[int]:
-        return self.placement.own(self.collectives.rank)
-
-    def _own(self) -> list[Tensor]:
-        return [local_tensor(getattr(self.experts, name)).detach() for name in PARAMETERS]
-
-    def _by_expert(self, own: Tensor) -> dict[int, Tensor]:
-        return dict(zip(self._owned, own.unbind(), strict=True))
-
-    def _sizes(self, own: Tensor) -> list[int]:
-        return [math.prod(own.shape[1:])] * self.placement.num_experts
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """In which gradients are summed."""
-    return torch.promote_types(dtype, torch.float32)
+        for copies in self.sets:
+            copies.free()
 
 
 def entered(rows_RD: Tensor, copies: LayerCopies) -> Tensor:
@@ -220,17 +153,3 @@ class _Passed(torch.autograd.Function):
     def backward(ctx, grad_RD: Tensor):  # type: ignore[override]
         ctx.at_backward()
         return grad_RD, None
-
-
-class _Summed(torch.autograd.Function):
-    """The copies; their gradients are kept for their owners."""
-
-    @staticmethod
-    def forward(ctx, copies: LayerCopies, anchor: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.copies = copies
-        return tuple(weight.view_as(weight) for weight in weights)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):  # type: ignore[override]
-        ctx.copies.add(grads)
-        return None, None, *(None for _ in grads)

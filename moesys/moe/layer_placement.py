@@ -3,14 +3,18 @@
 import time
 from collections.abc import Callable
 
+from moesys.moe.copy_set import CopySet
 from moesys.moe.held_experts import HeldExperts
 from moesys.moe.layer_copies import LayerCopies
 from moesys.parallel.sparse import SparseCollectives
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route, in_order_of_arrival
 from moesys.plan.placement import Integers, Placement, owners_alone
 
-Plan = Callable[[Integers], tuple[Placement, ChunkRoute]]
+Placed = tuple[Placement, ChunkRoute]
+Plan = Callable[[Integers], Placed]
 """From the rows of each expert [E]; the same on all ranks."""
+More = Callable[[Integers, Placement], Placed | None]
+"""From the rows of each rank and expert [P, E], and what is held; the same on all ranks."""
 
 
 class LayerPlacement:
@@ -31,6 +35,8 @@ class LayerPlacement:
         self.later: LayerPlacement | None = None
         self.ahead_s: list[float] = []
         """Of training forwards, for how long copies might be on their way before they are needed."""
+        self.added = 0
+        """Copies that this rank held beside the planned ones."""
         self._entered_s = 0.0
         self._ahead_from_s: float | None = None
         self.own(owner_E)
@@ -44,15 +50,25 @@ class LayerPlacement:
         self._without = self._made(owners, nowhere, 1)
         self._copies: LayerCopies | None = None
         self._plan: Plan | None = None
+        self._more: More | None = None
 
     def take(self, placement: Placement, route: ChunkRoute, backwards: int) -> None:
         """For the next step, of so many micro-steps. What the last step had is finished."""
-        self._copies = self._made(in_order_of_arrival(placement, route), route, backwards)
+        self._copies = self._made(placement, route, backwards)
 
     def taken_ahead_s(self) -> list[float]:
         """`ahead_s`, from now on without these."""
         taken, self.ahead_s = self.ahead_s, []
         return taken
+
+    def taken_added(self) -> int:
+        """`added`, from now on without these."""
+        taken, self.added = self.added, 0
+        return taken
+
+    def calibrate_after_routing(self, more: More) -> None:
+        """In the next step: the first forward's rows decide whether there are more copies than were taken, for which it waits."""
+        self._more = more
 
     def plan_after_routing(self, plan: Plan, backwards: int) -> None:
         """For the next step: the first forward's rows decide, and copies are waited for there."""
@@ -85,6 +101,9 @@ class LayerPlacement:
         if self._copies is None:
             return self._without
         self._copies.advance()
+        if self._more is not None:
+            self._extend(self._copies, self._more(counts_PE, self._copies.placement))
+            self._more = None
         return self._copies
 
     def finish(self) -> None:
@@ -93,12 +112,23 @@ class LayerPlacement:
             self._copies.finish()
             self._copies = None
 
-    def _made(self, placement: Placement, route: ChunkRoute, backwards: int) -> LayerCopies:
-        return LayerCopies(
+    def _extend(self, copies: LayerCopies, found: Placed | None) -> None:
+        if found is not None:
+            more = self._set(*found)
+            self.added += more.number
+            copies.extend(more)
+
+    def _set(self, placement: Placement, route: ChunkRoute) -> CopySet:
+        return CopySet(
             experts=self.experts,
-            placement=placement,
+            placement=in_order_of_arrival(placement, route),
             route=route,
             collectives=self.collectives,
+        )
+
+    def _made(self, placement: Placement, route: ChunkRoute, backwards: int) -> LayerCopies:
+        return LayerCopies(
+            planned=self._set(placement, route),
             backwards=backwards,
             releases=self.releases,
             at_forward=self._at_forward,

@@ -24,6 +24,11 @@ class Copies(Protocol):
 
     placement: Placement
 
+    @property
+    def held(self) -> list[int]:
+        """Own experts, and copies of each set."""
+        ...
+
 
 Decide = Callable[[Integers], Copies]
 """From the rows of all ranks [P, E], the same on all, to who holds what."""
@@ -79,7 +84,7 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         per_node: int,
         decide: Decide,
     ) -> None:
-        self.num_experts, self.num_classes = num_experts, 2
+        self.num_experts = num_experts
         self.exchange, self.slices = exchange, slices
         self.per_node, self.decide = per_node, decide
         self.levels = Levels()
@@ -125,7 +130,7 @@ class PlacedDispatcher(ExpertParallelDispatcher):
         counts_SPL = torch.from_numpy(received_SPL).to(topk_ids_TK.device)
         counts_PL = counts_SPL.flatten(0, 1)
         arrival_of_row_R, row_of_arrival_R = self._expert_major(counts_PL, sum(arrivals))
-        num_own = len(copies.placement.own(rank))
+        sets = np.cumsum(copies.held)[:-1]
         rows_L = received_SPL.sum((0, 1))
         return PlacedPlan(
             order=_in_order_of_place(order, by_place_H, own.sent_H(rank)),
@@ -134,7 +139,7 @@ class PlacedDispatcher(ExpertParallelDispatcher):
             tokens_per_expert_L=counts_PL.sum(0),
             arrival_of_row_R=arrival_of_row_R,
             row_of_arrival_R=row_of_arrival_R,
-            rows_per_class_list=[int(rows_L[:num_own].sum()), int(rows_L[num_own:].sum())],
+            rows_per_class_list=[int(part_L.sum()) for part_L in np.split(rows_L, sets)],
             formats=formats,
             copies=copies,
         )

@@ -113,6 +113,7 @@ class _State:
     def find_room(self, tolerance: float, speeds_P: Amounts) -> None:
         """Which ranks have too much, and of which items, and which have room."""
         mean_P = _on_grid(speeds_P / speeds_P.mean())
+        self.most_room = float(mean_P.max())
         layers, num_ranks = self.used_MP.shape
         rank_of_all = self.rank_MI + np.arange(layers)[:, None] * num_ranks
         has_X = np.bincount(rank_of_all.ravel(), self.load_MI.ravel(), layers * num_ranks)
@@ -144,7 +145,7 @@ class _State:
         # Lines lie after one another, each longer than anything on it.
         far = 2.0 * num_ranks
         by_size_X = np.argsort(line_X * far - over_X, kind="stable")
-        by_size_Y = _by_stretch(stretch_Y, room_Y)
+        by_size_Y = _by_stretch(stretch_Y, room_Y, self.most_room)
         at_X, line_X, over_X = at_X[by_size_X], line_X[by_size_X], over_X[by_size_X]
         at_Y, line_Y, room_Y = at_Y[by_size_Y], line_Y[by_size_Y], room_Y[by_size_Y]
         begin_X, begin_Y = begins(over_X, line_X), begins(room_Y, line_Y)
@@ -230,11 +231,10 @@ def _of_stretches(begin_Y: Amounts, end_Y: Amounts, stretch_Y: Integers) -> tupl
     return begin_Y[first_N].repeat(number_N), end_Y[first_N + number_N - 1].repeat(number_N)
 
 
-def _by_stretch(stretch_Y: Integers, room_Y: Amounts) -> Integers:
-    """An order in which those of a stretch are next to each other, the ones with the most room first."""
+def _by_stretch(stretch_Y: Integers, room_Y: Amounts, most: float) -> Integers:
+    """An order in which those of a stretch are next to each other, the ones with the most room first, of at most `most`."""
     # Numbers of 16 bits are sorted by radix, ten times as fast.
-    room_Y = room_Y / max(1.0, float(room_Y.max()))  # a fast rank's may be more than the mean
-    by_room_Y = np.argsort(((1.0 - room_Y) * 65535).astype(np.uint16), kind="stable")
+    by_room_Y = np.argsort(((1.0 - room_Y / most) * 65535).astype(np.uint16), kind="stable")
     stretch_Y = stretch_Y[by_room_Y]
     short = stretch_Y.max() < 2**16
     return by_room_Y[np.argsort(stretch_Y.astype(np.uint16) if short else stretch_Y, kind="stable")]

@@ -9,11 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from moesys.config.dispatch_schema import Wire
 from moesys.config.placement_schema import PlacementConfig
-from moesys.config.schema import RunConfig
 from moesys.plan.copies import balancing_copies
-from moesys.plan.costs import expert_parameters
 from moesys.plan.crossing import crossing_rows
 from moesys.plan.level_owners import level_owners
 from moesys.plan.placement import Amounts, Integers, Placement
@@ -23,7 +20,6 @@ from moesys.plan.sharding import heterogeneous_sharding
 from moesys.plan.spare_copies import with_spare
 from moesys.plan.sparse_materialization import hottest_everywhere, sparse_materialization
 
-FP32 = 4
 MOST_RANKS = 64
 """Groups of at most so many choose the experts that are near, and change each layer's copies one by one once more: on 64 ranks
 with 256 experts both take 8 ms a layer."""
@@ -107,40 +103,6 @@ def better_owners(
     costs = [cost(others_M) for others_M in choices]
     best = int(np.argmin(costs))
     return choices[best] if costs[best] < (1 - WORTH) * cost(owners_M) else None
-
-
-def copy_in_rows(config: RunConfig, micro_steps: int) -> float:
-    """How many rows of a step, there and back in forward and backward, are as many bytes as a copy of their expert that stays
-    for the step, and its gradient. Infinite where a codec leaves open how many rows travel."""
-    if config.dispatch.codec is not None or config.dispatch.candidates or not config.placement.near:
-        return math.inf
-    model, wire = config.model, config.dispatch.wire
-    width = config.train.compute_bytes
-    forwards = config.train.exchanging_forwards
-
-    def row_bytes(kind: Wire) -> int:
-        return wire.row_bytes(kind, model.d_row, width)
-
-    of_row_bytes = (
-        forwards * (row_bytes(wire.dispatch_forward) + row_bytes(wire.combine_forward))
-        + row_bytes(wire.combine_backward)
-        + row_bytes(wire.dispatch_backward)
-    )
-    gathers, reduces = _travels(config, micro_steps)
-    of_copy_bytes = expert_parameters(model) * (gathers * width + reduces * FP32)
-    return of_copy_bytes / of_row_bytes
-
-
-def chunk_bytes(config: RunConfig, micro_steps: int) -> float:
-    """Of an expert on its way, on one rank of parallel.etp: the mean of a step's, parameters there and gradients back."""
-    gathers, reduces = _travels(config, micro_steps)
-    each = (gathers * config.train.compute_bytes + reduces * FP32) / (gathers + reduces)
-    return each * expert_parameters(config.model) / config.parallel.etp
-
-
-def _travels(config: RunConfig, micro_steps: int) -> tuple[int, int]:
-    """Of a copy in a step: how often there, and its gradient home."""
-    return (2 * micro_steps, micro_steps) if config.placement.release else (1, 1)
 
 
 def _copies(

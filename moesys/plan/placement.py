@@ -3,7 +3,7 @@
 Shapes: E experts, P ranks, C copies that a rank may hold, H pairs of an expert and a rank that holds it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -144,6 +144,13 @@ def placement_of(owner_E: Integers, copies_PC: Integers) -> Placement:
     last = len(owner_E)
     ordered = np.sort(np.where(copies_PC < 0, last, copies_PC), axis=-1)
     return Placement(owner_E=owner_E, copies_PC=np.where(ordered == last, -1, ordered))
+
+
+def with_more_copies(placement: Placement, more_PC: Integers) -> Placement:
+    """Each rank's copies, and after them those of `more_PC`, of which it has none yet."""
+    both_PC = np.concatenate([placement.copies_PC, more_PC], axis=1)
+    order_PC = np.argsort(both_PC < 0, axis=1, kind="stable")
+    return replace(placement, copies_PC=np.take_along_axis(both_PC, order_PC, axis=1))
 
 
 def owners_alone(owner_E: Integers, num_ranks: int) -> Placement:

@@ -41,11 +41,27 @@ def repaired(
     far_load: float = 0.0,
     speeds_P: Amounts | None = None,
 ) -> Placement:
+    """The last of `repairs`."""
+    limits = most_copies, most_steps, good, per_node, far_load, speeds_P
+    return [placement, *repairs(loads_E, placement, *limits)][-1]
+
+
+def repairs(
+    loads_E: Amounts,
+    placement: Placement,
+    most_copies: int,
+    most_steps: int,
+    good: float = GOOD,
+    per_node: int | None = None,
+    far_load: float = 0.0,
+    speeds_P: Amounts | None = None,
+    adds_only: bool = False,
+) -> Iterator[Placement]:
     """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
     `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means.
 
     Ranks on nodes that hold the expert come first. One on another node must get at least `far_load` of it. A rank's load is over
-    its speed, and the mean is the load of all over all speeds.
+    its speed, and the mean is the load of all over all speeds. With `adds_only` no copy is replaced.
     """
     speeds_P = np.ones(placement.num_ranks) if speeds_P is None else speeds_P
     mean = float(loads_E.sum() / speeds_P.sum())
@@ -54,14 +70,15 @@ def repaired(
     for _ in range(most_steps):
         if loads_P.max() <= good * mean:
             break
-        for copy, changed in _changes(placement, amounts_H, loads_P, most_copies, nodes):
+        changes = _changes(placement, amounts_H, loads_P, most_copies, nodes, adds_only)
+        for copy, changed in changes:
             found = _score(loads_E, changed, speeds_P, mean)
             if found[0] < score and _amount(copy, changed, found[1]) >= far_load * copy.is_far:
                 (score, amounts_H, loads_P), placement = found, changed
                 break
         else:
             break
-    return placement
+        yield placement
 
 
 def _score(
@@ -88,7 +105,12 @@ def _amount(copy: _Copy, placement: Placement, amounts_H: Amounts) -> float:
 
 
 def _changes(
-    placement: Placement, amounts_H: Amounts, loads_P: Amounts, most_copies: int, nodes: Nodes
+    placement: Placement,
+    amounts_H: Amounts,
+    loads_P: Amounts,
+    most_copies: int,
+    nodes: Nodes,
+    adds_only: bool,
 ) -> Iterator[tuple[_Copy, Placement]]:
     """One copy more, or one in the place of another."""
     pairs, used_P = placement.pairs, (placement.copies_PC >= 0).sum(1)
@@ -109,11 +131,12 @@ def _changes(
             if used_P[rank] < most_copies:
                 yield copy, _with_copy(placement, rank, int(used_P[rank]), expert)
                 continue
-            for column in range(most_copies):
+            for column in () if adds_only else range(most_copies):
                 yield copy, _with_copy(placement, rank, column, expert)
 
 
 def _with_copy(placement: Placement, rank: int, column: int, expert: int) -> Placement:
-    copies_PC: Integers = placement.copies_PC.copy()
+    missing = max(0, column + 1 - placement.copies_PC.shape[1])
+    copies_PC: Integers = np.pad(placement.copies_PC, ((0, 0), (0, missing)), constant_values=-1)
     copies_PC[rank, column] = expert
     return placement_of(placement.owner_E, copies_PC)

@@ -16,6 +16,13 @@ BAND = 0.05
 SLOWEST, FASTEST = 0.25, 4.0
 
 
+def seconds_per_row(us_SP: Integers, rows_SP: Integers) -> float | None:
+    """Of the mean rank, in the fastest of the last steps, for a first one compiles; None where none is known."""
+    us_S, rows_S = us_SP[-SPEED_STEPS:].sum(1), rows_SP[-SPEED_STEPS:].sum(1)
+    is_told_S = (us_S > 0) & (rows_S > 0)
+    return float((us_S[is_told_S] / rows_S[is_told_S]).min()) / 1e6 if is_told_S.any() else None
+
+
 def relative_speeds(us_SP: Integers, rows_SP: Integers) -> Amounts:
     """fp64 [P]: each rank's rows per second over the mean rank's, in whole hundredths from SLOWEST to FASTEST; 1 of a rank of which
     too little is known.

@@ -70,6 +70,11 @@ def placement_charts(lines: Lines) -> list[Chart | None]:
             lines.of("copies_wait_ms", "wait", 6),
         ),
         lines.chart_unless_zero(
+            "Copies added to the planned ones",
+            "per step, all layers and groups, once true loads were known",
+            lines.of("added_copies", "copies", 7),
+        ),
+        lines.chart_unless_zero(
             "Experts with a new owner",
             "per step, all layers",
             lines.of("moved_experts", "experts", 4),

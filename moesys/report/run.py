@@ -30,7 +30,7 @@ COLUMNS = (
     "sent_bytes", "between_nodes_bytes", "codec_rows", "compression_ratio", "step_ms", "exchange_ms",
     *(f"{part}_ms" for part in PARTS),
     "rank_imbalance", "owner_imbalance", "load_prediction_error", "copies_bytes", "copies_between_nodes_bytes",
-    "copies_wait_ms", "moved_experts", "reshard_bytes",
+    "copies_wait_ms", "added_copies", "moved_experts", "reshard_bytes",
 )  # fmt: skip
 """The numbers kept of each train record."""
 

@@ -157,6 +157,7 @@ codec=lsh parallel.ep=2 dispatch.codec.hashes=20 | dispatch.codec | is refused: 
 codec=auto parallel.ep=2 +dispatch.candidates.int8.wires=1 | dispatch.candidates.int8.wires=1 | is not a configuration key | did you mean wire?
 placement.policy=balance | placement.policy='balance' | must be one of fixed, balanced, hecate, everywhere, eplb | did you mean balanced?
 placement=balanced parallel.ep=2 placement.speeds=measure | placement.speeds='measure' | must be one of even, measured | did you mean measured?
+placement=balanced parallel.ep=2 placement.calibrate=often | placement.calibrate='often' | must be true or false | write true or false
 placement=balanced parallel.ep=2 placement.copies=0 | placement.copies=0 | must be at least 1 | use a value at least 1
 placement=balanced parallel.ep=2 placement.copies=null train.device=cpu | placement.copies=null | is as many as the memory of a GPU allows, and train.device=cpu uses none | use a number
 placement=balanced parallel.ep=2 placement.reshard_every_steps=-1 | placement.reshard_every_steps=-1 | must be at least 0 | use a value at least 0

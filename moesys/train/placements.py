@@ -4,9 +4,10 @@ Shapes: M MoE layers of all pipeline stages, E experts of the layer with the mos
 """
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,20 +23,18 @@ from moesys.moe.placed import Levels, PlacedDispatcher
 from moesys.parallel.exchange import Traffic
 from moesys.parallel.links import measured_links
 from moesys.parallel.mesh import Meshes
+from moesys.plan.calibration import Pace, calibrated
 from moesys.plan.chunk_routes import ChunkRoute, chunk_route, fastest_route
+from moesys.plan.copy_bytes import chunk_bytes, copy_in_rows, row_bytes, travels
 from moesys.plan.costs import expert_parameters
-from moesys.plan.expert_copies import (
-    better_owners,
-    chunk_bytes,
-    copy_in_rows,
-    planned_placements,
-)
+from moesys.plan.expert_copies import MOST_RANKS, better_owners, planned_placements
 from moesys.plan.links import Links
 from moesys.plan.load_prediction import predicted_loads, prediction_errors, steps_needed
 from moesys.plan.overlap import AHEAD_STEPS, overlap_degree
 from moesys.plan.pipeline import layers_of_ranks
 from moesys.plan.placement import Amounts, Integers, Placement
 from moesys.plan.sharding import first_owners, moved
+from moesys.train.placement_figures import PlacementFigures
 from moesys.train.rank_speeds import RankSpeeds
 from moesys.train.resharding import reshard
 
@@ -63,33 +62,6 @@ class _Plan(NamedTuple):
     """The loads that it was made from."""
     overlap_degree: int
     """That it was made by, set or measured."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlacementFigures:
-    """What copies did in a step, over all ranks."""
-
-    holders_ME: list[list[int]]
-    """Ranks of a group of parallel.ep that held each expert; [] where that is decided within the step."""
-    busiest_rank_M: list[float]
-    """Rows of the busiest rank over the mean: 1 = level."""
-    busiest_owner_M: list[float]
-    """The same, had owners served all rows."""
-    prediction_error_M: list[float]
-    """Share of a layer's rows that went to other experts than the plan in force was made for; [] where nothing was predicted."""
-    sent_bytes: int
-    """Parameters and gradients for copies, that ranks sent."""
-    between_nodes_bytes: int
-    moved_experts: int
-    """Of all layers, that have another owner since the step before."""
-    reshard_bytes: int
-    """Parameters and optimizer states that ranks sent with these."""
-    wait_ms: float
-    """For copies and their gradients, mean over ranks; part of forward, backward and optimizer."""
-    overlap_degree: int | None
-    """That the plan in force was made by; None where it is not to be measured."""
-    speeds_P: list[float] | None
-    """Of the ranks of a group, 1 = mean, by which rows were shared out; None where they are not to be measured."""
 
 
 class Placements:
@@ -128,6 +100,10 @@ class Placements:
         """Of a step's loads, which are of all groups."""
         self._chunk_bytes = chunk_bytes(config, micro_steps)
         """Of an expert on its way, there or back."""
+        self._travels = sum(travels(config, micro_steps))
+        self._row_bytes = row_bytes(config)
+        self._products = 3 if config.train.recompute == "none" else 4
+        """A forward's, of which each has two in the backward, where it may be done again."""
         self._copy_bytes = (
             expert_parameters(config.model) * config.train.compute_bytes / config.parallel.etp
         )
@@ -141,18 +117,19 @@ class Placements:
         self._history: deque[_Loads] = deque(maxlen=most)
         self._in_force: _Plan | None = None
         self._moved_experts, self._reshard_bytes = 0, 0
-        self._speeds: RankSpeeds | None = None
+        self._times: RankSpeeds | None = None
+        """Of ranks' experts, where they decide something."""
         self._speeds_P: Amounts | None = None
         """In force."""
-        if self._config.speeds == "measured" and self._is_used:
+        if self._is_used and (self._config.speeds == "measured" or self._config.calibrate):
             rank, device = (
                 meshes.expert.get_local_rank("ep"),
                 torch.device(meshes.expert.device_type),
             )
             later = self._config.every_steps - 1
-            self._speeds = RankSpeeds(rank, meshes.dims.ep, device, later)
+            self._times = RankSpeeds(rank, meshes.dims.ep, device, later)
             for layer in self._layers.values():
-                layer.placement.experts.timed = self._speeds.timed
+                layer.placement.experts.timed = self._times.timed
 
     @property
     def state(self) -> dict[str, Any] | None:
@@ -166,15 +143,15 @@ class Placements:
             "nodes": self._nodes,
             "links": None if self._links is None else self._links.told(),
             "ahead": [[step, seconds] for step, seconds in self._ahead],
-            "times": None if self._speeds is None else self._speeds.state,
+            "times": None if self._times is None else self._times.state,
         }
 
     def at_resume(self, state: dict[str, Any] | None) -> None:
         """Go on with a checkpoint's loads, owners, links and times, as far as it is of these experts and ranks. Collective."""
         self._history.clear()
         self._ahead, self._in_force = [], None
-        if self._speeds is not None:
-            self._speeds.at_resume([])
+        if self._times is not None:
+            self._times.at_resume([])
         if state is None or not self._is_used:
             return
         owners_M = [np.array(owner_E, dtype=np.int64) for owner_E in state["owners"]]
@@ -184,8 +161,8 @@ class Placements:
             self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
         if state["ranks"] == self._meshes.dims.ep:
             self._reshard(owners_M)
-            if self._speeds is not None and state.get("times"):
-                self._speeds.at_resume(state["times"])
+            if self._times is not None and state.get("times"):
+                self._times.at_resume(state["times"])
             # Routes say in which order gradients are summed: with others the run would not go on bit for bit.
             if state.get("links") and state["nodes"] == self._nodes:
                 self._links = Links.of(state["links"])
@@ -195,7 +172,7 @@ class Placements:
         """How fast the links are, where that decides something: timed by the first call, but what a checkpoint told stays. As
         the start record has them. Collective."""
         group = self._meshes.copies_group
-        needs = self._chooses_routes or self._measures_overlap
+        needs = self._chooses_routes or self._measures_overlap or self._config.calibrate
         if self._links is None and self._is_used and needs and group is not None:
             device = torch.device(self._meshes.expert.device_type)
             self._links = measured_links(group, self._per_node, device)
@@ -207,7 +184,7 @@ class Placements:
             return
         self.measure()
         self._moved_experts, self._reshard_bytes = 0, 0
-        self._speeds_P = None if self._speeds is None else self._speeds.as_of(step)
+        self._speeds_P = self._speeds_as_of(step)
         for layer in self._layers.values():
             layer.dispatcher.levels, layer.dispatcher.speeds_P = Levels(), self._speeds_P
         if not self._config.plans_ahead:
@@ -223,6 +200,8 @@ class Placements:
             if self._in_force is not None:
                 placed = self._in_force.placed_M[index]
                 layer.placement.take(*self._with_route(placed), micro_steps)
+        if self._config.calibrate and self._in_force is not None:
+            self._calibrate(step, micro_steps)
 
     def finish(self) -> None:
         """After the backwards of a step: the gradients of copies are at the owners. Collective."""
@@ -237,11 +216,11 @@ class Placements:
             return
         load_ME = [row[: self._most_experts] for row in load_MX]
         self._history.append(_Loads(step, np.array(load_ME, dtype=np.int64)))
-        *_, ahead_us, forwards = numbers[: 3 * len(self._owners_M) + 6]
+        *_, ahead_us, forwards, _ = numbers[: 3 * len(self._owners_M) + 7]
         if self._measures_overlap and forwards and len(self._ahead) < AHEAD_STEPS:
             self._ahead.append((step, ahead_us / forwards / 1e6))
-        if self._speeds is not None:
-            self._speeds.observe(step, numbers[3 * len(self._owners_M) + 6 :])
+        if self._times is not None:
+            self._times.observe(step, numbers[3 * len(self._owners_M) + 7 :])
 
     def numbers(self) -> list[float]:
         """What this rank adds to the step's figures: to be summed over ranks; as many on all. Read once."""
@@ -262,7 +241,8 @@ class Placements:
             self._reshard_bytes,
             float(sum(round(seconds * 1e6) for seconds in ahead_s)),  # whole: exact in any order
             len(ahead_s),
-            *(self._speeds.numbers() if self._speeds is not None else ()),
+            sum(layer.placement.taken_added() for layer in self._layers.values()),
+            *(self._times.numbers() if self._times is not None else ()),
         ]
 
     def figures(self, numbers: Sequence[float]) -> PlacementFigures | None:
@@ -271,7 +251,7 @@ class Placements:
             return None
         layers = len(self._owners_M)
         busiest_M, owner_M, mean_M = np.array(numbers[: 3 * layers]).reshape(3, layers)
-        sent_bytes, between_bytes, seconds, reshard_bytes, *_ = numbers[3 * layers :]
+        sent_bytes, between_bytes, seconds, reshard_bytes, _, _, added, *_ = numbers[3 * layers :]
         mean_M = np.where(mean_M > 0, mean_M, 1.0)
         return PlacementFigures(
             holders_ME=self._holders_ME(),
@@ -283,6 +263,7 @@ class Placements:
             moved_experts=self._moved_experts,
             reshard_bytes=int(reshard_bytes),
             wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
+            added_copies=int(added) if self._config.calibrate else None,
             overlap_degree=self._in_force.overlap_degree
             if self._in_force is not None and self._measures_overlap
             else None,
@@ -322,7 +303,7 @@ class Placements:
             loads_E[: len(owner_E)]
             for loads_E, owner_E in zip(loads_ME, self._owners_M, strict=True)
         ]
-        speeds_P = None if self._speeds is None else self._speeds.as_of(as_of)
+        speeds_P = self._speeds_as_of(as_of)
         ranks = self._meshes.dims.ep, self._per_node, self._rows_per_copy, speeds_P
         every = config.reshard_every_steps
         # As with plans, a look that would be due before the first step is made before the second.
@@ -335,6 +316,37 @@ class Placements:
         if config.policy == "eplb":
             self._reshard([placed.owner_E for placed in planned_M])
         return _Plan(planned_M, loads_ME, degree)
+
+    def _speeds_as_of(self, step: int) -> Amounts | None:
+        """None where all are taken to be alike."""
+        return (
+            self._times.as_of(step)
+            if self._times is not None and self._config.speeds == "measured"
+            else None
+        )
+
+    def _calibrate(self, step: int, micro_steps: int) -> None:
+        """Add copies once a layer's true loads are known, where that pays: not before it is known how long rows take."""
+        row_s = None if self._times is None else self._times.seconds_per_row(step)
+        if row_s is None or self._links is None or self._meshes.dims.ep > MOST_RANKS:
+            return
+        pace = Pace(
+            row_s=self._products * row_s,
+            row_bytes=0.0 if math.isinf(self._row_bytes) else self._row_bytes,
+            chunk_bytes=self._chunk_bytes,
+            travels=self._travels,
+            micro_steps=micro_steps,
+            links=self._links,
+        )
+
+        def more(counts_PE: Integers, placed: Placement) -> tuple[Placement, ChunkRoute] | None:
+            limits = self._config.most_copies, self._per_node, pace
+            return calibrated(
+                counts_PE, placed, *limits, lambda more: self._with_route(more)[1], self._speeds_P
+            )
+
+        for layer in self._layers.values():
+            layer.placement.calibrate_after_routing(more)
 
     def _overlap_degree(self, as_of: int) -> int:
         """As it was known before step `as_of`; before it was measured, of as many as a rank may hold."""

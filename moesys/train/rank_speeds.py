@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moesys.plan.placement import Amounts
-from moesys.plan.speeds import SPEED_STEPS, relative_speeds
+from moesys.plan.placement import Amounts, Integers
+from moesys.plan.speeds import SPEED_STEPS, relative_speeds, seconds_per_row
 from moesys.train.timing import SectionTimer
 
 
@@ -62,11 +62,19 @@ class RankSpeeds:
 
     def as_of(self, step: int) -> Amounts:
         """fp64 [P], 1 = mean (plan/speeds.py): as they were known before that step."""
+        return relative_speeds(*self._known(step))
+
+    def seconds_per_row(self, step: int) -> float | None:
+        """Of a forward's products, on the mean rank, as it was known before that step."""
+        return seconds_per_row(*self._known(step))
+
+    def _known(self, step: int) -> tuple[Integers, Integers]:
+        """[S, P] each: microseconds and rows before that step."""
         known = [times for times in self._history if times.step < step]
         us_SP = np.array([times.us_P for times in known], dtype=np.int64)
         rows_SP = np.array([times.rows_P for times in known], dtype=np.int64)
         shape = len(known), self._num_ranks
-        return relative_speeds(us_SP.reshape(shape), rows_SP.reshape(shape))
+        return us_SP.reshape(shape), rows_SP.reshape(shape)
 
     @property
     def state(self) -> list[list[Any]]:

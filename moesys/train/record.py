@@ -146,6 +146,8 @@ def _placement_fields(result: StepResult) -> dict[str, Any]:
             "load_prediction_error": statistics.fmean(errors),
             "load_prediction_error_by_layer": errors,
         }
+    if found.added_copies is not None:
+        fields["added_copies"] = found.added_copies
     if found.overlap_degree is not None:
         fields["overlap_degree"] = found.overlap_degree
     if found.speeds_P is not None:

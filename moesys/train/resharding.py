@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moesys.moe.layer_copies import PARAMETERS
+from moesys.moe.copy_set import PARAMETERS
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.plan.placement import Integers
 from moesys.train.replicas import device_hash

@@ -27,7 +27,8 @@ from moesys.parallelize.context import local_slice
 from moesys.parallelize.data import begin_micro_step
 from moesys.parallelize.pipeline import Pipeline
 from moesys.train.choices import ChoiceRecorder
-from moesys.train.placements import PlacementFigures, Placements
+from moesys.train.placement_figures import PlacementFigures
+from moesys.train.placements import Placements
 from moesys.train.timing import SectionTimer
 
 

@@ -49,6 +49,17 @@ def placements(size: int) -> list[Placement]:
     return [random_copies(np.random.default_rng(step), owner_E, size, 2) for step in range(STEPS)]
 
 
+def more_copies(placement: Placement, step: int) -> Placement:
+    """Of experts that their ranks do not hold yet: at most one each, in the last step none."""
+    rng, size = np.random.default_rng(10 + step), placement.num_ranks
+    copies_PC = np.full((size, 1), -1)
+    for rank in range(size if step < STEPS - 1 else 0):
+        others = np.setdiff1d(np.arange(EXPERTS), placement.held(rank))
+        if len(others) and rng.random() < 0.8:
+            copies_PC[rank, 0] = rng.choice(others)
+    return Placement(owner_E=placement.owner_E, copies_PC=copies_PC)
+
+
 def passed(dispatcher, experts, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     plan = dispatcher.plan(ids_TK)
     rows_RD, counts_L = dispatcher.dispatch(x_TD, plan)
@@ -69,7 +80,7 @@ def trained(dispatcher, experts, rank: int, step: int) -> dict[str, Tensor]:
 
 
 def _over_ranks(
-    rank: int, size: int, kind: RouteKind, releases: bool
+    rank: int, size: int, kind: RouteKind, releases: bool, calibrates: bool
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
     """And the bytes that this rank sent for copies in each step."""
     placed = placements(size)
@@ -83,6 +94,10 @@ def _over_ranks(
     found, sent_bytes = [], []
     for step, placement in enumerate(placed):
         layer.take(placement, chunk_route(placement, 2, kind), MICRO_STEPS)
+        if calibrates:
+            more = more_copies(placement, step)
+            found_more = (more, chunk_route(more, 2, kind)) if step < STEPS - 1 else None
+            layer.calibrate_after_routing(lambda *_, found_more=found_more: found_more)
         layer.begin()
         rows = trained(dispatcher, experts, rank, step)
         layer.finish()
@@ -95,16 +110,22 @@ def _over_ranks(
 
 @pytest.mark.parametrize("kind", ROUTE_KINDS)
 @pytest.mark.parametrize(("size", "releases"), [(1, False), (2, False), (4, False), (4, True)])
-def test_copies_change_no_number(size: int, kind: RouteKind, releases: bool) -> None:
+@pytest.mark.parametrize("calibrates", [False, True], ids=["", "calibrated"])
+def test_copies_change_no_number(
+    size: int, kind: RouteKind, releases: bool, calibrates: bool
+) -> None:
     """And travel once a step and way, or for each forward and each backward where they are released."""
-    results, sent_bytes = zip(*run_ranks(_over_ranks, size, kind, releases), strict=True)
+    ranks = run_ranks(_over_ranks, size, kind, releases, calibrates)
+    results, sent_bytes = zip(*ranks, strict=True)
     chunk_bytes = 8 * 3 * HIDDEN * D
     for rank, of_rank in enumerate(sent_bytes):
-        for placement, sent in zip(placements(size), of_rank, strict=True):
-            route = chunk_route(placement, 2, kind)
+        for step, (placement, sent) in enumerate(zip(placements(size), of_rank, strict=True)):
+            sets = [placement, *([more_copies(placement, step)] if calibrates else [])]
             gathers = MICRO_STEPS * 2 if releases else 1
             reduces = MICRO_STEPS if releases else 1
-            chunks = gathers * route.sent_chunks(rank) + reduces * len(route.arrivals(rank))
+            chunks = 0
+            for route in (chunk_route(copies, 2, kind) for copies in sets):
+                chunks += gathers * route.sent_chunks(rank) + reduces * len(route.arrivals(rank))
             assert sent == chunks * chunk_bytes
     experts = Experts(EXPERTS, D, HIDDEN).double()
     experts.backend = "loop"

@@ -33,7 +33,9 @@ def _there_and_back(
     x_TD.requires_grad_()
     placement = placement_for(num_experts, size, case)
     seen = []
-    copies = SimpleNamespace(placement=placement)
+    held, own = len(placement.held(rank)), len(placement.own(rank))
+    first = (held - own) // 2
+    copies = SimpleNamespace(placement=placement, held=[own, first, held - own - first])
     dispatcher = PlacedDispatcher(
         num_experts,
         FlatExchange(dist.group.WORLD) if per_node is None else make_exchange(size, per_node),
@@ -68,7 +70,9 @@ def test_there_and_back_is_the_identity(
         counts = result["counts"].tolist()
         assert len(counts) == len(held)
         own = len(placement.own(rank))
-        assert result["classes"] == [sum(counts[:own]), sum(counts[own:])]
+        middle = own + (len(held) - own) // 2
+        sets = counts[:own], counts[own:middle], counts[middle:]
+        assert result["classes"] == [*map(sum, sets)]
         assert sum(counts) == len(result["rows"]) == shares.loads_P()[rank]
         for expert, rows_RD in zip(held, result["rows"].split(counts), strict=True):
             arrived[expert] += rows_RD.tolist()

@@ -198,4 +198,8 @@ def test_a_repair_takes_rows_off_the_slow_rank() -> None:
 
 def test_room_over_the_mean_is_the_most_room() -> None:
     """As a fast rank has."""
-    assert _by_stretch(np.zeros(3, dtype=np.int64), np.array([0.5, 3.0, 1.5])).tolist() == [1, 2, 0]
+    assert _by_stretch(np.zeros(3, dtype=np.int64), np.array([0.5, 3.0, 1.5]), 3.0).tolist() == [
+        1,
+        2,
+        0,
+    ]

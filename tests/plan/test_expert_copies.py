@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from moesys.config.compose import compose
 from moesys.config.placement_schema import PlacementConfig, PlacementPolicy
 from moesys.plan.chunk_routes import chunk_route
+from moesys.plan.copy_bytes import copy_in_rows
 from moesys.plan.crossing import crossing_rows
 from moesys.plan.expert_copies import (
     REPAIR_STEPS,
     WORTH,
     better_owners,
-    copy_in_rows,
     planned_placements,
 )
 from moesys.plan.placement import Placement, even_owners, problems
@@ -36,6 +36,7 @@ def test_memory_is_kept_to_and_layers_are_planned_one_by_one(
     policy: PlacementPolicy, rng: np.random.Generator, copies: int
 ) -> None:
     assert_planned_alike_alone(policy, rng, copies)
+    assert_planned_alike_alone(policy, rng, copies, by_speed=True)
 
 
 @pytest.mark.parametrize("seed", [8011, 8100, 8113])
@@ -46,18 +47,20 @@ def test_sums_over_all_layers_are_exact(seed: int) -> None:
 
 
 def assert_planned_alike_alone(
-    policy: PlacementPolicy, rng: np.random.Generator, copies: int
+    policy: PlacementPolicy, rng: np.random.Generator, copies: int, by_speed: bool = False
 ) -> None:
     ranks, per_node = (8, 2) if rng.integers(2) else (4, 4)
     numbers = rng.choice([4, 8, 16], size=int(rng.integers(1, 5))).tolist()
     loads_M = [random_loads(rng, number).astype(float) for number in numbers]
     owners_M = [random_owners(rng, number, ranks) for number in numbers]
     config = replace(BALANCED, policy=policy, copies=copies, overlap_degree=3)
-    placements = planned_placements(config, loads_M, owners_M, ranks, per_node)
+    speeds_P = rng.choice([0.5, 0.9, 1.0, 1.2, 3.0], ranks) if by_speed else None
+    budget = ranks, per_node, np.inf, speeds_P
+    placements = planned_placements(config, loads_M, owners_M, *budget)
     for loads_E, owner_E, placement in zip(loads_M, owners_M, placements, strict=True):
         assert problems(placement, copies) == []
         assert np.array_equal(placement.owner_E, owner_E)
-        (alone,) = planned_placements(config, [loads_E], [owner_E], ranks, per_node)
+        (alone,) = planned_placements(config, [loads_E], [owner_E], *budget)
         assert np.array_equal(placement.copies_PC, alone.copies_PC)
 
 

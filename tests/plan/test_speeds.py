@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moesys.plan.shares import poured_over
-from moesys.plan.speeds import FASTEST, LEAST_STEPS, SLOWEST, SPEED_STEPS, relative_speeds
+from moesys.plan.speeds import (
+    FASTEST,
+    LEAST_STEPS,
+    SLOWEST,
+    SPEED_STEPS,
+    relative_speeds,
+    seconds_per_row,
+)
 from tests.plan.placements import seeds
 
 ROWS = 1000
@@ -86,3 +93,13 @@ def test_times_come_level_where_a_step_costs_something_beside_rows() -> None:
         rows_P = poured_over(np.zeros(4), 4000.0, relative_speeds(us_SP, rows_SP))
     us_P = 400 + us_of_row_P * rows_P
     assert us_P.max() <= 1.05 * us_P.min()
+
+
+def test_a_row_takes_what_it_did_in_the_fastest_of_the_last_steps() -> None:
+    """Which are five: a faster one before them, and one without rows, say nothing. Ranks' rows count together."""
+    us_SP = np.array([[1, 1], [9000, 9000], [300, 100], [400, 800], [0, 0], [500, 500]])
+    rows_SP = np.array([[10, 10], [10, 10], [10, 10], [40, 10], [0, 0], [20, 20]])
+    assert seconds_per_row(us_SP, rows_SP) == pytest.approx(20e-6)
+    assert seconds_per_row(us_SP[:3], rows_SP[:3]) == pytest.approx(0.1e-6)
+    assert seconds_per_row(us_SP[4:5], rows_SP[4:5]) is None
+    assert seconds_per_row(us_SP[:0], rows_SP[:0]) is None

@@ -40,6 +40,7 @@ def planned_fields(rng: np.random.Generator, step: int) -> dict[str, Any]:
         return {"expert_holders": [[1] * EXPERTS] * LAYERS}
     errors_L = rng.random(LAYERS).tolist()
     return {
+        "added_copies": int(rng.integers(0, 9)),
         "load_prediction_error": float(np.mean(errors_L)),
         "load_prediction_error_by_layer": errors_L,
         "expert_holders": rng.choice([1, 2, RANKS], (LAYERS, EXPERTS)).tolist(),
@@ -74,6 +75,7 @@ def test_curves_are_the_records(placed: tuple[list[dict[str, Any]], Page]) -> No
         ("Sent for copies", "sent", "copies_bytes", 2**-20),
         ("Sent for copies", "between nodes", "copies_between_nodes_bytes", 2**-20),
         ("Wait for copies", "wait", "copies_wait_ms", 1),
+        ("Copies added to the planned ones", "copies", "added_copies", 1),
         ("Experts with a new owner", "experts", "moved_experts", 1),
         ("Sent to new owners", "sent", "reshard_bytes", 2**-20),
     ):

@@ -7,7 +7,7 @@ import pytest
 
 from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import RunConfig
-from moesys.moe.layer_copies import LayerCopies
+from moesys.moe.copy_set import CopySet
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from tests.train.test_placement import spread
@@ -19,8 +19,8 @@ def _order(rank: int, size: int, run_config: RunConfig) -> list[str]:
     run.step()
     seen: list[str] = []
     names = {id(layer.experts): str(i) for i, layer in enumerate(run.model.moe_layers())}
-    for word in ("begin", "_wait", "_begin_reduce", "advance", "settle"):
-        _log(LayerCopies, word, names, seen)
+    for word in ("begin", "wait", "send_gradients", "advance", "settle"):
+        _log(CopySet, word, names, seen)
     for place, layer in enumerate(run.model.moe_layers()):
         told = partial(seen.append, f"route {place}")
         layer.router.register_forward_pre_hook(lambda *_, told=told: told())
@@ -31,12 +31,12 @@ def _order(rank: int, size: int, run_config: RunConfig) -> list[str]:
 def _log(owner: type, word: str, names: dict[int, str], seen: list[str]) -> None:
     method = getattr(owner, word)
 
-    def logged(self: LayerCopies) -> object:
+    def logged(self: CopySet) -> object:
         gathers, has_reduces = len(self._gathers), bool(self._reduces)
         told = method(self)
         if len(self._gathers) > gathers or (word != "begin" and has_reduces):
             seen.append(f"{word} {names[id(self.experts)]}")
-        elif word == "_begin_reduce" and self._reduces:
+        elif word == "send_gradients" and self._reduces:
             seen.append(f"reduce {names[id(self.experts)]}")
         return told
 

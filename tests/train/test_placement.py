@@ -263,17 +263,79 @@ def test_shares_by_speed_change_no_number_under_other_axes(
         assert last.speeds_P == [1.33, 0.67]
 
 
+POORLY_PLANNED = PlacementConfig(policy="hecate", copies=4, overlap_degree=1, calibrate=True)
+"""One expert of each layer has copies, and there is room for more."""
+
+
+def _calibrated(
+    rank: int, size: int, run_config: RunConfig, bytes_per_s: float, micro_steps: int
+) -> Numbers:
+    """With links that are made up, and the time of rows."""
+    made_up = Links(inside=Link(0.0, bytes_per_s), between=Link(0.0, bytes_per_s))
+    placements_module.measured_links = lambda *_: made_up  # type: ignore[assignment]
+    with_made_up_clock(slow_place=-1)
+    return train_small(rank, size, run_config, micro_steps)
+
+
+def test_copies_are_added_where_true_loads_want_them_and_change_no_number() -> None:
+    """From the step on in which it is known how long rows take; none over links that are too slow."""
+    steps = 4
+    plain = parity(spread(PlacementConfig(), steps=steps), 4, micro_steps=1)
+    run_config = spread(POORLY_PLANNED, steps=steps)
+    level = {}
+    for bytes_per_s in (1e12, 1.0):
+        ranks = run_ranks(_calibrated, 4, run_config, bytes_per_s, 1)
+        found = compare(ranks, plain[0])
+        assert not found.missing
+        assert found.are_counters_equal
+        assert found.figures < 1e-6
+        assert found.gradients < 1e-5
+        for numbers in ranks:
+            of_steps = [_placement_fields(result) for result in numbers.results]
+            added = [fields["added_copies"] for fields in of_steps]
+            assert added[0] == 0
+            assert all((number > 0) == (bytes_per_s > 1) for number in added[1:])
+            level[bytes_per_s] = of_steps[-1]["rank_imbalance"]
+    assert level[1e12] < 1.05 < level[1.0], level
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("recompute", "degrees"),
+    [("moe", {"etp": 2}), ("layer", {}), ("none", {"pp": 2}), ("none", {"tp": 2})],
+    ids=["etp+moe", "edp+layer", "pp", "tp"],
+)
+@pytest.mark.parametrize("release", [False, True], ids=["", "release"])
+def test_added_copies_change_no_number_under_other_axes(
+    recompute: Recompute, degrees: dict[str, int], release: bool
+) -> None:
+    degrees = {"ep": 2} | degrees
+    plain = parity(spread(PlacementConfig(), None, recompute, **degrees), 4, micro_steps=2)
+    placement = replace(POORLY_PLANNED, release=release)
+    run_config = spread(placement, None, recompute, **degrees)
+    ranks = run_ranks(_calibrated, 4, run_config, 1e12, 2)
+    for ours, theirs in zip(ranks, plain, strict=True):
+        found = compare([ours], theirs)
+        assert not found.missing
+        assert found.are_counters_equal
+        assert found.figures < 1e-6
+        assert found.gradients < 1e-5
+        last = ours.results[-1].placement
+        assert last is not None
+        assert last.added_copies
+
+
 def _how_many_numbers(rank: int, size: int, *configs: RunConfig) -> list[int]:
     runs = [SmallRun(with_micro_steps(found, size, 2), size) for found in configs]
     return [len(run.train_step.placements.numbers()) for run in runs]
 
 
 def test_a_step_has_as_many_numbers_more_as_docs_communication_says() -> None:
-    """3 M + 6 of M layers, and 2 ep where speeds are measured."""
-    measured = replace(BALANCED, speeds="measured")
-    configs = [spread(placement) for placement in (PlacementConfig(), BALANCED, measured)]
-    layers = len(configs[0].model.moe_layers)
-    assert run_ranks(_how_many_numbers, 4, *configs) == [[0, 3 * layers + 6, 3 * layers + 14]] * 4
+    """3 M + 7 of M layers, and 2 ep where experts are timed."""
+    timed = replace(BALANCED, speeds="measured"), replace(BALANCED, calibrate=True)
+    configs = [spread(placement) for placement in (PlacementConfig(), BALANCED, *timed)]
+    few = 3 * len(configs[0].model.moe_layers) + 7
+    assert run_ranks(_how_many_numbers, 4, *configs) == [[0, few, few + 8, few + 8]] * 4
 
 
 @pytest.mark.parity

@@ -14,6 +14,7 @@ from moesys.checkpoint.store import load, save
 from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import RunConfig
 from moesys.plan import expert_copies
+from moesys.plan.links import Link, Links
 from moesys.plan.placement import Integers
 from moesys.testing.parity import Numbers, compare, parity, train_small, whole
 from moesys.testing.ranks import run_ranks
@@ -22,7 +23,7 @@ from moesys.train import resharding
 from moesys.train.state import run_tensors
 from moesys.train.step import StepResult
 from tests.plan.placements import random_copies, random_owners
-from tests.train.test_placement import SLOW_RANK, spread, with_made_up_clock
+from tests.train.test_placement import POORLY_PLANNED, SLOW_RANK, spread, with_made_up_clock
 
 EVERY_STEP = PlacementConfig(policy="balanced", reshard_every_steps=1)
 
@@ -159,6 +160,12 @@ def _stopped_and_resumed(
     return in_one_go, [_resumed(folder, with_micro_steps(found, size, 2), size) for found in after]
 
 
+def _stopped_and_resumed_with_fast_links(rank: int, *given: Any) -> tuple[Numbers, list[Numbers]]:
+    fast = Link(0.0, 1e12)
+    placements_module.measured_links = lambda *_: Links(fast, fast)  # type: ignore[assignment]
+    return _stopped_and_resumed(rank, *given)
+
+
 def _not_again(*_: object) -> None:
     raise AssertionError("by other links gradients may be summed in another order")
 
@@ -210,6 +217,16 @@ def test_a_resume_shares_rows_by_the_same_speeds(tmp_path: Path) -> None:
         first, second, _ = (result.placement for result in in_one_go.results)
         assert first.speeds_P == second.speeds_P == [1.14, 1.14, 0.57, 1.14]
         assert first.holders_ME != second.holders_ME
+        assert [timeless(r) for r in same.results] == [timeless(r) for r in in_one_go.results]
+        assert all(torch.equal(same.weights[name], t) for name, t in in_one_go.weights.items())
+
+
+def test_a_resume_adds_the_same_copies(tmp_path: Path) -> None:
+    """From its first step on, by times and links that the checkpoint has."""
+    planned = spread(POORLY_PLANNED)
+    ranks = run_ranks(_stopped_and_resumed_with_fast_links, 4, tmp_path, planned, planned)
+    for in_one_go, (same,) in ranks:
+        assert all(result.placement.added_copies for result in in_one_go.results)
         assert [timeless(r) for r in same.results] == [timeless(r) for r in in_one_go.results]
         assert all(torch.equal(same.weights[name], t) for name, t in in_one_go.weights.items())
 
