@@ -82,7 +82,7 @@ FSSDP: Sections = {
         "Eight ranks on an emulated cluster of four nodes, each rank with its share of the machine's two cores and each layer's loads played again from a trace. `exchange_pct`: of a plain step under uniform routing, "
         "what exchanges of rows were found to take when uplinks were shaped. `zipf`: the hottest experts are rank 0's, or shuffled, in each layer otherwise; `moving hotspot`: 29 % of the slots, at another expert every 5 steps; "
         "`recorded`: loads of eight steps of a quickstart run. `owner_over_mean`: rows of the busiest rank over the mean, had owners served all; `max_over_mean`: as they were served. Bytes between nodes are of a step; `wait_ms`, mean over "
-        "ranks, what steps waited for copies. `eplb`'s step has a twenty-fifth of what its rearrangement took.",
+        "ranks, what steps waited for copies. Steps of `balanced`, `hecate` and `eplb` have a twenty-fifth of what experts took to move to other owners.",
     ),
     "in memory": (
         "Memory",
