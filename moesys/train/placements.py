@@ -121,7 +121,7 @@ class Placements:
         """Of ranks' experts, where they decide something."""
         self._speeds_P: Amounts | None = None
         """In force."""
-        if self._is_used and (self._config.speeds == "measured" or self._config.calibrate):
+        if self._is_used and (self._config.speeds == "measured" or self._calibrates):
             rank, device = (
                 meshes.expert.get_local_rank("ep"),
                 torch.device(meshes.expert.device_type),
@@ -172,7 +172,7 @@ class Placements:
         """How fast the links are, where that decides something: timed by the first call, but what a checkpoint told stays. As
         the start record has them. Collective."""
         group = self._meshes.copies_group
-        needs = self._chooses_routes or self._measures_overlap or self._config.calibrate
+        needs = self._chooses_routes or self._measures_overlap or self._calibrates
         if self._links is None and self._is_used and needs and group is not None:
             device = torch.device(self._meshes.expert.device_type)
             self._links = measured_links(group, self._per_node, device)
@@ -200,7 +200,7 @@ class Placements:
             if self._in_force is not None:
                 placed = self._in_force.placed_M[index]
                 layer.placement.take(*self._with_route(placed), micro_steps)
-        if self._config.calibrate and self._in_force is not None:
+        if self._calibrates and self._in_force is not None:
             self._calibrate(step, micro_steps)
 
     def finish(self) -> None:
@@ -263,7 +263,7 @@ class Placements:
             moved_experts=self._moved_experts,
             reshard_bytes=int(reshard_bytes),
             wait_ms=seconds * 1e3 / self._meshes.dims.world_size,
-            added_copies=int(added) if self._config.calibrate else None,
+            added_copies=int(added) if self._calibrates else None,
             overlap_degree=self._in_force.overlap_degree
             if self._in_force is not None and self._measures_overlap
             else None,
@@ -325,10 +325,16 @@ class Placements:
             else None
         )
 
+    @property
+    def _calibrates(self) -> bool:
+        """To look for copies takes too long in larger groups, while a layer waits."""
+        config = self._config
+        return config.calibrate and config.plans_ahead and self._meshes.dims.ep <= MOST_RANKS
+
     def _calibrate(self, step: int, micro_steps: int) -> None:
         """Add copies once a layer's true loads are known, where that pays: not before it is known how long rows take."""
         row_s = None if self._times is None else self._times.seconds_per_row(step)
-        if row_s is None or self._links is None or self._meshes.dims.ep > MOST_RANKS:
+        if row_s is None or self._links is None:
             return
         pace = Pace(
             row_s=self._products * row_s,
@@ -342,7 +348,7 @@ class Placements:
         def more(counts_PE: Integers, placed: Placement) -> tuple[Placement, ChunkRoute] | None:
             limits = self._config.most_copies, self._per_node, pace
             return calibrated(
-                counts_PE, placed, *limits, lambda more: self._with_route(more)[1], self._speeds_P
+                counts_PE, placed, *limits, lambda added: self._with_route(added)[1], self._speeds_P
             )
 
         for layer in self._layers.values():

@@ -84,7 +84,9 @@ def test_faults_that_end_nothing_and_then_a_kill(tiny_data: Path, tmp_path: Path
     assert f"chaos: {parse_faults(faults)[5]}: SIGKILL" in output
     assert "rank 0 died" in output or "Signal 9" in output
     times = [marker["monotonic_s"] for marker in told.values()]
+    saved_at = times.pop(3)
     assert times == sorted(times)
+    assert saved_at > times[2], "a save goes on beside the steps after it"
 
 
 @pytest.mark.chaos
