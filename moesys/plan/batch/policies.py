@@ -1,0 +1,52 @@
+"""The planners by name. Pure.
+
+Shapes: S sequences.
+"""
+
+from moesys.plan.batch.cost import BatchCosts, free_s, in_step_s, rank_seconds
+from moesys.plan.batch.hdp import hdp
+from moesys.plan.batch.in_step import hdp_in_step
+from moesys.plan.batch.naive import naive
+from moesys.plan.batch.partition import karmarkar_karp, sorted_greedy
+from moesys.plan.batch.plan import BatchPlan
+from moesys.plan.batch.static import balanced, context_size, packed
+from moesys.plan.placement import Integers
+
+POLICIES = ("naive", "static", "sorted", "karmarkar_karp", "hdp")
+
+
+def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool) -> float:
+    """Until the last rank has done its last micro-step."""
+    return in_step_s(rank_seconds(plan, costs)) if meets else free_s(plan, costs)
+
+
+def planned(
+    policy: str,
+    lengths_S: Integers,
+    num_ranks: int,
+    capacity_tokens: int,
+    costs: BatchCosts,
+    *,
+    meets: bool,
+) -> BatchPlan:
+    """By the planner of that name.
+
+    Args:
+        capacity_tokens: for which a rank has memory in a micro-step.
+        meets: ranks do in every layer, for experts.
+
+    Raises:
+        ValueError: a sequence that all ranks together have no memory for.
+    """
+    budget = lengths_S, num_ranks, capacity_tokens
+    if policy == "naive":
+        return naive(*budget)
+    if policy in ("static", "sorted", "karmarkar_karp"):
+        size = context_size(*budget)
+        if policy == "static":
+            return packed(*budget, size)
+        partition = sorted_greedy if policy == "sorted" else karmarkar_karp
+        return balanced(*budget, size, costs, partition)
+    assert policy == "hdp", policy
+    plans = [naive(*budget), (hdp_in_step if meets else hdp)(*budget, costs)]
+    return min(plans, key=lambda plan: batch_seconds(plan, costs, meets=meets))
