@@ -83,9 +83,9 @@ def calibrated(
         return None
     planned_s, most_saved_s, best = pace.rows_s(shares, speeds_P), 0.0, None
     loads_E = counts_PE.sum(0).astype(np.float64)
-    for placed in repairs(
-        loads_E, placement, most_copies, MOST_ADDED, good, per_node, 0.0, speeds_P, adds_only=True
-    ):
+    limits = most_copies, MOST_ADDED, good, per_node, 0.0, speeds_P
+    _, *others = repairs(loads_E, placement, *limits, adds_only=True)
+    for placed in others:
         more = Placement(owner_E=placement.owner_E, copies_PC=_added_PC(placement, placed))
         route = routed(more)
         rows_s = pace.rows_s(Shares.of(counts_PE, placed, per_node, speeds_P), speeds_P)

@@ -14,7 +14,7 @@ from moesys.plan.copies import balancing_copies
 from moesys.plan.crossing import crossing_rows
 from moesys.plan.level_owners import level_owners
 from moesys.plan.placement import Amounts, Integers, Placement
-from moesys.plan.repair import GOOD, expected_loads, repaired
+from moesys.plan.repair import GOOD, expected_loads, repairs
 from moesys.plan.replication import replicated
 from moesys.plan.sharding import heterogeneous_sharding
 from moesys.plan.spare_copies import with_spare
@@ -65,7 +65,7 @@ def planned_placements(
             if config.policy == "balanced" and num_ranks <= MOST_RANKS:
                 good, far = max(GOOD, 1 + config.tolerance), _far_load(rows_per_copy)
                 limits = config.most_copies, REPAIR_STEPS, good, per_node, far, speeds_P
-                placement = repaired(loads_E, placement, *limits)
+                *_, placement = repairs(loads_E, placement, *limits)
                 if (placement.copies_PC >= 0).any():
                     placement = with_spare(loads_E, placement, per_node, config.spare)
             placements[layer] = placement

@@ -31,21 +31,6 @@ def expected_loads(
     return amounts_H, pairs.loads(amounts_H, placement.num_ranks) / speeds_P
 
 
-def repaired(
-    loads_E: Amounts,
-    placement: Placement,
-    most_copies: int,
-    most_steps: int,
-    good: float = GOOD,
-    per_node: int | None = None,
-    far_load: float = 0.0,
-    speeds_P: Amounts | None = None,
-) -> Placement:
-    """The last of `repairs`."""
-    limits = most_copies, most_steps, good, per_node, far_load, speeds_P
-    return [placement, *repairs(loads_E, placement, *limits)][-1]
-
-
 def repairs(
     loads_E: Amounts,
     placement: Placement,
@@ -57,7 +42,7 @@ def repairs(
     speeds_P: Amounts | None = None,
     adds_only: bool = False,
 ) -> Iterator[Placement]:
-    """Give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
+    """The placement, and then each better one: give the fullest ranks' hottest experts to the emptiest ranks, in the place of the copy that these use least, for at most
     `most_steps` changes of which each lowers the highest load, or how many ranks have it; while that is above `good` means.
 
     Ranks on nodes that hold the expert come first. One on another node must get at least `far_load` of it. A rank's load is over
@@ -67,6 +52,7 @@ def repairs(
     mean = float(loads_E.sum() / speeds_P.sum())
     nodes = Nodes(num_ranks=placement.num_ranks, per_node=per_node or placement.num_ranks)
     score, amounts_H, loads_P = _score(loads_E, placement, speeds_P, mean)
+    yield placement
     for _ in range(most_steps):
         if loads_P.max() <= good * mean:
             break

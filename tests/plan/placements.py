@@ -41,6 +41,12 @@ def seeds() -> st.SearchStrategy[np.random.Generator]:
     return st.integers(0, 2**32 - 1).map(np.random.default_rng)
 
 
+def layers_on_ranks() -> tuple[st.SearchStrategy, ...]:
+    """A generator, each layer's number of experts, ranks, and those of a node."""
+    experts_of_layers = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+    return seeds(), experts_of_layers, st.integers(1, 9), st.integers(1, 4)
+
+
 def random_layer(
     rng: np.random.Generator, experts: int, ranks: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -1,6 +1,7 @@
 """Planned copies: within the budget, near the best that there is, and at once for the largest models."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,14 @@ from hypothesis import strategies as st
 from moesys.plan.copies import _by_stretch, balancing_copies
 from moesys.plan.placement import Placement, placement_of, problems
 from moesys.plan.placement_optimum import best_copies, least_maximum
-from moesys.plan.repair import expected_loads, repaired
+from moesys.plan.repair import expected_loads, repairs
 from tests.plan.placements import random_layer, random_loads, random_owners, seeds
+
+
+def repaired(*given: Any, **limits: Any) -> Placement:
+    """As far as it goes."""
+    *_, last = repairs(*given, **limits)
+    return last
 
 
 def planned(loads_E, owner_E, ranks: int, per_node: int, copies: int) -> Placement:

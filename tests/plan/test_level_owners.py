@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from moesys.plan.level_owners import FULL, level_owners
 from moesys.plan.sharding import owned_at_most
-from tests.plan.placements import random_loads, seeds
+from tests.plan.placements import layers_on_ranks, random_loads
 
 
 def zipf(rng: np.random.Generator, experts: int, exponent: float) -> np.ndarray:
@@ -14,13 +14,7 @@ def zipf(rng: np.random.Generator, experts: int, exponent: float) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    seeds(),
-    st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.booleans(),
-)
+@given(*layers_on_ranks(), st.booleans())
 def test_every_expert_has_an_owner_and_no_rank_too_many(rng, sizes, ranks, per_node, some_near):
     loads = [random_loads(rng, n).astype(float) for n in sizes]
     near = [rng.random(n) < 0.4 for n in sizes] if some_near else None

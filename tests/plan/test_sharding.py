@@ -11,7 +11,7 @@ from moesys.plan.sharding import (
     moved,
     owned_at_most,
 )
-from tests.plan.placements import random_loads, seeds
+from tests.plan.placements import layers_on_ranks, random_loads
 
 
 def owned(owners, ranks: int) -> np.ndarray:
@@ -19,13 +19,7 @@ def owned(owners, ranks: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    seeds(),
-    st.lists(st.integers(1, 12), min_size=1, max_size=5),
-    st.integers(1, 9),
-    st.integers(1, 4),
-    st.integers(0, 5),
-)
+@given(*layers_on_ranks(), st.integers(0, 5))
 def test_every_expert_has_an_owner_and_no_rank_too_many(rng, sizes, ranks, per_node, degree):
     loads = [random_loads(rng, n).astype(float) for n in sizes]
     for owners in (

@@ -60,6 +60,15 @@ def assert_copies_made(numbers: list[Numbers], policy: PlacementPolicy = "balanc
             assert figures.moved_experts > 0
 
 
+def assert_same(ours: list[Numbers], theirs: Numbers) -> None:
+    """But for the order of sums."""
+    found = compare(ours, theirs)
+    assert not found.missing
+    assert found.are_counters_equal
+    assert found.figures < 1e-6
+    assert found.gradients < 1e-5
+
+
 @pytest.fixture(scope="module")
 def plain() -> list[Numbers]:
     return parity(spread(PlacementConfig()), 4, micro_steps=2)
@@ -76,11 +85,7 @@ def test_steps_are_those_of_plain_expert_parallelism(
     policy: PlacementPolicy, plain: list[Numbers]
 ) -> None:
     ranks = parity(spread(PlacementConfig(policy=policy)), 4, micro_steps=2)
-    found = compare(ranks, plain[0])
-    assert not found.missing
-    assert found.are_counters_equal
-    assert found.figures < 1e-6
-    assert found.gradients < 1e-5
+    assert_same(ranks, plain[0])
     assert_copies_made(ranks, policy)
     assert all(numbers.results[0].placement is None for numbers in plain)
 
@@ -213,11 +218,7 @@ def test_a_rank_that_is_half_as_fast_serves_about_half_the_rows() -> None:
     plain = parity(spread(PlacementConfig(), steps=steps), 4, micro_steps=2)
     placement = replace(BALANCED, copies=6, spare=6, speeds="measured")
     ranks = run_ranks(_sped, 4, spread(placement, steps=steps), SLOW_RANK)
-    found = compare([sped.numbers for sped in ranks], plain[0])
-    assert not found.missing
-    assert found.are_counters_equal
-    assert found.figures < 1e-6
-    assert found.gradients < 1e-5
+    assert_same([sped.numbers for sped in ranks], plain[0])
     rows_SP = np.array([sped.rows for sped in ranks]).T
     assert len({*rows_SP.sum(1).tolist()}) == 1
     of_others_S = rows_SP[:, SLOW_RANK] / np.delete(rows_SP, SLOW_RANK, 1).mean(1)
@@ -253,11 +254,7 @@ def test_shares_by_speed_change_no_number_under_other_axes(
     placement = PlacementConfig(policy=policy, near=False, speeds="measured")
     ranks = run_ranks(_sped, 4, spread(placement, None, recompute, steps, **degrees), 1)
     for sped, theirs in zip(ranks, plain, strict=True):
-        found = compare([sped.numbers], theirs)
-        assert not found.missing
-        assert found.are_counters_equal
-        assert found.figures < 1e-6
-        assert found.gradients < 1e-5
+        assert_same([sped.numbers], theirs)
         last = sped.numbers.results[-1].placement
         assert last is not None
         assert last.speeds_P == [1.33, 0.67]
@@ -285,11 +282,7 @@ def test_copies_are_added_where_true_loads_want_them_and_change_no_number() -> N
     level = {}
     for bytes_per_s in (1e12, 1.0):
         ranks = run_ranks(_calibrated, 4, run_config, bytes_per_s, 1)
-        found = compare(ranks, plain[0])
-        assert not found.missing
-        assert found.are_counters_equal
-        assert found.figures < 1e-6
-        assert found.gradients < 1e-5
+        assert_same(ranks, plain[0])
         for numbers in ranks:
             of_steps = [_placement_fields(result) for result in numbers.results]
             added = [fields["added_copies"] for fields in of_steps]
@@ -315,11 +308,7 @@ def test_added_copies_change_no_number_under_other_axes(
     run_config = spread(placement, None, recompute, **degrees)
     ranks = run_ranks(_calibrated, 4, run_config, 1e12, 2)
     for ours, theirs in zip(ranks, plain, strict=True):
-        found = compare([ours], theirs)
-        assert not found.missing
-        assert found.are_counters_equal
-        assert found.figures < 1e-6
-        assert found.gradients < 1e-5
+        assert_same([ours], theirs)
         last = ours.results[-1].placement
         assert last is not None
         assert last.added_copies
@@ -361,11 +350,7 @@ def test_other_axes_find_the_same(recompute, degrees: dict[str, int], release: b
     ranks = parity(spread(placement, None, recompute, **degrees), 4, micro_steps=2)
     assert_copies_made(ranks)
     for ours, theirs in zip(ranks, expected, strict=True):
-        found = compare([ours], theirs)
-        assert not found.missing
-        assert found.are_counters_equal
-        assert found.figures < 1e-6
-        assert found.gradients < 1e-5
+        assert_same([ours], theirs)
 
 
 def with_copies(dispatch: DispatchConfig) -> Difference:

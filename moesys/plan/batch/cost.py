@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moesys.config.schema import ModelConfig
-from moesys.plan.batch.plan import BatchPlan
+from moesys.plan.batch.plan import BatchPlan, MicroStep
 from moesys.plan.costs import training_flops_per_token
 from moesys.plan.placement import Amounts
 
@@ -48,12 +48,11 @@ class BatchCosts:
 
     def work_s(self, lengths: ArrayLike) -> Amounts:
         """Of whole sequences on one rank, without what a piece costs."""
-        attention_s = sum((kind.seconds(lengths) for kind in self.attention), np.float64(0))
-        return attention_s + self.token_s * np.asarray(lengths, dtype=np.float64)
+        return self.attention_s(lengths) + self.token_s * np.asarray(lengths, dtype=np.float64)
 
     def attention_s(self, lengths: ArrayLike) -> Amounts:
         """Of `work_s` what is between tokens."""
-        return self.work_s(lengths) - self.token_s * np.asarray(lengths, dtype=np.float64)
+        return sum((kind.seconds(lengths) for kind in self.attention), np.zeros(np.shape(lengths)))
 
     def rank_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
         """Of pieces on each of so many ranks: a block of keys that goes around is under way while the rank works on the one
@@ -94,13 +93,16 @@ def rank_seconds(plan: BatchPlan, costs: BatchCosts) -> Amounts:
     """fp64 [M, R]: seconds of each rank's own work in each micro-step."""
     busy_MR = np.zeros((len(plan.micro_steps), plan.num_ranks))
     for index, step in enumerate(plan.micro_steps):
-        if not step:
-            continue
-        sequences = [piece.sequence for piece in step]
-        seconds = costs.rank_s(plan.lengths_S[sequences], [len(piece.ranks) for piece in step])
-        for piece, piece_s in zip(step, seconds.tolist(), strict=True):
+        for piece, piece_s in zip(step, _piece_seconds(plan, step, costs), strict=True):
             busy_MR[index, list(piece.ranks)] += piece_s
     return busy_MR + costs.micro_step_s * (busy_MR > 0)
+
+
+def _piece_seconds(plan: BatchPlan, step: MicroStep, costs: BatchCosts) -> list[float]:
+    """Of each piece on each of its ranks."""
+    sequences = [piece.sequence for piece in step]
+    sizes = [len(piece.ranks) for piece in step]
+    return costs.rank_s(plan.lengths_S[sequences], sizes).tolist()
 
 
 def in_step_s(busy_MR: Amounts) -> float:
@@ -112,13 +114,11 @@ def free_s(plan: BatchPlan, costs: BatchCosts) -> float:
     """Of a batch whose ranks meet in rings alone: a piece begins when all of its ranks have ended those before it."""
     free_at_R = np.zeros(plan.num_ranks)
     for step in plan.micro_steps:
-        sequences = [piece.sequence for piece in step]
-        seconds = costs.rank_s(plan.lengths_S[sequences], [len(piece.ranks) for piece in step])
         has_R = np.zeros(plan.num_ranks, dtype=np.bool_)
         for piece in step:
             has_R[list(piece.ranks)] = True
         free_at_R += costs.micro_step_s * has_R
-        for piece, piece_s in zip(step, seconds.tolist(), strict=True):
+        for piece, piece_s in zip(step, _piece_seconds(plan, step, costs), strict=True):
             ranks = list(piece.ranks)
             free_at_R[ranks] = free_at_R[ranks].max() + piece_s
     return float(free_at_R.max()) if plan.num_ranks else 0.0
