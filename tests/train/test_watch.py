@@ -27,6 +27,7 @@ from moesys.train.verdict import (
     silent_ranks,
     table,
 )
+from moesys.train.watch import BEAT_S
 from tests.train.launched import (
     ROOT,
     finish,
@@ -246,6 +247,7 @@ def _polled(line: Lifeline, seconds: float) -> list[Lost]:
 def started(tiny_data, folder, *more: str, ranks: int = 2):
     process = start(ranks, overrides(folder, tiny_data, "train.steps=4000", *more))
     wait_for_step(process, folder, 3)
+    time.sleep(2 * BEAT_S)  # three steps are taken sooner than all ranks have said where they are
     return process, [one_rank(process, rank) for rank in range(ranks)]
 
 
