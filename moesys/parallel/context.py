@@ -1,9 +1,9 @@
 """Who holds which positions of a sequence, and which pairs of them each rank computes. Integers only.
 
-The sequence is cut in 2 * size chunks, and rank r holds chunks r and 2 * size - 1 - r, one behind the other: an
-early one, which sees little, and a late one, which sees much, so that causal attention is equal work for all ranks
-(zigzag order; as in Llama 3, 2407.21783, section 3.3.2). What a rank computes is a list of tiles, rectangles of (query, key) pairs, each without a mask or
-with the plain causal one; a document-causal mask is cut into such tiles exactly, so no mask is ever stored.
+The sequence is cut in 2 * size chunks (plan/zigzag.py), and rank r holds chunks r and 2 * size - 1 - r, one behind the
+other: an early one, which sees little, and a late one, which sees much, so that causal attention is as much work for
+all ranks. What a rank computes is a list of tiles, rectangles of (query, key) pairs, each without a mask or with the
+plain causal one; a document-causal mask is cut into such tiles exactly, so no mask is ever stored.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,27 +11,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 
+from moesys.plan.zigzag import local_chunks
+
 DocumentEnds = tuple[tuple[int, ...], ...]
 """For each sample, the position after the last token of each of its documents; the last is the sequence length."""
 
 
-def local_chunks(seq_len: int, rank: int, size: int) -> tuple[range, range]:
-    """The positions of the early and of the late chunk of `rank`.
-
-    Raises ValueError when the sequence does not cut into 2 * size equal chunks.
-    """
+def check_equal_chunks(seq_len: int, size: int) -> None:
+    """Raise ValueError when the sequence does not cut into 2 * size equal chunks."""
     if seq_len % (2 * size):
         raise ValueError(
             f"a sequence of {seq_len} tokens must be a multiple of 2 * {size} = {2 * size}, to be cut in two chunks "
             f"for each of {size} context ranks; the next that is: {seq_len + -seq_len % (2 * size)}"
         )
-    chunk = seq_len // (2 * size)
-    early, late = rank, 2 * size - 1 - rank
-    return range(early * chunk, (early + 1) * chunk), range(late * chunk, (late + 1) * chunk)
 
 
 def local_positions(seq_len: int, rank: int, size: int) -> list[int]:
-    """The seq_len / size positions of `rank`, in the order in which it holds them: an index into the sequence."""
+    """The positions of `rank`, in the order in which it holds them: an index into the sequence."""
     early, late = local_chunks(seq_len, rank, size)
     return [*early, *late]
 
@@ -91,19 +87,21 @@ def ring_tiles(
 ) -> tuple[Tile, ...]:
     """The tiles of `rank`'s queries with `source`'s keys; together, over all sources, just the allowed pairs.
 
-    Without documents there is one tile, of equal work for every source but the own, and a rank's pairs sum up to
-    seq_len * (seq_len + 1) / 2 / size. With documents the work of the ranks follows from where these lie.
+    Without documents there is one tile at most, of equal work for every source but the own where chunks are equal; a
+    rank's pairs then sum up to seq_len * (seq_len + 1) / 2 / size. With documents the work of the ranks follows from where
+    these lie.
     """
     if ends is not None:
         return tuple(_document_tiles(seq_len, rank, source, size, ends))
-    half = len(local_chunks(seq_len, rank, size)[0])
-    early, late, both = slice(0, half), slice(half, 2 * half), slice(0, 2 * half)
-    if source == rank:
-        queries, keys = both, both
-    elif source < rank:
-        queries, keys = both, early
-    else:
-        queries, keys = late, both
+    early, late = (len(chunk) for chunk in local_chunks(seq_len, rank, size))
+    its_early, its_late = (len(chunk) for chunk in local_chunks(seq_len, source, size))
+    queries, keys = slice(0, early + late), slice(0, its_early + its_late)
+    if source < rank:
+        keys = slice(0, its_early)
+    elif source > rank:
+        queries = slice(early, early + late)
+    if queries.start == queries.stop or keys.start == keys.stop:
+        return ()
     return (Tile(samples=slice(None), queries=queries, keys=keys, is_causal=source == rank),)
 
 
@@ -113,13 +111,12 @@ def _document_tiles(
     """A chunk has a causal square per document with itself, and at most one rectangle with an earlier chunk."""
     query_chunks = local_chunks(seq_len, rank, size)
     key_chunks = local_chunks(seq_len, source, size)
-    half = len(query_chunks[0])
     for sample, sample_ends in enumerate(ends):
         for begin, end in pairwise((0, *sample_ends)):
             for i, query_chunk in enumerate(query_chunks):
                 for j, key_chunk in enumerate(key_chunks):
-                    queries = _overlap(query_chunk, begin, end, i * half)
-                    keys = _overlap(key_chunk, begin, end, j * half)
+                    queries = _overlap(query_chunk, begin, end, i * len(query_chunks[0]))
+                    keys = _overlap(key_chunk, begin, end, j * len(key_chunks[0]))
                     if queries and keys and key_chunk.start <= query_chunk.start:
                         yield Tile(
                             samples=slice(sample, sample + 1),

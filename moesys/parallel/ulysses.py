@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from moesys.parallel.context import DocumentEnds, check_documents, local_chunks
+from moesys.parallel.context import DocumentEnds, check_documents, check_equal_chunks
 from moesys.parallel.exchange import swap
 
 
@@ -41,7 +41,7 @@ class UlyssesAttention:
         not fill the whole sequences.
         """
         seq_len = q_BNSH.shape[2] * self.size
-        local_chunks(seq_len, self.rank, self.size)  # refuses an odd S
+        check_equal_chunks(seq_len, self.size)
         check_heads(q_BNSH.shape[1], k_BMSH.shape[1], self.size)
         if ends is not None:
             check_documents(ends, q_BNSH.shape[0], seq_len)

@@ -7,16 +7,18 @@ import pytest
 
 from moesys.parallel.context import (
     check_documents,
+    check_equal_chunks,
     document_ends,
-    local_chunks,
     local_positions,
     ring_tiles,
 )
+from moesys.plan.zigzag import local_chunks
 
 
 def test_a_rank_holds_an_early_and_a_late_chunk():
     assert [local_positions(8, rank, 2) for rank in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert local_chunks(12, 1, 3) == (range(2, 4), range(8, 10))
+    assert local_chunks(5, 1, 3) == (range(1), range(3, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -25,9 +27,10 @@ def test_all_positions_are_held_once(size):
     assert sorted(held) == list(range(24))
 
 
-def test_a_length_that_does_not_cut_is_refused_with_both_numbers():
+def test_a_length_that_does_not_cut_equally_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match=r"30 tokens .* 2 \* 4 = 8, .*: 32"):
-        local_chunks(30, 0, 4)
+        check_equal_chunks(30, 4)
+    check_equal_chunks(32, 4)
 
 
 def _computed(seq_len, rank, size, ends, num_samples=1):
@@ -57,6 +60,17 @@ def test_the_tiles_are_the_causal_pairs_in_equal_shares(size):
     assert {len(pairs) for pairs in per_rank} == {24 * 25 // 2 // size}
     assert sorted(pair for pairs in per_rank for pair in pairs) == [
         (0, query, key) for query in range(24) for key in range(query + 1)
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("seq_len", [0, 1, 2, 5, 23, 30])
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_tiles_of_any_length_are_its_causal_pairs(seq_len, size, documents):
+    ends = ((seq_len,),) if documents else None
+    computed = [pair for rank in range(size) for pair in _computed(seq_len, rank, size, ends)]
+    assert sorted(computed) == [
+        (0, query, key) for query in range(seq_len) for key in range(query + 1)
     ]
 
 

@@ -1,0 +1,71 @@
+"""What one rank has of a micro-step. Pure.
+
+Shapes: T tokens of the rank.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+
+from moesys.plan.batch.plan import MicroStep
+from moesys.plan.placement import Integers
+from moesys.plan.zigzag import local_chunks
+
+
+@dataclass(frozen=True)
+class LocalPiece:
+    """Of one sequence."""
+
+    length: int
+    """Of the whole sequence, in tokens."""
+    ranks: tuple[int, ...]
+    """That share it, in the order of their ring."""
+    rank: int
+    """This rank's place among them."""
+
+    @property
+    def chunks(self) -> tuple[range, range]:
+        """Its positions: early ones, and late ones behind them."""
+        return local_chunks(self.length, self.rank, len(self.ranks))
+
+    @property
+    def num_tokens(self) -> int:
+        early, late = self.chunks
+        return len(early) + len(late)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPieces:
+    """One behind the other, in the order of the plan."""
+
+    pieces: tuple[LocalPiece, ...]
+
+    @classmethod
+    def of_plan(cls, step: MicroStep, lengths_S: Integers, rank: int) -> Self:
+        """Of `rank`; a sequence shorter than its ring may leave it a piece without tokens."""
+        return cls(
+            tuple(
+                LocalPiece(int(lengths_S[piece.sequence]), piece.ranks, piece.ranks.index(rank))
+                for piece in step
+                if rank in piece.ranks
+            )
+        )
+
+    @cached_property
+    def rows(self) -> list[slice]:
+        """Where each piece's tokens are among the rank's."""
+        ends = np.cumsum([0, *(piece.num_tokens for piece in self.pieces)]).tolist()
+        return [slice(begin, end) for begin, end in pairwise(ends)]
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return self.rows[-1].stop if self.rows else 0
+
+    def positions_T(self) -> Integers:
+        """int64: of each token in its own sequence."""
+        chunks = [chunk for piece in self.pieces for chunk in piece.chunks]
+        return np.concatenate([np.zeros(0, np.int64), *(np.array(c, np.int64) for c in chunks)])
