@@ -30,7 +30,7 @@ from moesys.ops.cross_entropy import IGNORED_TARGET
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one rank feeds to one forward."""
+    """What one data rank feeds to one forward: samples of equal length."""
 
     input_ids_BS: Tensor
     """int64, on the CPU."""

@@ -4,7 +4,7 @@ Shapes: B sequences, S positions, T = B * S tokens, D model, N query heads, M ke
 """
 
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,17 @@ from moesys.ops.autocast import compute_type
 from moesys.ops.projection import Projection, project
 from moesys.ops.shard import local_tensor
 from moesys.parallel.context import DocumentEnds, check_documents
+from moesys.plan.batch.local import LocalPieces
+
+Within = DocumentEnds | LocalPieces
+"""What a token sees no further than: its document, in samples of equal length, or its sequence, of which a rank may have a piece."""
 
 
 class AttentionCore(Protocol):
     """softmax(q k^T / sqrt(H)) v over the positions that a query may see."""
 
-    def __call__(
-        self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, ends: DocumentEnds | None = None
-    ) -> Tensor:
-        """Return [B, N, S, H]; with `ends` a token sees its own document only."""
+    def __call__(self, q_BNSH: Tensor, k_BMSH: Tensor, v_BMSH: Tensor, within: Any, /) -> Tensor:
+        """Return [B, N, S, H]. `within`: None or, of the kind that the core is for, `Within`."""
         ...
 
 
@@ -66,12 +68,12 @@ class Attention(nn.Module):
         self.core: AttentionCore = causal_attention
 
     def forward(
-        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], within: Within | None = None
     ) -> Tensor:
         """Sequences one after the other, each of as many positions as the rotary tables, to [T, D]."""
         matrices = (local_tensor(w.weight) for w in (self.wq, self.wk, self.wv))
         q_TO, k_TO, v_TO = self.project(compute_type(x_TD), *matrices)
-        out_BNSH = self.core(*self.heads(q_TO, k_TO, v_TO, rope_SH), ends)
+        out_BNSH = self.core(*self.heads(q_TO, k_TO, v_TO, rope_SH), within)
         out_TO = out_BNSH.transpose(1, 2).flatten(2).flatten(0, 1)
         return self.wo(out_TO if self.gate is None else self.gate(x_TD, out_TO))
 
@@ -80,8 +82,9 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cut into sequences and heads: [B, N or M, S, H] of each. Norm q and k, turn them by position."""
         seq_len = rope_SH[0].shape[0]
+        shape = q_TO.shape[0] // max(1, seq_len), seq_len
         q, k, v = (
-            y_TO.unflatten(-1, (-1, self.head_dim)).unflatten(0, (-1, seq_len))
+            y_TO.unflatten(-1, (-1, self.head_dim)).unflatten(0, shape)
             for y_TO in (q_TO, k_TO, v_TO)
         )
         if self.q_norm is not None and self.k_norm is not None:

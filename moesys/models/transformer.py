@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moesys.config.schema import ModelConfig
-from moesys.models.attention import Attention
+from moesys.models.attention import Attention, Within
 from moesys.models.linear import Embedding, Linear
 from moesys.models.memory_layer import MemoryLayer
 from moesys.models.mtp import MTPJoin, Together
@@ -23,7 +23,8 @@ from moesys.moe.experts import SwiGLU
 from moesys.moe.layer import MoELayer
 from moesys.moe.tokens import Known
 from moesys.ops.cross_entropy import cross_entropy_sum
-from moesys.parallel.context import DocumentEnds, document_ends
+from moesys.parallel.context import document_ends
+from moesys.plan.batch.local import LocalPieces
 
 
 def all_positions(seq_len: int, device: torch.device) -> Tensor:
@@ -42,9 +43,9 @@ class DenseBlock(nn.Module):
         self.ffn = SwiGLU(config.d_model, config.d_ffn)
 
     def forward(
-        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], within: Within | None = None
     ) -> Tensor:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, within)
         return x_TD + self.ffn(self.ffn_norm(x_TD))
 
 
@@ -56,9 +57,9 @@ class MemoryBlock(DenseBlock):
         self.memory = MemoryLayer(config)
 
     def forward(
-        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], ends: DocumentEnds | None = None
+        self, x_TD: Tensor, rope_SH: tuple[Tensor, Tensor], within: Within | None = None
     ) -> Tensor:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, within)
         normed_TD = self.ffn_norm(x_TD)
         read_TD = self.memory(
             normed_TD
@@ -81,11 +82,11 @@ class MoEBlock(nn.Module):
         self,
         x_TD: Tensor,
         rope_SH: tuple[Tensor, Tensor],
-        ends: DocumentEnds | None = None,
+        within: Within | None = None,
         state: Tensor | None = None,
         known: Known | None = None,
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
-        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, ends)
+        x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, within)
         y_TD, losses, state = self.moe(self.ffn_norm(x_TD), state, rope_SH[0].shape[0], known)
         return x_TD + y_TD, losses, state
 
@@ -164,6 +165,7 @@ class Transformer(nn.Module):
         state: Tensor | None = None,
         *,
         documents: Tensor | None = None,
+        pieces: LocalPieces | None = None,
         ids_BS: Tensor | None = None,
         places_BS: Tensor | None = None,
         targets_BSN: Tensor | None = None,
@@ -171,7 +173,7 @@ class Transformer(nn.Module):
         """From token ids [B, S], or what the stage before returned, to what the next stage takes.
 
         `documents` (integers on the CPU) says which document each token of the whole sequences belongs to: attention
-        then stays inside it. A stage but the first is told the token ids as `ids_BS`, and in training all stages the tokens' places in the step as `places_BS`, for routers that ask.
+        then stays inside it. `pieces` of sequences, in their place, are what this rank has: T tokens as one sample. A stage but the first is told the token ids as `ids_BS`, and in training all stages the tokens' places in the step as `places_BS`, for routers that ask.
         `targets_BSN` (`models.mtp.targets_ahead`) asks the last stage for multi-token prediction.
 
         Returns hidden states [T, D] (the last stage: logits [T, V] in fp32), the RoutingLosses summed over layers so
@@ -184,9 +186,8 @@ class Transformer(nn.Module):
             self.seq_len = x.shape[-1]
             ids_BS = x
             x = self.embed(x.flatten())
-        assert self.seq_len is not None, "a stage but the first is told seq_len"
         rope_SH = rope_tables(
-            self.positions(self.seq_len, x.device),
+            self._positions(pieces, x.device),
             self.config.resolved_head_dim,
             self.config.rope_theta,
         )
@@ -200,12 +201,12 @@ class Transformer(nn.Module):
             else:  # It fills the place of a state. What was sent must get a gradient back, so it is read.
                 losses_3, state = losses_3 + 0.0 * received.sum(), None
         losses = RoutingLosses(*losses_3.unbind())
-        ends = None if documents is None else document_ends(documents.tolist())
+        within = pieces if documents is None else document_ends(documents.tolist())
         ids_U, places_U = (None if x is None else x.flatten() for x in (ids_BS, places_BS))
         known = Known(ids_U, places_U)
         for layer, block in self.layers.items():
             if layer not in self.mtp:
-                x, losses, state = _pass(block, x, losses, rope_SH, ends, state, known)
+                x, losses, state = _pass(block, x, losses, rope_SH, within, state, known)
         if self.norm is not None and self.head is not None:
             x = self.norm(x)
             logits = [self.head(x).float()]
@@ -219,7 +220,7 @@ class Transformer(nn.Module):
                     known = Known(ids_NU[depth], places_U)
                     x = join(embedded_NTD[depth], x)
                     block = self.layers[layer]
-                    x, losses, state = _pass(block, x, losses, rope_SH, ends, state, known)
+                    x, losses, state = _pass(block, x, losses, rope_SH, within, state, known)
                     x = join.norm(x)
                     logits.append(self.head(x).float())
             return logits[0], torch.stack(losses), *logits[1:]
@@ -230,6 +231,13 @@ class Transformer(nn.Module):
             state = x.new_zeros(self.state_shape, requires_grad=losses_3.requires_grad)
         # A copy: a split backward detaches what a stage sends, which what made the state may have saved.
         return x, torch.stack(losses), state.clone()
+
+    def _positions(self, pieces: LocalPieces | None, device: torch.device) -> Tensor:
+        """int64 [S]: of what one sample has on this rank."""
+        if pieces is not None:
+            return torch.from_numpy(pieces.positions_T()).to(device)
+        assert self.seq_len is not None, "a stage but the first is told seq_len"
+        return self.positions(self.seq_len, device)
 
     @property
     def _follows_router(self) -> bool:
@@ -315,14 +323,14 @@ def _pass(
     x_TD: Tensor,
     losses: RoutingLosses,
     rope_SH: tuple[Tensor, Tensor],
-    ends: DocumentEnds | None,
+    within: Within | None,
     state: Tensor | None,
     known: Known,
 ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
     """Through one block: x, the losses with its own, the state that it hands on."""
     if not isinstance(block, MoEBlock):
-        return block(x_TD, rope_SH, ends), losses, state
-    x_TD, of_block, state = block(x_TD, rope_SH, ends, state, known)
+        return block(x_TD, rope_SH, within), losses, state
+    x_TD, of_block, state = block(x_TD, rope_SH, within, state, known)
     return x_TD, losses + of_block, state
 
 

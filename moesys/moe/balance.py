@@ -39,10 +39,15 @@ class RoutingLosses(NamedTuple):
         return RoutingLosses(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+def mean_of_tokens(x: Tensor) -> Tensor:
+    """Over the first dim; 0 of none, which a rank may have in a micro-step."""
+    return x.sum(dim=0) / max(1, len(x))
+
+
 def balance_loss(probs_TE: Tensor, counts_E: Tensor) -> Tensor:
     """E * sum_i f_i P_i with f from `counts_E` (slots per expert, any integer or float type)."""
     fractions_E = counts_E.to(probs_TE.dtype) / counts_E.sum().clamp(min=1)
-    return probs_TE.shape[1] * torch.dot(fractions_E, probs_TE.mean(dim=0))
+    return probs_TE.shape[1] * torch.dot(fractions_E, mean_of_tokens(probs_TE))
 
 
 def device_balance_loss(probs_TE: Tensor, counts_E: Tensor, num_groups: int) -> Tensor:
@@ -71,12 +76,12 @@ def sequence_balance_loss(probs_TE: Tensor, sequence_T: Tensor, counts_BE: Tenso
     that mean is E * mean_t sum_i f_i(sequence of t) p_i(t), so ranks may share a sequence out.
     """
     fractions_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
-    return probs_TE.shape[1] * (fractions_BE[sequence_T] * probs_TE).sum(dim=1).mean()
+    return probs_TE.shape[1] * mean_of_tokens((fractions_BE[sequence_T] * probs_TE).sum(dim=1))
 
 
 def z_loss(logits_TE: Tensor) -> Tensor:
     """mean_t logsumexp(logits_t)^2 (ST-MoE eq. 5)."""
-    return logits_TE.logsumexp(dim=-1).square().mean()
+    return mean_of_tokens(logits_TE.logsumexp(dim=-1).square())
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

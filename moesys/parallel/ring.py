@@ -208,18 +208,17 @@ def _backward_round(
             for place, tile_grad in zip(places, tile_grads, strict=True):
                 place += tile_grad
         if transfer is not None:
-            _add_(grad_k, grad_v, transfer)
+            _add_((grad_k, grad_v), transfer)
         if step:
             transfer = round.ring.shift((grad_k, grad_v), round.rows_in(step + 1))
     if transfer is not None:
-        _add_(*at_home, transfer)
+        _add_(at_home, transfer)
 
 
-def _add_(grad_k: Tensor, grad_v: Tensor, transfer: _Transfer) -> None:
-    """Add what the ranks before this one found for the same keys."""
-    received_k, received_v = transfer.wait()
-    grad_k += received_k
-    grad_v += received_v
+def _add_(grads: Sequence[Tensor], transfer: _Transfer) -> None:
+    """Add what the ranks before this one found for the same keys and values."""
+    for grad, received in zip(grads, transfer.wait(), strict=True):
+        grad += received
 
 
 def _zeros(x: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ Shapes: B sequences of S tokens in a micro-batch, N targets ahead of a token, M 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
+from moesys.data.step_batch import RankBatch, StepBatch
 from moesys.models.mtp import targets_ahead
 from moesys.moe.balance import updated_bias
 from moesys.moe.layer import MoELayer
@@ -131,7 +133,7 @@ class TrainStep:
 
     def __call__(
         self,
-        micro_batches: Sequence[MicroBatch],
+        batch: Sequence[MicroBatch] | StepBatch,
         lr: float,
         stop_requested: bool = False,
         judge: Judge | None = None,
@@ -139,16 +141,18 @@ class TrainStep:
     ) -> StepResult:
         """`step` is its number, from 1.
 
+        `batch` is what the loader gives: a data rank's samples, or this rank's pieces of sequences.
         The host waits for the device once: at the end, or with a `judge` before the update, which then runs on.
         """
+        self.batch = batch if isinstance(batch, StepBatch) else self._of_samples(batch)
         self.model.train()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, balance, z, mtp
         self.compresses = step > self.config.dispatch.warmup_steps
         for layer in self.model.moe_layers():
             layer.compresses = self.compresses
-        self.placements.begin(step, len(micro_batches))
+        self.placements.begin(step, len(self.batch.micro_batches))
         with self._recorder.recording(step):
-            self._run_micro_steps(micro_batches)
+            self._run_micro_steps()
         with self.timer.section("optimizer"):
             self.placements.finish()
             for parameter in self.model.over_depth.parameters():
@@ -164,7 +168,7 @@ class TrainStep:
             rate, sums = lr, None
             if judge is not None:
                 sums = self._read_sums(norm, load_MX, stop_requested)
-                rate = judge(sums.loss / self.config.train.global_batch_tokens, sums.grad_norm)
+                rate = judge(sums.loss / self.batch.num_tokens, sums.grad_norm)
             if rate is not None:
                 if self.config.optim.clip_grad_norm:
                     scale_gradients([*gradients.values()], norm, self.config.optim.clip_grad_norm)
@@ -178,32 +182,22 @@ class TrainStep:
         self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX], sums.placed)
         return self._result(sums, is_applied=rate is not None)
 
-    def _run_micro_steps(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forwards and backwards."""
-        if self.parallel.pipeline is not None:
-            self._run_pipeline(self.parallel.pipeline, micro_batches)
-            return
-        for index, batch in enumerate(micro_batches):
-            self._begin_micro_step(is_last=index == len(micro_batches) - 1)
-            self._forward_backward(batch, index)
-
-    def _forward_backward(self, batch: MicroBatch, index: int) -> None:
-        """Add the gradients of one micro-batch, of this rank's the `index`-th."""
-        input_ids_BS = local_slice(batch.input_ids_BS, self.meshes).to(
-            self.device, non_blocking=True
-        )
-        targets_BSN = self._targets(batch).to(self.device, non_blocking=True)
-        with self.timer.section("forward"):
-            with autocast(self.device, self.config.train.dtype):
-                output = self.model(
-                    input_ids_BS,
-                    documents=batch.document_ids_BS,
+    def _of_samples(self, micro_batches: Sequence[MicroBatch]) -> StepBatch:
+        """This rank's positions of samples of equal length."""
+        config = self.config
+        samples = config.train.global_batch_tokens // config.data.seq_len
+        return StepBatch(
+            micro_batches=[
+                RankBatch(
+                    input_ids_BS=local_slice(batch.input_ids_BS, self.meshes),
+                    targets_BSN=self._targets(batch),
                     places_BS=self._places(batch, index),
-                    targets_BSN=targets_BSN,
+                    document_ids_BS=batch.document_ids_BS,
                 )
-            total = self._loss(output, targets_BSN)
-        with self.timer.section("backward"):
-            total.backward()
+                for index, batch in enumerate(micro_batches)
+            ],
+            lengths_L=np.full(samples, config.data.seq_len),
+        )
 
     def _targets(self, batch: MicroBatch) -> Tensor:
         """[B, S, N] of this rank's positions."""
@@ -215,8 +209,37 @@ class TrainStep:
         ids_BS = batch.input_ids_BS
         number = ids_BS.numel()
         first = (index * self.meshes.dims.dp + self.meshes.dp_rank) * number
-        places_BS = torch.arange(first, first + number, device=self.device).view_as(ids_BS)
+        places_BS = torch.arange(first, first + number).view_as(ids_BS)
         return local_slice(places_BS, self.meshes)
+
+    def _run_micro_steps(self) -> None:
+        """Forwards and backwards."""
+        if self.parallel.pipeline is not None:
+            self._run_pipeline(self.parallel.pipeline)
+            return
+        micro_batches = self.batch.micro_batches
+        for index, batch in enumerate(micro_batches):
+            self._begin_micro_step(is_last=index == len(micro_batches) - 1)
+            self._forward_backward(batch)
+
+    def _forward_backward(self, batch: RankBatch) -> None:
+        """Add the gradients of one micro-batch."""
+        input_ids_BS, targets_BSN, places_BS = (
+            x.to(self.device, non_blocking=True)
+            for x in (batch.input_ids_BS, batch.targets_BSN, batch.places_BS)
+        )
+        with self.timer.section("forward"):
+            with autocast(self.device, self.config.train.dtype):
+                output = self.model(
+                    input_ids_BS,
+                    documents=batch.document_ids_BS,
+                    pieces=batch.pieces,
+                    places_BS=places_BS,
+                    targets_BSN=targets_BSN,
+                )
+            total = self._loss(output, targets_BSN)
+        with self.timer.section("backward"):
+            total.backward()
 
     def _loss(self, output: tuple[Tensor, ...], targets_BSN: Tensor) -> Tensor:
         """What is minimised: sums over ranks and micro-steps, divided once by the global token count.
@@ -239,7 +262,7 @@ class TrainStep:
         total = loss_sum + routing_sums_3[0]
         if of_depths:
             total = total + model.mtp_loss_coef / model.mtp_depth * mtp_sum
-        return total / self.config.train.global_batch_tokens
+        return total / self.batch.num_tokens
 
     def _start_pipeline(self, pipeline: Pipeline) -> None:
         train = self.config.train
@@ -247,17 +270,15 @@ class TrainStep:
             part.forward = autocast(self.device, train.dtype)(part.forward)
         pipeline.start(self.device, train.micro_steps(self.meshes.dims.dp), self._loss)
 
-    def _run_pipeline(self, pipeline: Pipeline, micro_batches: Sequence[MicroBatch]) -> None:
+    def _run_pipeline(self, pipeline: Pipeline) -> None:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
-        inputs = torch.cat([local_slice(b.input_ids_BS, self.meshes) for b in micro_batches])
-        targets = torch.cat([self._targets(b) for b in micro_batches])
-        places = torch.cat([self._places(b, index) for index, b in enumerate(micro_batches)])
+        micro_batches = self.batch.micro_batches
         documents = [b.document_ids_BS for b in micro_batches if b.document_ids_BS is not None]
         with self.timer.section("forward"):
             pipeline.step(
-                inputs.to(self.device),
-                targets.to(self.device),
-                places,
+                torch.cat([b.input_ids_BS for b in micro_batches]).to(self.device),
+                torch.cat([b.targets_BSN for b in micro_batches]).to(self.device),
+                torch.cat([b.places_BS for b in micro_batches]).to(self.device),
                 torch.cat(documents) if documents else None,
             )
 
@@ -302,7 +323,7 @@ class TrainStep:
 
     def _routers(self, load_ME: Tensor) -> Iterator[tuple[nn.Module, StepLoad]]:
         """This rank's, each with what it routed. One that all layers share has routed every token once for each."""
-        tokens = self.config.train.global_batch_tokens
+        tokens = self.batch.num_tokens
         if self.config.model.share_depth != "none":
             for layer in self.model.over_depth.values():
                 if isinstance(layer, MoELayer):
@@ -365,13 +386,13 @@ class TrainStep:
         )
 
     def _result(self, sums: _Sums, is_applied: bool) -> StepResult:
-        model, tokens = self.config.model, self.config.train.global_batch_tokens
+        model, tokens = self.config.model, self.batch.num_tokens
         choices_M = [model.moe_of(layer).num_choices for layer in model.moe_layers]
         return StepResult(
             loss=sums.loss / tokens,
             balance_loss=sums.balance / tokens,
             z_loss=sums.z / tokens,
-            mtp_loss=sums.mtp / max(1, self._tokens_ahead()),
+            mtp_loss=sums.mtp / max(1, self.batch.tokens_ahead(model.mtp_depth)),
             grad_norm=sums.grad_norm,
             expert_load_ME=[
                 row[:number] for row, number in zip(sums.expert_load_MX, choices_M, strict=True)
@@ -387,13 +408,6 @@ class TrainStep:
             stop_requested=sums.stops > 0,
             is_applied=is_applied,
         )
-
-    def _tokens_ahead(self) -> int:
-        """That multi-token prediction has a target for: depth k none for the last k of a sample."""
-        config = self.config
-        samples = config.train.global_batch_tokens // config.data.seq_len
-        depths = range(1, config.model.mtp_depth + 1)
-        return samples * sum(config.data.seq_len - depth for depth in depths)
 
     def read_exchange_meters(self) -> Traffic:
         """This rank's, by all layers' exchanges since the last read."""

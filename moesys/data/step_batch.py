@@ -1,0 +1,47 @@
+"""What a rank computes in an optimizer step, and how much all ranks do together.
+
+Shapes: B samples of S positions on this rank (pieces of sequences: B = 1, their T tokens), N targets ahead of a token, L sequences
+of the step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from moesys.plan.batch.local import LocalPieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankBatch:
+    """Fed to one forward."""
+
+    input_ids_BS: Tensor
+    """int64."""
+    targets_BSN: Tensor
+    """int64: the tokens after each input, IGNORED_TARGET where its sequence has ended."""
+    places_BS: Tensor
+    """int64, of each token among all of the step."""
+    document_ids_BS: Tensor | None = None
+    """int64, of samples whole, if attention stays inside documents."""
+    pieces: LocalPieces | None = None
+    """Of which sequences the tokens are; None = samples of equal length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """A step's micro-batches of one rank."""
+
+    micro_batches: Sequence[RankBatch]
+    lengths_L: np.ndarray
+    """Tokens of each sequence of the step, over all ranks."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Over all ranks."""
+        return int(self.lengths_L.sum())
+
+    def tokens_ahead(self, depth: int) -> int:
+        """That multi-token prediction of so many depths has a target for: the k-th none for the last k of a sequence."""
+        return sum(int((self.lengths_L - k).clip(0).sum()) for k in range(1, depth + 1))
