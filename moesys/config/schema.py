@@ -7,6 +7,7 @@ Every field says its unit and the rule it obeys; `validate.py` enforces the rule
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from moesys.config.batch_schema import BatchConfig
 from moesys.config.component_schema import ComponentConfig
 from moesys.config.data_schema import DataConfig
 from moesys.config.dispatch_schema import DispatchConfig
@@ -448,3 +449,4 @@ class RunConfig:
     anomaly: AnomalyConfig = field(default_factory=AnomalyConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)

@@ -2,10 +2,7 @@
 
 A stream is cut every `seq_len` tokens. Sample k reads tokens k*S .. k*S + S: the first S are its
 inputs, the last S its targets, so each token but the first is a target exactly once per epoch.
-An epoch is a permutation of the samples (moesys.data.order); epochs follow each other without a gap,
-so a step may straddle two. Of several sources each has such an order of its own, and the mix
-(moesys.data.mix) says from which of them each position of the common order reads.
-
+They are read in the order of moesys.data.mixed_order.
 Step s takes positions [s*G, (s+1)*G) of that order, whatever the number of ranks and the micro-batch.
 Sample i of a step goes to micro-step m, rank r, row j by `i = (m*P + r)*B + j`: micro-step major,
 then rank, then row.
@@ -16,7 +13,6 @@ P data-parallel ranks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +20,7 @@ from torch import Tensor
 
 from moesys.data.indexed import IndexedTokens
 from moesys.data.mix import Mix
+from moesys.data.mixed_order import MixedOrder, raise_problems
 from moesys.data.source import Source, SourceOrder
 from moesys.ops.cross_entropy import IGNORED_TARGET
 
@@ -40,7 +37,7 @@ class MicroBatch:
     """int64, if asked for: the document of each input, numbered through its stream."""
 
 
-class TokenLoader:
+class TokenLoader(MixedOrder):
     """Training batches of one rank.
 
     Args:
@@ -80,9 +77,8 @@ class TokenLoader:
                 f"micro_batch_samples * dp_size = {micro_batch_samples} * {dp_size} = {per_micro_step}: "
                 f"use {max(1, round(global_batch_samples / per_micro_step)) * per_micro_step}"
             )
-        self.mix = Mix.of([source.weight for source in sources])
-        """Whose weights may turn at any position that has not been read."""
-        for source, weight in zip(sources, self.mix.weights_N, strict=True):
+        weights_N = Mix.of([source.weight for source in sources]).weights_N
+        for source, weight in zip(sources, weights_N, strict=True):
             num_samples = source.num_samples(seq_len) if seq_len > 0 else 0
             needed = max(1, int(global_batch_samples * weight))
             if seq_len > 0 and num_samples < needed:
@@ -92,32 +88,33 @@ class TokenLoader:
                     f"{seq_len} + 1, fewer than {step} {global_batch_samples}: "
                     "use more text, a smaller data.seq_len or a smaller train.global_batch_tokens"
                 )
-        _raise(problems)
-        self.sources = tuple(sources)
-        self.orders = [
-            SourceOrder(source, seq_len=seq_len, seed=seed, shuffle=shuffle) for source in sources
+        raise_problems(problems)
+        orders = [
+            SourceOrder(source, num_samples=source.num_samples(seq_len), seed=seed, shuffle=shuffle)
+            for source in sources
         ]
-        """Of each source."""
+        super().__init__(sources, orders, {"seq_len": seq_len, "seed": seed, "shuffle": shuffle})
         self._seq_len = seq_len
         self._global_batch_samples = global_batch_samples
-        self._seed = seed
-        self._shuffle = shuffle
         self._with_documents = with_documents
         self._micro_steps = global_batch_samples // per_micro_step
         # Rows of this rank inside a step, [micro_steps, B].
         first = (np.arange(self._micro_steps) * dp_size + dp_rank) * micro_batch_samples
         self._rows = first[:, None] + np.arange(micro_batch_samples)
-        self.consumed_samples = 0
-        """Samples read by all ranks together since the start of the run."""
 
-    def consumed_of_sources(self) -> dict[str, int]:
-        """Of `consumed_samples` those of each source, by name."""
-        counts = self.mix.counts_at(self.consumed_samples)
-        return {source.name: count for source, count in zip(self.sources, counts, strict=True)}
+    @property
+    def consumed_tokens(self) -> int:
+        """Of `consumed_samples`."""
+        return self.consumed_samples * self._seq_len
 
-    def turn_mix(self, weights: Sequence[float]) -> None:
-        """Read with these weights, one for each source, from the next sample on."""
-        self.mix = self.mix.turned(self.consumed_samples, weights)
+    def tokens_of_sources(self) -> dict[str, int]:
+        """Of `consumed_tokens` those of each source, by name."""
+        read = self.consumed_of_sources()
+        return {name: count * self._seq_len for name, count in read.items()}
+
+    def samples_in(self, num_tokens: int) -> float:
+        """So many tokens are."""
+        return num_tokens / self._seq_len
 
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step, in order. Every rank gets equally many."""
@@ -141,72 +138,6 @@ class TokenLoader:
                 document_ids_BS[here] = _document_ids(tokens, starts, self._seq_len)
         batch = _shifted(windows)
         return _told_documents(batch, document_ids_BS) if self._with_documents else batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands in the order, and what the order depends on. Plain JSON values."""
-        mix = {} if self._is_one else {"mix": self.mix.to_json()}
-        return {"consumed_samples": self.consumed_samples, **self._identity(), **mix}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after `state["consumed_samples"]` samples, with the mix that was read so far.
-
-        dp_size, the micro-batch and the global batch may differ from the run that saved it.
-
-        Raises:
-            ValueError: the saved run read other streams or another order; names every difference.
-        """
-        problems = []
-        for key, ours in self._identity().items():
-            if key not in state:
-                problems.append(f"data state has no {key!r}: {_OTHER_SOURCES}")
-            elif state[key] != ours:
-                fix = _RESUME_FIX[key.rpartition(".")[2]]
-                problems.append(
-                    f"{key} is {ours!r} here but {state[key]!r} in the checkpoint: {fix}"
-                )
-        consumed = state.get("consumed_samples")
-        if isinstance(consumed, bool) or not isinstance(consumed, int) or consumed < 0:
-            problems.append(f"consumed_samples must be an integer >= 0, is {consumed!r}")
-        mix = self.mix
-        if not self._is_one and not problems:
-            try:
-                mix = Mix.from_json(state.get("mix"), len(self.sources))
-            except ValueError as error:
-                problems.append(str(error))
-        _raise(problems)
-        assert isinstance(consumed, int)
-        self.consumed_samples, self.mix = consumed, mix
-
-    @property
-    def _is_one(self) -> bool:
-        """Whether there is nothing to mix: one source, without a name."""
-        return [source.name for source in self.sources] == [""]
-
-    def _identity(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "seq_len": self._seq_len,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-        }
-        if not self._is_one:
-            facts["sources"] = [source.name for source in self.sources]
-        for source in self.sources:
-            prefix = f"{source.name}." if source.name else ""
-            facts[f"{prefix}dataset"] = source.tokens.fingerprint
-            facts[f"{prefix}num_tokens"] = len(source.tokens)
-        return facts
-
-
-_SAME_DATA = "point data.path at the data the run began with, or start a new run"
-_OTHER_SOURCES = "it was written with other data.sources: set them back, or start a new run"
-_RESUME_FIX = {
-    "dataset": _SAME_DATA,
-    "num_tokens": _SAME_DATA,
-    "sources": "set data.sources back, or start a new run",
-    "seq_len": "set data.seq_len back, or start a new run",
-    "seed": "set run.seed back, or start a new run",
-    "shuffle": "set data.shuffle back, or start a new run",
-}
 
 
 class EvalBatches:
@@ -243,7 +174,7 @@ class EvalBatches:
             problems.append(
                 f"{tokens.bin_path}: needs 2 tokens or more to have a target, holds {len(tokens)}"
             )
-        _raise(problems)
+        raise_problems(problems)
         self.num_targets = min(eval_tokens or len(tokens) - 1, len(tokens) - 1)
         """Targets over all ranks and batches."""
         self._tokens = tokens
@@ -319,13 +250,3 @@ def _problems(seq_len: int, micro_batch_samples: int, dp_rank: int, dp_size: int
     if dp_size >= 1 and not 0 <= dp_rank < dp_size:
         problems.append(f"dp_rank={dp_rank} must lie in [0, dp_size={dp_size})")
     return problems
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        head = (
-            "data loader: "
-            if len(problems) == 1
-            else f"data loader: {len(problems)} problems\n  - "
-        )
-        raise ValueError(head + "\n  - ".join(problems))

@@ -28,8 +28,8 @@ class Source:
 class SourceOrder:
     """Which sample each place of a source's own order is: a permutation for every epoch, one after another."""
 
-    def __init__(self, source: Source, *, seq_len: int, seed: int, shuffle: bool) -> None:
-        self.num_samples = source.num_samples(seq_len)
+    def __init__(self, source: Source, *, num_samples: int, seed: int, shuffle: bool) -> None:
+        self.num_samples = num_samples
         """Per epoch."""
         # By name, so that sources beside it change nothing; equal lengths shall not mean equal orders.
         self._seed = seed ^ xxhash.xxh3_64_intdigest(source.name.encode()) if source.name else seed

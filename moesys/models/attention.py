@@ -82,7 +82,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cut into sequences and heads: [B, N or M, S, H] of each. Norm q and k, turn them by position."""
         seq_len = rope_SH[0].shape[0]
-        shape = q_TO.shape[0] // max(1, seq_len), seq_len
+        # One sample without tokens still receives others' keys, to pass them on.
+        shape = (q_TO.shape[0] // seq_len if seq_len else 1), seq_len
         q, k, v = (
             y_TO.unflatten(-1, (-1, self.head_dim)).unflatten(0, shape)
             for y_TO in (q_TO, k_TO, v_TO)

@@ -21,7 +21,7 @@ from moesys.moe.layer_placement import LayerPlacement
 from moesys.parallel.mesh import Meshes
 from moesys.parallel.tensor import TensorParallel
 from moesys.parallelize.compile import compile_blocks
-from moesys.parallelize.context import shard_context
+from moesys.parallelize.context import shard_context, share_pieces
 from moesys.parallelize.data import shard_data
 from moesys.parallelize.experts import (
     AS_IT_IS,
@@ -83,8 +83,10 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         for part in parts:
             shard_tensors(part, meshes.dense["tp"], tp, config.train.recompute)
         _tie(parts)
-    if meshes.dims.cp > 1:
-        for part in parts:
+    for part in parts:
+        if config.batch.is_planned:
+            share_pieces(part, meshes)
+        elif meshes.dims.cp > 1:
             shard_context(part, meshes, parallel.cp_attention)
     for part in parts:
         if config.train.compile:

@@ -1,4 +1,4 @@
-"""Sequences shared out over cp: each rank has an early and a late slice of every one, and attention brings them together.
+"""Sequences shared out over ranks: each has an early and a late chunk of every one, and attention brings them together.
 
 Shapes: S positions of a whole sequence, C = S / cp of this rank.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 from moesys.models.transformer import Transformer
 from moesys.parallel.context import local_positions
 from moesys.parallel.mesh import Meshes
+from moesys.parallel.pieces import PieceAttention
 from moesys.parallel.ring import RingAttention
 from moesys.parallel.ulysses import UlyssesAttention
 
@@ -23,6 +24,13 @@ def shard_context(part: Transformer, meshes: Meshes, attention: Literal["ring", 
     for block in part.blocks():
         block.attn.core = core
     part.positions = slice_positions(core.rank, core.size)
+
+
+def share_pieces(part: Transformer, meshes: Meshes) -> None:
+    """Let the part's attention work on pieces of sequences, each across the data ranks that a plan shares it out over."""
+    core = PieceAttention(meshes.replica_group)
+    for block in part.blocks():
+        block.attn.core = core
 
 
 def slice_positions(rank: int, size: int) -> Callable[[int, torch.device], Tensor]:

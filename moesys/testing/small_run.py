@@ -10,6 +10,7 @@ Shapes: B sequences of S tokens.
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from moesys.config.schema import (
@@ -28,11 +29,15 @@ from moesys.config.schema import (
     TrainConfig,
 )
 from moesys.data.loader import MicroBatch
+from moesys.data.pieces import rank_batch
+from moesys.data.step_batch import StepBatch
 from moesys.optim.build import build_optimizer
 from moesys.parallel.dims import parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.build import build_parallel_model
 from moesys.parallelize.expert_backend import set_expert_backend
+from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
+from moesys.plan.placement import Integers
 from moesys.train.step import StepResult, TrainStep
 from moesys.train.timing import SectionTimer
 
@@ -131,13 +136,15 @@ class SmallRun:
         """Done; may be set, to go on from any."""
 
     def step(self) -> StepResult:
-        """Train one step, on the samples of its number."""
-        micro_steps = self.config.train.micro_steps(self.dims.dp)
-        batches = samples_of_step(
-            self.config, self.steps, self.meshes.dp_rank, self.dims.dp, micro_steps
-        )
+        """Train one step, on the samples of its number, or on its sequences by a plan of its own."""
+        dp_rank, dp_size = self.meshes.dp_rank, self.dims.dp
+        if self.config.batch.is_planned:
+            batch = sequences_of_step(self.config, self.steps, dp_rank, dp_size)
+        else:
+            micro_steps = self.config.train.micro_steps(dp_size)
+            batch = samples_of_step(self.config, self.steps, dp_rank, dp_size, micro_steps)
         self.steps += 1
-        return self.train_step(batches, self.config.optim.lr, step=self.steps)
+        return self.train_step(batch, self.config.optim.lr, step=self.steps)
 
 
 def samples_of_step(
@@ -166,3 +173,58 @@ def samples_of_step(
         )
         for ids, document_ids in pieces
     ]
+
+
+PLAN_RANKS = 8
+"""Of plans as `any_plan` draws them."""
+
+
+def sequences_of_step(config: RunConfig, step: int, dp_rank: int, dp_size: int) -> StepBatch:
+    """The same sequences of a step, of 1 to data.seq_len tokens, and the same micro-steps of them, whatever the layout.
+
+    `dp_size` divides PLAN_RANKS: what the plan gives several ranks is a rank's then.
+    """
+    rng = np.random.default_rng((config.run.seed, step))
+    longest, total = config.data.seq_len, config.train.global_batch_tokens
+    drawn = (longest ** rng.uniform(0, 1, total)).astype(np.int64)
+    drawn[:2] = longest, 1
+    lengths_S = drawn[: np.searchsorted(np.cumsum(drawn), total, side="right")]
+    starts = rng.integers(0, config.model.vocab_size, len(lengths_S)).tolist()
+    tokens_S = [
+        (start + 7 * np.arange(length + 1)) % config.model.vocab_size
+        for start, length in zip(starts, lengths_S.tolist(), strict=True)
+    ]
+    plan = on_fewer_ranks(any_plan(lengths_S, config.train.micro_steps(dp_size), rng), dp_size)
+    depth = config.model.mtp_depth
+    batches = [
+        rank_batch(micro_step, lengths_S, dp_rank, tokens_S, depth)
+        for micro_step in plan.micro_steps
+    ]
+    return StepBatch(micro_batches=batches, lengths_L=lengths_S)
+
+
+def any_plan(lengths_S: Integers, micro_steps: int, rng: np.random.Generator) -> BatchPlan:
+    """Each sequence in any of the micro-steps on any ranks, the longest on all of them; the last rank has nothing in the first."""
+    longest = int(lengths_S.argmax())
+    steps: list[list[Piece]] = [[] for _ in range(micro_steps)]
+    for sequence in rng.permutation(len(lengths_S)).tolist():
+        index = 1 % micro_steps if sequence == longest else int(rng.integers(micro_steps))
+        ranks = rng.permutation(PLAN_RANKS).tolist()
+        if sequence != longest:
+            ranks = ranks[: 1 + int(rng.integers(PLAN_RANKS) ** 2 / PLAN_RANKS)]
+        if index == 0:
+            ranks = [rank for rank in ranks if rank < PLAN_RANKS - 1] or [0]
+        steps[index].append(Piece(sequence, tuple(ranks)))
+    return batch_plan(lengths_S, PLAN_RANKS, steps)
+
+
+def on_fewer_ranks(plan: BatchPlan, num_ranks: int) -> BatchPlan:
+    """The same micro-steps where rank r does what all ranks did whose number is r more than a multiple of `num_ranks`."""
+    steps = [
+        [
+            Piece(piece.sequence, tuple(dict.fromkeys(r % num_ranks for r in piece.ranks)))
+            for piece in step
+        ]
+        for step in plan.micro_steps
+    ]
+    return batch_plan(plan.lengths_S, num_ranks, steps)

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 SCHEMA = (
+    "config.batch_schema",
     "config.data_schema",
     "config.component_schema",
     "config.dispatch_schema",
@@ -23,6 +24,7 @@ SCHEMA = (
 """What every key of a configuration is."""
 ROOMS: dict[str, tuple[str, ...]] = {
     "moesys": (),
+    "config.batch_schema": (),
     "config.data_schema": (),
     "config.component_schema": (),
     "config.dispatch_schema": ("config.component_schema",),
@@ -38,7 +40,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("moe", "parallel", "plan", "ops"),
         *("config.schema", "config.dispatch_schema", "config.constructor"),
     ),
-    "models": ("models", "moe", "ops", "parallel.context", "config.schema"),
+    "models": ("models", "moe", "ops", "parallel.context", "plan.batch.local", "config.schema"),
     "parallelize": (
         "parallelize",
         "models",
