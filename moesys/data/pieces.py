@@ -1,6 +1,6 @@
 """The tokens of what one rank has of a micro-step.
 
-Shapes: T tokens of the rank, N targets ahead of a token, S sequences of a step.
+Shapes: T rows of the rank, N targets ahead of a token, S sequences of a step.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,21 @@ def rank_batch(
     lengths_S: Integers,
     rank: int,
     tokens_S: Sequence[np.ndarray],
-    mtp_depth: int,
+    mtp_depth: int = 0,
+    multiple_of: int = 1,
 ) -> RankBatch:
     """Of `rank`. `tokens_S`: of each sequence its inputs and the token after the last of them.
 
-    A target further ahead than that is of no sequence, and ignored.
+    A target further ahead than that is of no sequence, and ignored. Rows without a token, up to a multiple of `multiple_of`,
+    have token 0 and no target.
     """
-    local = LocalPieces.of_plan(step, lengths_S, rank)
+    local = LocalPieces.of_plan(step, lengths_S, rank, multiple_of)
     firsts_S = np.cumsum(lengths_S) - lengths_S
     own = [piece.sequence for piece in step if rank in piece.ranks]
-    num_tokens, depth = local.num_tokens, 1 + mtp_depth
-    ids_T = np.empty(num_tokens, dtype=np.int64)
-    targets_TN = np.full((num_tokens, depth), IGNORED_TARGET, dtype=np.int64)
-    places_T = np.empty(num_tokens, dtype=np.int64)
+    num_rows, depth = local.num_rows, 1 + mtp_depth
+    ids_T = np.zeros(num_rows, dtype=np.int64)
+    targets_TN = np.full((num_rows, depth), IGNORED_TARGET, dtype=np.int64)
+    places_T = np.zeros(num_rows, dtype=np.int64)
     for sequence, piece, rows in zip(own, local.pieces, local.rows, strict=True):
         at = rows.start
         for chunk in piece.chunks:

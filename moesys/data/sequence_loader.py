@@ -43,7 +43,7 @@ class SequenceLoader(MixedOrder):
         request: how steps are planned.
         dp_rank: this rank among those of the plan.
         skips_empty: leave out micro-steps in which this rank has nothing, instead of giving batches without tokens.
-        mtp_depth: targets ahead of a token, beside the next one.
+        mtp_depth, multiple_of: as in `rank_batch`.
         plan_ahead_steps: so many plans are made before they are needed, by another process; 0 = none.
         Others as in `find_sequences` and TokenLoader.
 
@@ -63,6 +63,7 @@ class SequenceLoader(MixedOrder):
         shuffle: bool,
         skips_empty: bool,
         mtp_depth: int = 0,
+        multiple_of: int = 1,
         long_documents: LongDocuments = "cut",
         empty_documents: EmptyDocuments = "skip",
         plan_ahead_steps: int = 0,
@@ -91,7 +92,8 @@ class SequenceLoader(MixedOrder):
         super().__init__(sources, orders, facts)
         self._request = request
         self._global_batch_tokens = global_batch_tokens
-        self._dp_rank, self._skips_empty, self._mtp_depth = dp_rank, skips_empty, mtp_depth
+        self._dp_rank, self._skips_empty = dp_rank, skips_empty
+        self._mtp_depth, self._multiple_of = mtp_depth, multiple_of
         self._tokens_N = [0] * len(self.sources)
         """Read of each source so far."""
         self._num_ahead = plan_ahead_steps
@@ -160,7 +162,14 @@ class SequenceLoader(MixedOrder):
             for source, start, length in zip(*(x.tolist() for x in step[1:]), strict=True)
         ]
         batches = [
-            rank_batch(micro_step, step.lengths_S, self._dp_rank, tokens_S, self._mtp_depth)
+            rank_batch(
+                micro_step,
+                step.lengths_S,
+                self._dp_rank,
+                tokens_S,
+                self._mtp_depth,
+                self._multiple_of,
+            )
             for micro_step in plan.micro_steps
         ]
         if self._skips_empty:

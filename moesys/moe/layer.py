@@ -22,7 +22,7 @@ from moesys.moe.latent import Latent
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.load import ExpertLoad
 from moesys.moe.null_experts import NullExperts
-from moesys.moe.routing import RoutingResult
+from moesys.moe.routing import RoutingResult, first_tokens, without_others
 from moesys.moe.shared import SharedGate
 from moesys.moe.tokens import WHOLE_SEQUENCES, Known, Tokens
 from moesys.ops import tokens_per_expert
@@ -141,19 +141,23 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x), decision.losses, decision.state
 
     def _tokens(self, num_tokens: int, seq_len: int, known: Known | None) -> Tokens:
-        ids_T, places_T = (known or Known()).own_run(self.share, num_tokens)
+        known = (known or Known()).own_run(self.share, num_tokens)
         return Tokens(
             num_tokens=num_tokens,
             seq_len=seq_len,
-            ids_T=ids_T,
-            places_T=places_T,
+            ids_T=known.ids_U,
+            places_T=known.places_U,
             share=self.share,
+            num_counted=known.num_counted,
         )
 
     def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:
         """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""
         known = {"tokens": tokens} if self._passes_tokens else {}
         routed = self.router(x_TD, state, **known)
+        counted = tokens.num_counted
+        if counted is not None:
+            routed = without_others(routed, counted)
         kept, padded_rows = self._limit(routed)
         has_null = self.null_experts is not None
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
@@ -176,9 +180,10 @@ class MoELayer(nn.Module):
         routed_E = kept_E
         if kept is not routed:
             routed_E = tokens_per_expert(routed.topk_ids_TK, self.config.num_choices)
-        losses = self.balance.losses(routed, routed_E, tokens, self.training)
+        seen = routed if counted is None else first_tokens(routed, counted)
+        losses = self.balance.losses(seen, routed_E, tokens, self.training)
         if self.training:
-            self.load.add(routed_E, kept_E, routed.probs_TE)
+            self.load.add(routed_E, kept_E, seen.probs_TE)
         return Decision(
             weights_TK=kept.topk_weights_TK,
             plan=plan,

@@ -3,9 +3,10 @@
 Shapes: T tokens on this rank, D model, E experts, K experts per token, M MoE layers, N slots of a blend.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -43,6 +44,28 @@ class RoutingResult:
     """fp32 [T, state_dim], what a recurrent router hands to the next layer's router; the first gets None."""
     blend: Blend | None = None
     """With it, ids and weights are those of N slots ([N, K]) that stand for the tokens."""
+
+
+def first_tokens(routed: RoutingResult, number: int) -> RoutingResult:
+    """What was decided for the first so many tokens."""
+    return replace(
+        routed,
+        topk_ids_TK=routed.topk_ids_TK[:number],
+        topk_weights_TK=routed.topk_weights_TK[:number],
+        logits_TE=routed.logits_TE[:number],
+        probs_TE=routed.probs_TE[:number],
+    )
+
+
+def without_others(routed: RoutingResult, number: int) -> RoutingResult:
+    """No expert for tokens but the first so many."""
+    ids_TK, weights_TK = routed.topk_ids_TK, routed.topk_weights_TK
+    is_other_T1 = (torch.arange(len(ids_TK), device=ids_TK.device) >= number)[:, None]
+    return replace(
+        routed,
+        topk_ids_TK=ids_TK.masked_fill(is_other_T1, -1),
+        topk_weights_TK=weights_TK.masked_fill(is_other_T1, 0.0),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

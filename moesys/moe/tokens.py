@@ -49,10 +49,17 @@ class Known(NamedTuple):
     """int64, the vocabulary's; None where a layer is called outside of a model."""
     places_U: Tensor | None = None
     """int64, the place of each among all tokens of an optimizer step; None outside of training."""
+    num_counted: int | None = None
+    """The first so many are tokens, those behind rows that count nowhere; None = all."""
 
     def own_run(self, share: SequenceShare, num_tokens: int) -> "Known":
         """Of this rank's tokens."""
-        return Known(*(x if x is None else share.own_run(x, num_tokens) for x in self))
+        own = (x if x is None else share.own_run(x, num_tokens) for x in self[:2])
+        counted = self.num_counted
+        if counted is not None:
+            counted = max(0, counted - share.tp_rank * num_tokens)
+            counted = None if counted >= num_tokens else counted
+        return Known(*own, num_counted=counted)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +75,8 @@ class Tokens:
     places_T: Tensor | None = None
     """int64, the place of each among all tokens of an optimizer step; None outside of training."""
     share: SequenceShare = WHOLE_SEQUENCES
+    num_counted: int | None = None
+    """The first so many are tokens, those behind rows that count nowhere; None = all."""
 
     @property
     def num_sequences(self) -> int:

@@ -3,7 +3,7 @@
 Each sequence goes around the ring of its ranks alone; one that a rank has whole is not sent. All rings are in one group, so
 that no plan needs a new one.
 
-Shapes: N query heads, M key/value heads, T tokens of this rank, H head dim, L ranks of a ring.
+Shapes: N query heads, M key/value heads, T rows of this rank, H head dim, L ranks of a ring.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ class PieceAttention:
     def __call__(
         self, q_1NTH: Tensor, k_1MTH: Tensor, v_1MTH: Tensor, pieces: LocalPieces
     ) -> Tensor:
-        """Return [1, N, T, H]: a token sees those up to its own of its sequence. Collective over the ranks of each piece.
+        """Return [1, N, T, H]: a token sees those up to its own of its sequence; 0 in rows without one. Collective over the ranks of each piece.
 
-        Raises ValueError for tensors of another number of tokens.
+        Raises ValueError for tensors of another number of rows.
         """
-        if q_1NTH.shape[2] != pieces.num_tokens:
+        if q_1NTH.shape[2] != pieces.num_rows:
             raise ValueError(
-                f"pieces of {pieces.num_tokens} tokens were given for {q_1NTH.shape[2]} queries"
+                f"pieces of {pieces.num_rows} rows were given for {q_1NTH.shape[2]} queries"
             )
         return attend_in_rounds(q_1NTH, k_1MTH, v_1MTH, self._rounds(pieces))
 

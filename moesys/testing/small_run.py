@@ -195,26 +195,30 @@ def sequences_of_step(config: RunConfig, step: int, dp_rank: int, dp_size: int) 
         for start, length in zip(starts, lengths_S.tolist(), strict=True)
     ]
     plan = on_fewer_ranks(any_plan(lengths_S, config.train.micro_steps(dp_size), rng), dp_size)
-    depth = config.model.mtp_depth
+    depth, tp = config.model.mtp_depth, config.parallel.tp
     batches = [
-        rank_batch(micro_step, lengths_S, dp_rank, tokens_S, depth)
+        rank_batch(micro_step, lengths_S, dp_rank, tokens_S, depth, tp)
         for micro_step in plan.micro_steps
     ]
     return StepBatch(micro_batches=batches, lengths_L=lengths_S)
 
 
 def any_plan(lengths_S: Integers, micro_steps: int, rng: np.random.Generator) -> BatchPlan:
-    """Each sequence in any of the micro-steps on any ranks, the longest on all of them; the last rank has nothing in the first."""
-    longest = int(lengths_S.argmax())
+    """Each sequence in any of the micro-steps on any ranks, but for two of these.
+
+    In the last micro-step is one sequence, on all ranks, so that those that get none of a short one only pass it on. The last rank
+    has nothing in the first.
+    """
     steps: list[list[Piece]] = [[] for _ in range(micro_steps)]
-    for sequence in rng.permutation(len(lengths_S)).tolist():
-        index = 1 % micro_steps if sequence == longest else int(rng.integers(micro_steps))
+    *others, last = rng.permutation(len(lengths_S)).tolist()
+    for sequence in others:
+        index = int(rng.integers(max(1, micro_steps - 1)))
         ranks = rng.permutation(PLAN_RANKS).tolist()
-        if sequence != longest:
-            ranks = ranks[: 1 + int(rng.integers(PLAN_RANKS) ** 2 / PLAN_RANKS)]
+        ranks = ranks[: 1 + int(rng.integers(PLAN_RANKS) ** 2 / PLAN_RANKS)]
         if index == 0:
             ranks = [rank for rank in ranks if rank < PLAN_RANKS - 1] or [0]
         steps[index].append(Piece(sequence, tuple(ranks)))
+    steps[-1].append(Piece(last, tuple(range(PLAN_RANKS))))
     return batch_plan(lengths_S, PLAN_RANKS, steps)
 
 

@@ -18,6 +18,7 @@ from moesys.models.mtp import targets_ahead
 from moesys.moe.balance import updated_bias
 from moesys.moe.layer import MoELayer
 from moesys.moe.routing import FollowsLoad, StepLoad
+from moesys.ops.cross_entropy import IGNORED_TARGET
 from moesys.optim.build import set_learning_rate
 from moesys.optim.clip import gradient_norm, scale_gradients
 from moesys.optim.frozen import keep_frozen
@@ -255,7 +256,7 @@ class TrainStep:
             loss_of(logits_TV, t_T) for logits_TV, t_T in zip(ahead, targets_NT[1:], strict=True)
         ]
         mtp_sum = torch.stack(of_depths).sum() if of_depths else torch.zeros_like(loss_sum)
-        routing_sums_3 = losses_3 * (targets_NT.shape[1] // tp_size)
+        routing_sums_3 = losses_3 * self._num_routed(targets_NT[0])
         # All ranks of tp have the same cross-entropies, and routed their own tokens.
         sums = torch.stack([loss_sum / tp_size, *routing_sums_3[1:], mtp_sum / tp_size])
         self.sums += sums.detach().double()
@@ -263,6 +264,14 @@ class TrainStep:
         if of_depths:
             total = total + model.mtp_loss_coef / model.mtp_depth * mtp_sum
         return total / self.batch.num_tokens
+
+    def _num_routed(self, targets_T: Tensor) -> int | Tensor:
+        """Tokens whose routing losses this rank has the means of: of those of its tp ranks its own."""
+        tp_size = self.meshes.dims.tp
+        if tp_size == 1 or not self.config.batch.is_planned:
+            return len(targets_T) // tp_size
+        own_T = targets_T.chunk(tp_size)[dist.get_rank(self.meshes.tp_group)]
+        return (own_T != IGNORED_TARGET).sum()
 
     def _start_pipeline(self, pipeline: Pipeline) -> None:
         train = self.config.train

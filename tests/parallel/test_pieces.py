@@ -118,7 +118,7 @@ def _nothing(rank, size):
     core = PieceAttention(dist.group.WORLD)
     out = core(q, k, v, local)
     grads = torch.autograd.grad(out, (q, k, v), grad)
-    with pytest.raises(ValueError, match=r"pieces of 7 tokens were given for (0|20) queries"):
+    with pytest.raises(ValueError, match=r"pieces of 7 rows were given for (0|20) queries"):
         core(q, k, v, LocalPieces((LocalPiece(7, (rank,), 0),)))
     return [tuple(x.shape) for x in (out, *grads)]
 

@@ -1,6 +1,6 @@
 """What one rank has of a micro-step. Pure.
 
-Shapes: T tokens of the rank.
+Shapes: T rows of the rank.
 """
 
 from dataclasses import dataclass
@@ -42,16 +42,19 @@ class LocalPieces:
     """One behind the other, in the order of the plan."""
 
     pieces: tuple[LocalPiece, ...]
+    multiple_of: int = 1
+    """Rows behind the tokens, which are of no sequence and count nowhere, fill them up to a multiple of this."""
 
     @classmethod
-    def of_plan(cls, step: MicroStep, lengths_S: Integers, rank: int) -> Self:
+    def of_plan(cls, step: MicroStep, lengths_S: Integers, rank: int, multiple_of: int = 1) -> Self:
         """Of `rank`; a sequence shorter than its ring may leave it a piece without tokens."""
         return cls(
             tuple(
                 LocalPiece(int(lengths_S[piece.sequence]), piece.ranks, piece.ranks.index(rank))
                 for piece in step
                 if rank in piece.ranks
-            )
+            ),
+            multiple_of,
         )
 
     @cached_property
@@ -62,10 +65,17 @@ class LocalPieces:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
         return self.rows[-1].stop if self.rows else 0
 
+    @property
+    def num_rows(self) -> int:
+        """T: of tokens, and behind them of none."""
+        return -(-self.num_tokens // self.multiple_of) * self.multiple_of
+
     def positions_T(self) -> Integers:
-        """int64: of each token in its own sequence."""
-        chunks = [chunk for piece in self.pieces for chunk in piece.chunks]
-        return np.concatenate([np.zeros(0, np.int64), *(np.array(c, np.int64) for c in chunks)])
+        """int64: of each token in its own sequence; 0 of a row without."""
+        positions_T, at = np.zeros(self.num_rows, dtype=np.int64), 0
+        for chunk in (chunk for piece in self.pieces for chunk in piece.chunks):
+            positions_T[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return positions_T
