@@ -6,8 +6,10 @@ of the step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moesys.plan.batch.local import LocalPieces
@@ -27,6 +29,26 @@ class RankBatch:
     """int64, of samples whole, if attention stays inside documents."""
     pieces: LocalPieces | None = None
     """Of which sequences the tokens are; None = samples of equal length."""
+
+    def fed(self, device: torch.device) -> dict[str, Any]:
+        """As models.Transformer.forward takes it, by name."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("places_BS", "targets_BSN")
+        }
+        ids_BS = self.input_ids_BS.to(device, non_blocking=True)
+        return {"ids_BS": ids_BS, "documents": self.document_ids_BS, "pieces": self.pieces} | moved
+
+
+def empty_batch(mtp_depth: int) -> RankBatch:
+    """Of no sequence."""
+    no_ids_BS = torch.zeros(1, 0, dtype=torch.int64)
+    return RankBatch(
+        input_ids_BS=no_ids_BS,
+        targets_BSN=no_ids_BS[..., None].expand(-1, -1, 1 + mtp_depth),
+        places_BS=no_ids_BS,
+        pieces=LocalPieces(()),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,11 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
     """Collective. The model with this rank's shards under every axis of `meshes`, on `device`, initialised."""
     parallel = config.parallel
     with torch.device("meta"):
-        pipeline = _pipeline(config, meshes) if meshes.dims.pp > 1 else None
+        pipeline = (
+            Pipeline(config.model, parallel, meshes, config.data.seq_len)
+            if meshes.dims.pp > 1
+            else None
+        )
         parts = [Transformer(config.model)] if pipeline is None else pipeline.parts
         _tie(parts)
         whole = parts[0] if len(parts) == 1 else _whole(config.model, parts)
@@ -164,16 +168,6 @@ def _has_a_table_of_two(parts: list[Transformer]) -> bool:
     """Whether another rank has this rank's embedding too: the first and the last stage do, if they are on two ranks."""
     first, last = parts[0], parts[-1]
     return first.config.has_two_tables and first.is_first != (last.head is not None)
-
-
-def _pipeline(config: RunConfig, meshes: Meshes) -> Pipeline:
-    return Pipeline(
-        config.model,
-        config.parallel,
-        meshes,
-        micro_batch_samples=config.train.micro_batch_tokens // config.data.seq_len,
-        seq_len=config.data.seq_len,
-    )
 
 
 def _whole(config: ModelConfig, parts: list[Transformer]) -> Transformer:

@@ -2,11 +2,13 @@
 
 A stage hands on hidden states [T, D], the routing losses so far and, where the router has one, its state. The last
 stage turns them into the loss; gradients of all three flow back, so that every auxiliary loss is optimised as on one
-rank. Shapes: n micro-batches of B sequences of S tokens, T tokens of this rank in one, N targets ahead of a token,
-D model.
+rank. Torch deals out the micro-batches' numbers alone, by which stages look up what they are fed: so that these may
+have different numbers of tokens.
+
+Shapes: n micro-batches, T rows of this rank in one, N targets ahead of a token, D model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,44 +21,66 @@ from moesys.models.transformer import Transformer
 from moesys.ops.shard import local_tensor
 from moesys.parallel.mesh import Meshes
 from moesys.parallelize.schedules import make_schedule
-from moesys.plan.pipeline import layers_of_stages, stages_of_rank
+from moesys.plan.pipeline import layers_of_stages, stages_of_rank, with_empty_micro_batches
 
 LossFunction = Callable[[tuple[Tensor, ...], Tensor], Tensor]
 """(what the last stage returns, targets_BSN) -> what is minimised."""
+Fed = Mapping[str, Any]
+"""What all stages are told of a micro-batch, as Transformer.forward takes it; the first one's x are the ids_BS."""
+Shapes = list[tuple[int, ...]]
+
+
+class _Stage(PipelineStage):
+    """One whose micro-batches need not have as many rows."""
+
+    shapes_n: Sequence[Shapes]
+    """Of what travels between stages, in each micro-batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._runtime_validate = False  # with debugging on, that shapes stay
+
+    def fit(self) -> None:
+        """Receive what is of these shapes."""
+        for infos in (self.args_recv_info, self.grad_recv_info):
+            for index, received in infos.items():
+                for info, shape in zip(received, self.shapes_n[index], strict=False):
+                    if info.buffer is not None and info.buffer.shape != shape:
+                        info.buffer = info.buffer.new_empty(shape)
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_forward_infra(*args, **kwargs)
+        self.fit()
+        return found
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._prepare_backward_infra(*args, **kwargs)
+        self.fit()
+        return found
 
 
 class Pipeline:
     """The stages of this rank, and the schedule that runs them with those of the other ranks. Made on the meta device."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        parallel: ParallelConfig,
-        meshes: Meshes,
-        *,
-        micro_batch_samples: int,
-        seq_len: int,
+        self, config: ModelConfig, parallel: ParallelConfig, meshes: Meshes, seq_len: int
     ) -> None:
+        """`seq_len` of whole sequences, by which layers are shared out."""
         self.parallel = parallel
         self.meshes = meshes
-        self.micro_batch_samples = micro_batch_samples
-        self.seq_len = seq_len // meshes.dims.cp
-        """Of the slices that this rank sees."""
         self.layers = layers_of_stages(config, parallel, seq_len)
         rank = meshes.dense.get_local_rank("pp")
         self.stage_ids = stages_of_rank(
             parallel.pp_schedule, rank, parallel.pp, parallel.pp_virtual_stages
         )
         routers = [layer.router for layer in Transformer(config).moe_layers()]
-        state_dim: int = max((getattr(r, "state_dim", 0) for r in routers), default=0)
-        routed_tokens = micro_batch_samples * self.seq_len // meshes.dims.tp
-        self.state_shape = (routed_tokens, state_dim) if state_dim else None
-        self.parts: list[Transformer] = []
-        for stage in self.stage_ids:
-            part = Transformer(config, self.layers[stage])
-            part.seq_len, part.state_shape = self.seq_len, self.state_shape
-            self.parts.append(part)
-        self._schedule: Any = None
+        self._state_dim: int = max((getattr(r, "state_dim", 0) for r in routers), default=0)
+        self.parts = [Transformer(config, self.layers[stage]) for stage in self.stage_ids]
+        for part in self.parts:
+            part.forward = self._looked_up(part, part.forward)
+        self._fed_n: Sequence[Fed] = ()
+        self._stages: list[_Stage] = []
+        self._schedule: Any | None = None
 
     @property
     def has_last(self) -> bool:
@@ -69,92 +93,117 @@ class Pipeline:
         virtual = self.parallel.pp_virtual_stages
         return next(r for r in range(pp) if stage in stages_of_rank(schedule, r, pp, virtual))
 
-    def start(
-        self, device: torch.device, num_micro_batches: int, loss_function: LossFunction
-    ) -> None:
-        """Build the schedule, once the parts have storage. Raises ValueError if it cannot run so many."""
-        metas, last = self._metas(), len(self.layers) - 1
-        stages = [
-            PipelineStage(
+    def start(self, device: torch.device, loss_function: LossFunction) -> None:
+        """Once the parts have storage."""
+        self._device = device
+        self._loss_function = loss_function
+
+    def step(self, fed_n: Sequence[Fed]) -> None:
+        """Forward and backward of all micro-batches; gradients are added to the parameters'.
+
+        Raises ValueError for a number of them that the schedule cannot run.
+        """
+        shapes_n = [self._travelling(fed["ids_BS"]) for fed in fed_n]
+        if self._schedule is None or len(fed_n) != len(self._fed_n):
+            self._make_schedule(len(fed_n), shapes_n[0])
+        self._fed_n = fed_n
+        for stage in self._stages:
+            stage.shapes_n = shapes_n
+            stage.fit()
+        numbers = torch.arange(len(fed_n))
+        inputs = (numbers,) if 0 in self.stage_ids else ()
+        target = numbers if self.has_last else None
+        assert self._schedule is not None
+        self._schedule.step(*inputs, target=target, return_outputs=False, number=numbers)
+        for part in self.parts:
+            _lay_out_gradients(part)
+
+    def with_empty(self, number: int) -> int:
+        """The least number of micro-batches, of which so many have tokens, that the schedule runs."""
+        parallel = self.parallel
+        return with_empty_micro_batches(
+            parallel.pp_schedule, parallel.pp, parallel.pp_virtual_stages, number
+        )
+
+    def _make_schedule(self, num_micro_batches: int, shapes: Shapes) -> None:
+        last = len(self.layers) - 1
+        number = (torch.empty(1, dtype=torch.int64, device="meta"),)
+        travelling = self._metas(shapes)
+        # No one receives what the last stage returns: only how much it is counts.
+        returned = self._metas([()] * (2 + self.parts[0].config.mtp_depth))
+        self._stages = [
+            _Stage(
                 part,
                 stage,
                 len(self.layers),
-                device,
-                input_args=metas if stage else self._ids_meta(),
-                output_args=metas if stage < last else self._last_metas(),
+                self._device,
+                input_args=travelling if stage else number,
+                output_args=travelling if stage < last else returned,
                 group=self.meshes.pp_group,
             )
             for stage, part in zip(self.stage_ids, self.parts, strict=True)
         ]
         self._schedule = make_schedule(
-            self.parallel.pp_schedule, stages, num_micro_batches, loss_function
+            self.parallel.pp_schedule, self._stages, num_micro_batches, self._loss
         )
 
-    def step(
-        self, input_ids: Tensor, targets: Tensor, places: Tensor, documents: Tensor | None
-    ) -> None:
-        """Forward and backward of all micro-batches [n * B, S], targets [n * B, S, N]; gradients are added to the
-        parameters'."""
-        inputs = (input_ids,) if 0 in self.stage_ids else ()
-        options = {"ids_BS": input_ids, "places_BS": places, "targets_BSN": targets}
-        if documents is not None:
-            options["documents"] = documents
-        target = targets if self.has_last else None
-        self._schedule.step(*inputs, target=target, return_outputs=False, **options)
-        for part in self.parts:
-            _lay_out_gradients(part)
+    def _looked_up(
+        self, part: Transformer, forward: Callable[..., tuple[Tensor, ...]]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        """A part's forward that is told a micro-batch's number, and in the first stage nothing else."""
+
+        def run(*received: Tensor, number: Tensor) -> tuple[Tensor, ...]:
+            fed = self._fed_n[int(number)]
+            ids_BS: Tensor = fed["ids_BS"]
+            part.seq_len, part.state_shape = ids_BS.shape[1], self._state_shape(ids_BS)
+            return forward(*((ids_BS,) if part.is_first else received), **fed)
+
+        return run
+
+    def _loss(self, output: tuple[Tensor, ...], number: Tensor) -> Tensor:
+        return self._loss_function(output, self._fed_n[int(number)]["targets_BSN"])
 
     @torch.no_grad()
-    def forward(
-        self, input_ids_BS: Tensor, documents: Tensor | None = None
-    ) -> tuple[Tensor, ...] | None:
+    def forward(self, fed: Fed) -> tuple[Tensor, ...] | None:
         """One micro-batch through all stages; the last stage's output where it is, else None.
 
         A rank hands on and goes to its next micro-batch, so that successive ones follow each other through the stages.
         """
         here = self.meshes.dense.get_local_rank("pp")
-        options = {"documents": documents, "ids_BS": input_ids_BS}
+        self._fed_n = [fed]
+        number = torch.zeros(1, dtype=torch.int64)
         output: tuple[Tensor, ...] = ()
         for stage, part in zip(self.stage_ids, self.parts, strict=True):
-            if stage == 0:
-                output = part(input_ids_BS, **options)
-            elif (source := self.rank_of_stage(stage - 1)) == here:
-                output = part(*output, **options)
-            else:
-                received = self._receive(source, input_ids_BS.device)
-                output = part(*received, **options)
+            if stage and (source := self.rank_of_stage(stage - 1)) != here:
+                output = tuple(self._receive(source, fed["ids_BS"]))
+            output = part(*output, number=number)
             if stage < len(self.layers) - 1 and (target := self.rank_of_stage(stage + 1)) != here:
                 for tensor in output:
                     dist.send(tensor.contiguous(), group=self.meshes.pp_group, group_dst=target)
         return output if self.has_last else None
 
-    def _receive(self, source: int, device: torch.device) -> list[Tensor]:
-        buffers = [torch.empty(m.shape, dtype=m.dtype, device=device) for m in self._metas()]
+    def _receive(self, source: int, ids_BS: Tensor) -> list[Tensor]:
+        buffers = [torch.empty(s, device=ids_BS.device) for s in self._travelling(ids_BS)]
         for buffer in buffers:
             dist.recv(buffer, group=self.meshes.pp_group, group_src=source)
         return buffers
 
-    def _metas(self) -> tuple[Tensor, ...]:
-        """What travels from stage to stage."""
-        tokens = self.micro_batch_samples * self.seq_len
+    def _travelling(self, ids_BS: Tensor) -> Shapes:
+        """Of what goes from stage to stage."""
+        tokens = ids_BS.numel()
         if self.parallel.sequence_parallel:
             tokens //= self.meshes.dims.tp
-        shapes: list[tuple[int, ...]] = [(tokens, self.parts[0].config.d_model), (3,)]
-        if self.state_shape is not None:
-            shapes.append(self.state_shape)
+        shapes: Shapes = [(tokens, self.parts[0].config.d_model), (3,)]
+        state_shape = self._state_shape(ids_BS)
+        return shapes if state_shape is None else [*shapes, state_shape]
+
+    def _state_shape(self, ids_BS: Tensor) -> tuple[int, int] | None:
+        """Of what routers hand on."""
+        routed_tokens = ids_BS.numel() // self.meshes.dims.tp
+        return (routed_tokens, self._state_dim) if self._state_dim else None
+
+    def _metas(self, shapes: Shapes) -> tuple[Tensor, ...]:
         return tuple(torch.empty(s, device="meta", requires_grad=True) for s in shapes)
-
-    def _last_metas(self) -> tuple[Tensor, ...]:
-        """What the last stage returns: no one's to receive, so only their number counts."""
-        config = self.parts[0].config
-        tokens = self.micro_batch_samples * self.seq_len
-        logits = torch.empty((tokens, config.vocab_size), device="meta", requires_grad=True)
-        losses = torch.empty(3, device="meta", requires_grad=True)
-        return (logits, losses, *[logits] * config.mtp_depth)
-
-    def _ids_meta(self) -> tuple[Tensor, ...]:
-        shape = (self.micro_batch_samples, self.seq_len)
-        return (torch.empty(shape, dtype=torch.int64, device="meta"),)
 
 
 def _lay_out_gradients(part: nn.Module) -> None:

@@ -195,6 +195,13 @@ def schedule_problems(
     return problems
 
 
+def with_empty_micro_batches(schedule: str, pp: int, virtual_stages: int, number: int) -> int:
+    """The least number of micro-batches, of which so many have tokens, that torch's schedule runs."""
+    while not _fits(schedule, pp, virtual_stages, number):
+        number += 1
+    return number
+
+
 def _fits(schedule: str, pp: int, virtual_stages: int, num_micro_batches: int) -> bool:
     """Whether torch's schedule takes so many micro-batches."""
     if schedule in LOOPED:

@@ -248,5 +248,5 @@ def _forward(
 ) -> tuple[Tensor, ...] | None:
     """What the last stage returns, where it is on this rank."""
     if parallel.pipeline is not None:
-        return parallel.pipeline.forward(input_ids_BS, documents)
+        return parallel.pipeline.forward({"ids_BS": input_ids_BS, "documents": documents})
     return parallel.whole(input_ids_BS, documents=documents)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
-from moesys.data.step_batch import RankBatch, StepBatch
+from moesys.data.step_batch import RankBatch, StepBatch, empty_batch
 from moesys.models.mtp import targets_ahead
 from moesys.moe.balance import updated_bias
 from moesys.moe.layer import MoELayer
@@ -225,20 +225,11 @@ class TrainStep:
 
     def _forward_backward(self, batch: RankBatch) -> None:
         """Add the gradients of one micro-batch."""
-        input_ids_BS, targets_BSN, places_BS = (
-            x.to(self.device, non_blocking=True)
-            for x in (batch.input_ids_BS, batch.targets_BSN, batch.places_BS)
-        )
+        fed = batch.fed(self.device)
         with self.timer.section("forward"):
             with autocast(self.device, self.config.train.dtype):
-                output = self.model(
-                    input_ids_BS,
-                    documents=batch.document_ids_BS,
-                    pieces=batch.pieces,
-                    places_BS=places_BS,
-                    targets_BSN=targets_BSN,
-                )
-            total = self._loss(output, targets_BSN)
+                output = self.model(fed["ids_BS"], **fed)
+            total = self._loss(output, fed["targets_BSN"])
         with self.timer.section("backward"):
             total.backward()
 
@@ -277,19 +268,16 @@ class TrainStep:
         train = self.config.train
         for part in pipeline.parts:
             part.forward = autocast(self.device, train.dtype)(part.forward)
-        pipeline.start(self.device, train.micro_steps(self.meshes.dims.dp), self._loss)
+        pipeline.start(self.device, self._loss)
 
     def _run_pipeline(self, pipeline: Pipeline) -> None:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
-        micro_batches = self.batch.micro_batches
-        documents = [b.document_ids_BS for b in micro_batches if b.document_ids_BS is not None]
+        micro_batches = [*self.batch.micro_batches]
+        if self.config.batch.is_planned:
+            missing = pipeline.with_empty(len(micro_batches)) - len(micro_batches)
+            micro_batches += [empty_batch(self.config.model.mtp_depth)] * missing
         with self.timer.section("forward"):
-            pipeline.step(
-                torch.cat([b.input_ids_BS for b in micro_batches]).to(self.device),
-                torch.cat([b.targets_BSN for b in micro_batches]).to(self.device),
-                torch.cat([b.places_BS for b in micro_batches]).to(self.device),
-                torch.cat(documents) if documents else None,
-            )
+            pipeline.step([batch.fed(self.device) for batch in micro_batches])
 
     def _begin_micro_step(self, is_last: bool) -> None:
         for part in self.parallel.parts:
