@@ -1,0 +1,113 @@
+"""Any plan of sequences of any length trains with one process's numbers under every axis: losses, all gradients, counters.
+
+The reference does in each micro-step what all ranks do in it, on one.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from moesys.config.batch_schema import BatchConfig
+from moesys.config.schema import ComponentConfig, MemoryLayersConfig, ParallelConfig, RunConfig
+from moesys.testing.layouts import BASE, LAYOUTS, MAX_ERROR, MAX_WEIGHT_ERROR, MICRO_STEPS
+from moesys.testing.parity import Numbers, compare, parity
+
+PIECES = replace(
+    BASE,
+    batch=BatchConfig(policy="hdp"),
+    data=replace(BASE.data, seq_len=96),
+    train=replace(BASE.train, global_batch_tokens=512, steps=4),
+)
+"""Steps of about a dozen sequences of 1 to 96 tokens; some rank has none in a micro-step, some only pass on others' keys."""
+OVER_DATA_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
+    "2 ranks": (2, {}),
+    "8 ranks": (8, {}),
+    "dp+ep": (4, {"ep": 2}),
+    "dp+ep over all": (8, {"ep": 8}),
+    "dp+pp+tp": (8, {"pp": 2, "tp": 2}),
+    "dp+tp+ep": (8, {"tp": 2, "ep": 4}),
+    "dp+pp+ep": (8, {"pp": 2, "ep": 4}),
+    "dp+tp without sequence parallelism": (4, {"tp": 2, "sequence_parallel": False}),
+    "dp+etp": (4, {"etp": 2}),
+    "dp+four stages": (8, {"pp": 4}),
+    **{
+        f"dp+{name}": (2 * LAYOUTS[name][0], LAYOUTS[name][1])
+        for name in ("zbv", "dualpipev", "interleaved", "interleaved_zero_bubble", "gpipe")
+    },
+    **{name: LAYOUTS[name] for name in ("zero", "zero 1", "zero 2", "experts over two copies")},
+    **{name: LAYOUTS[name] for name in ("two copies of two shards", "pp+tp+ep+zero")},
+}
+QUICK = ("dp+ep", "dp+pp+tp")
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Numbers:
+    return parity(PIECES, 1, MICRO_STEPS)[0]
+
+
+def assert_as_one(config: RunConfig, layout: str, reference: Numbers | None = None) -> None:
+    world_size, degrees = OVER_DATA_RANKS[layout]
+    reference = reference or parity(config, 1, MICRO_STEPS)[0]
+    found = parity(replace(config, parallel=ParallelConfig(**degrees)), world_size, MICRO_STEPS)
+    difference = compare(found, reference)
+    assert difference.worst < MAX_ERROR, difference
+    assert difference.weights < MAX_WEIGHT_ERROR, difference
+
+
+def marked(name: str) -> Any:
+    return name if name in QUICK else pytest.param(name, marks=pytest.mark.parity)
+
+
+@pytest.mark.parametrize("layout", [marked(name) for name in OVER_DATA_RANKS])
+def test_layout(one_process: Numbers, layout: str) -> None:
+    assert_as_one(PIECES, layout, one_process)
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "multi-token prediction": {"mtp_depth": 2},
+    "memory": {
+        "memory_layers": MemoryLayersConfig(
+            layers=(2,), num_keys=8, top_k=3, d_key=8, d_value=16, d_pre=4, rank=2, heads=2
+        )
+    },
+    "attention experts": {"attention_experts": 2},
+    "what layers share": {"share_depth": "all", "num_dense_layers": 0},
+    "tied": {"tie_embeddings": True},
+    "capacity": {"moe": replace(PIECES.model.moe, capacity_factor=8.0, capacity_policy="pad")},
+    "null experts": {"moe": replace(PIECES.model.moe, zero_experts=1, constant_experts=2)},
+    "a router's state": {
+        "moe": replace(
+            PIECES.model.moe,
+            router=ComponentConfig(target="tests.train.recurrent_router.RecurrentRouter"),
+        )
+    },
+}
+"""Keys of model."""
+
+
+@pytest.mark.parametrize("layout", ["dp+ep", "dp+pp+tp", "dp+zbv"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parity
+def test_model(name: str, layout: str) -> None:
+    assert_as_one(replace(PIECES, model=replace(PIECES.model, **MODELS[name])), layout)
+
+
+@pytest.mark.parametrize("layout", ["dp+ep", "dp+pp+tp", "zero"])
+@pytest.mark.parametrize("recompute", ["moe", "attention", "selective", "layer"])
+@pytest.mark.parity
+def test_recomputation(recompute: Any, layout: str) -> None:
+    assert_as_one(replace(PIECES, train=replace(PIECES.train, recompute=recompute)), layout)
+
+
+@pytest.mark.parametrize("layout", ["8 ranks", "dp+ep", "dp+pp+tp"])
+@pytest.mark.parity
+def test_lengths_up_to_16384(layout: str) -> None:
+    """One of them on all ranks, another of one token."""
+    long = replace(
+        PIECES,
+        model=replace(PIECES.model, num_layers=2),
+        data=replace(PIECES.data, seq_len=16_384),
+        train=replace(PIECES.train, global_batch_tokens=32_768, steps=1),
+    )
+    assert_as_one(long, layout)
