@@ -229,7 +229,11 @@ def _lengths(config: RunConfig) -> list[_Length]:
                 or_else="parallel.cp_attention=ring",
             )
         )
-    if config.data.seq_len >= 1 and train.micro_batch_tokens % config.data.seq_len == 0:
+    if (
+        not config.batch.is_planned
+        and config.data.seq_len >= 1
+        and train.micro_batch_tokens % config.data.seq_len == 0
+    ):
         found.append(
             _Length(
                 key="train.micro_batch_tokens",
@@ -362,7 +366,7 @@ def _batches(config: RunConfig, dims: ParallelDims | None) -> Iterator[Problem]:
         yield from in_range("train.timeout_s", train.timeout_s, above=0.0)
     yield from in_range("train.grace_s", train.grace_s, above=0.0)
     yield from in_range("data.seq_len", seq_len, 1)
-    if seq_len < 1 or train.micro_batch_tokens < 1:
+    if seq_len < 1 or train.micro_batch_tokens < 1 or config.batch.is_planned:
         return
     if train.micro_batch_tokens % seq_len:
         step = math.lcm(seq_len, dims.cp * dims.tp) if dims else seq_len

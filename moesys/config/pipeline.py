@@ -14,6 +14,7 @@ from moesys.plan.pipeline import (
     layers_of_stages,
     schedule_problems,
     stages_per_rank,
+    with_empty_micro_batches,
 )
 
 
@@ -55,13 +56,18 @@ def find_pipeline_problems(config: RunConfig, world_size: int) -> Iterator[Probl
     except ValueError:
         return
     per_micro_step = train.micro_batch_tokens * dims.dp
-    if per_micro_step < 1 or train.global_batch_tokens % per_micro_step:
+    if config.batch.is_planned:  # filled up with empty ones
+        virtual_stages = parallel.pp_virtual_stages
+        number = with_empty_micro_batches(parallel.pp_schedule, parallel.pp, virtual_stages, 1)
+    elif per_micro_step < 1 or train.global_batch_tokens % per_micro_step:
         return
+    else:
+        number = train.micro_steps(dims.dp)
     found = schedule_problems(
         parallel.pp_schedule,
         parallel.pp,
         parallel.pp_virtual_stages,
-        train.micro_steps(dims.dp),
+        number,
         config.model.num_layers,
     )
     yield from (_problem(problem, config, per_micro_step) for problem in found)

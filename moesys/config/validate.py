@@ -6,6 +6,7 @@ names, `check_files` looks at the disk. `check` reports what all three find as o
 
 from collections.abc import Iterator
 
+from moesys.config.batch import batch_warnings, find_batch_problems
 from moesys.config.bounds import divisors, in_range, multiples_near, nearest
 from moesys.config.components import find_component_problems
 from moesys.config.dispatch import dispatch_warnings, find_dispatch_problems
@@ -157,6 +158,7 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
     found += mixing_warnings(config)
     found += dispatch_warnings(config, world_size, ranks_per_node)
     found += placement_warnings(config)
+    found += batch_warnings(config)
     found += layout_warnings(config, world_size)
     found += pipeline_warnings(config.parallel)
     if ranks_per_node is not None:
@@ -194,6 +196,7 @@ def _find_problems(
     yield from find_memory_layer_problems(config)
     yield from find_dispatch_problems(config, world_size, ranks_per_node)
     yield from find_placement_problems(config, world_size, ranks_per_node)
+    yield from find_batch_problems(config, world_size)
     yield from _optim(config)
     yield from _schedule(config)
     yield from _anomaly(config)

@@ -64,6 +64,11 @@ class StepBatch:
         """Over all ranks."""
         return int(self.lengths_L.sum())
 
+    @property
+    def mean_length_tokens(self) -> float:
+        """Of the sequence that a token is in, mean over tokens."""
+        return float(np.average(self.lengths_L, weights=self.lengths_L))
+
     def tokens_ahead(self, depth: int) -> int:
         """That multi-token prediction of so many depths has a target for: the k-th none for the last k of a sequence."""
         return sum(int((self.lengths_L - k).clip(0).sum()) for k in range(1, depth + 1))

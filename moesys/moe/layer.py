@@ -22,7 +22,7 @@ from moesys.moe.latent import Latent
 from moesys.moe.layer_placement import LayerPlacement
 from moesys.moe.load import ExpertLoad
 from moesys.moe.null_experts import NullExperts
-from moesys.moe.routing import RoutingResult, first_tokens, without_others
+from moesys.moe.routing import RoutingResult, with_rows
 from moesys.moe.shared import SharedGate
 from moesys.moe.tokens import WHOLE_SEQUENCES, Known, Tokens
 from moesys.ops import tokens_per_expert
@@ -140,25 +140,22 @@ class MoELayer(nn.Module):
             y_TD = y_TD + shared_TD if gate is None else gate(routed_TD, y_TD, shared_TD)
         return y_TD.view_as(x), decision.losses, decision.state
 
-    def _tokens(self, num_tokens: int, seq_len: int, known: Known | None) -> Tokens:
-        known = (known or Known()).own_run(self.share, num_tokens)
+    def _tokens(self, num_rows: int, seq_len: int, known: Known | None) -> Tokens:
+        known = (known or Known()).own_run(self.share, num_rows)
+        assert known.num_tokens is not None
         return Tokens(
-            num_tokens=num_tokens,
+            num_tokens=known.num_tokens,
             seq_len=seq_len,
             ids_T=known.ids_U,
             places_T=known.places_U,
             share=self.share,
-            num_counted=known.num_counted,
         )
 
     def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:
         """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""
-        known = {"tokens": tokens} if self._passes_tokens else {}
-        routed = self.router(x_TD, state, **known)
-        counted = tokens.num_counted
-        if counted is not None:
-            routed = without_others(routed, counted)
-        kept, padded_rows = self._limit(routed)
+        routed = self._route(x_TD, state, tokens)
+        limited, padded_rows = self._limit(routed)
+        kept = with_rows(limited, x_TD.shape[0])
         has_null = self.null_experts is not None
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
         code = None
@@ -178,21 +175,28 @@ class MoELayer(nn.Module):
         else:
             kept_E = plan.slots_per_expert_E
         routed_E = kept_E
-        if kept is not routed:
+        if limited is not routed:
             routed_E = tokens_per_expert(routed.topk_ids_TK, self.config.num_choices)
-        seen = routed if counted is None else first_tokens(routed, counted)
-        losses = self.balance.losses(seen, routed_E, tokens, self.training)
+        losses = self.balance.losses(routed, routed_E, tokens, self.training)
         if self.training:
-            self.load.add(routed_E, kept_E, seen.probs_TE)
+            self.load.add(routed_E, kept_E, routed.probs_TE)
         return Decision(
             weights_TK=kept.topk_weights_TK,
             plan=plan,
             losses=losses,
-            state=routed.state,
+            state=kept.state,
             blend=routed.blend,
             code=code,
             null_ids_TK=kept.topk_ids_TK if has_null else None,
         )
+
+    def _route(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> RoutingResult:
+        """What the router decides for the tokens, which are the first of the rows."""
+        known = {"tokens": tokens} if self._passes_tokens else {}
+        if tokens.num_tokens < x_TD.shape[0]:
+            x_TD = x_TD[: tokens.num_tokens]
+            state = state if state is None else state[: tokens.num_tokens]
+        return self.router(x_TD, state, **known)
 
     def _with_rows(self, ids_TK: Tensor) -> Tensor:
         """-1 in the place of experts that have no feed-forward."""

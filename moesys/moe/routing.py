@@ -6,7 +6,7 @@ Shapes: T tokens on this rank, D model, E experts, K experts per token, M MoE la
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -46,25 +46,17 @@ class RoutingResult:
     """With it, ids and weights are those of N slots ([N, K]) that stand for the tokens."""
 
 
-def first_tokens(routed: RoutingResult, number: int) -> RoutingResult:
-    """What was decided for the first so many tokens."""
+def with_rows(routed: RoutingResult, number: int) -> RoutingResult:
+    """With rows behind the tokens, so many together, that go to no expert. Logits and probabilities stay the tokens'."""
+    missing = number - len(routed.logits_TE)
+    if not missing:
+        return routed
+    state = routed.state
     return replace(
         routed,
-        topk_ids_TK=routed.topk_ids_TK[:number],
-        topk_weights_TK=routed.topk_weights_TK[:number],
-        logits_TE=routed.logits_TE[:number],
-        probs_TE=routed.probs_TE[:number],
-    )
-
-
-def without_others(routed: RoutingResult, number: int) -> RoutingResult:
-    """No expert for tokens but the first so many."""
-    ids_TK, weights_TK = routed.topk_ids_TK, routed.topk_weights_TK
-    is_other_T1 = (torch.arange(len(ids_TK), device=ids_TK.device) >= number)[:, None]
-    return replace(
-        routed,
-        topk_ids_TK=ids_TK.masked_fill(is_other_T1, -1),
-        topk_weights_TK=weights_TK.masked_fill(is_other_T1, 0.0),
+        topk_ids_TK=F.pad(routed.topk_ids_TK, (0, 0, 0, missing), value=-1),
+        topk_weights_TK=F.pad(routed.topk_weights_TK, (0, 0, 0, missing)),
+        state=state if state is None else F.pad(state, (0, 0, 0, missing)),
     )
 
 

@@ -33,10 +33,11 @@ class SequenceShare(NamedTuple):
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def own_run(self, of_tokens: Tensor, num_tokens: int) -> Tensor:
-        """This rank's run of what there is of all tokens of its tp ranks; all of it where it has no other's."""
+        """Of what there is of all rows of its tp ranks, that of this rank's tokens; all of it where it has no other's."""
         if len(of_tokens) == num_tokens:
             return of_tokens
-        return of_tokens[self.tp_rank * num_tokens :][:num_tokens]
+        first_row = self.tp_rank * (len(of_tokens) // self.tp_size)
+        return of_tokens[first_row : first_row + num_tokens]
 
 
 WHOLE_SEQUENCES = SequenceShare()
@@ -49,17 +50,16 @@ class Known(NamedTuple):
     """int64, the vocabulary's; None where a layer is called outside of a model."""
     places_U: Tensor | None = None
     """int64, the place of each among all tokens of an optimizer step; None outside of training."""
-    num_counted: int | None = None
-    """The first so many are tokens, those behind rows that count nowhere; None = all."""
+    num_tokens: int | None = None
+    """U: behind the tokens are rows that are none; None = all are."""
 
-    def own_run(self, share: SequenceShare, num_tokens: int) -> "Known":
-        """Of this rank's tokens."""
-        own = (x if x is None else share.own_run(x, num_tokens) for x in self[:2])
-        counted = self.num_counted
-        if counted is not None:
-            counted = max(0, counted - share.tp_rank * num_tokens)
-            counted = None if counted >= num_tokens else counted
-        return Known(*own, num_counted=counted)
+    def own_run(self, share: SequenceShare, num_rows: int) -> "Known":
+        """Of this rank's tokens, in a run of so many rows."""
+        own = num_rows
+        if self.num_tokens is not None:
+            own = min(max(0, self.num_tokens - share.tp_rank * num_rows), num_rows)
+        ids, places = (x if x is None else share.own_run(x, own) for x in self[:2])
+        return Known(ids, places, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,6 @@ class Tokens:
     places_T: Tensor | None = None
     """int64, the place of each among all tokens of an optimizer step; None outside of training."""
     share: SequenceShare = WHOLE_SEQUENCES
-    num_counted: int | None = None
-    """The first so many are tokens, those behind rows that count nowhere; None = all."""
 
     @property
     def num_sequences(self) -> int:

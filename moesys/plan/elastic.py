@@ -65,8 +65,11 @@ def _layouts(parallel: ParallelConfig) -> Iterator[ParallelConfig]:
 
 
 def _micro_batches(config: RunConfig, dp: int) -> Iterator[int]:
-    """Whole samples, of which the batch is a multiple on `dp` ranks, the configured size first."""
+    """Whole samples, of which the batch is a multiple on `dp` ranks, the configured size first; where batches are planned that alone."""
     seq_len, batch = config.data.seq_len, config.train.global_batch_tokens
+    if config.batch.is_planned:
+        yield config.train.micro_batch_tokens
+        return
     for tokens in range(config.train.micro_batch_tokens, 0, -seq_len):
         if batch % (tokens * dp) == 0:
             yield tokens

@@ -74,6 +74,5 @@ class ChoiceRecorder:
                 f"each token model.moe.top_k={layer.config.top_k} experts, which {layer.config.router.target} does "
                 "not: set it to 0"
             )
-        own = known.own_run(layer.share, len(ids_TK))
-        assert own.places_U is not None
-        self._heard.append((at, own.places_U[: own.num_counted], ids_TK[: own.num_counted].int()))
+        places_T = layer.share.own_run(known.places_U, len(ids_TK))
+        self._heard.append((at, places_T, ids_TK.int()))

@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moesys.data.eval_sequences import EvalSequences
 from moesys.data.loader import EvalBatches, MicroBatch
+from moesys.data.step_batch import RankBatch
 from moesys.moe.fidelity import Fidelity
 from moesys.moe.similarity import layer_similarity
 from moesys.moe.trials import Trials
@@ -82,7 +85,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     parallel: ParallelModel,
-    batches: Mapping[str, EvalBatches],
+    batches: Mapping[str, EvalBatches | EvalSequences],
     weights_N: Sequence[float],
     token_bytes_V: Tensor,
     dtype: str,
@@ -135,7 +138,10 @@ def evaluate(
 
 @torch.no_grad()
 def measure_loads(
-    parallel: ParallelModel, batches: Mapping[str, EvalBatches], dtype: str, meshes: Meshes
+    parallel: ParallelModel,
+    batches: Mapping[str, EvalBatches | EvalSequences],
+    dtype: str,
+    meshes: Meshes,
 ) -> dict[str, list[list[int]]]:
     """Collective. Of each source, slots that the routers of each MoE layer give each expert: M x E, over all ranks.
 
@@ -151,7 +157,7 @@ def measure_loads(
 @torch.no_grad()
 def try_candidates(
     parallel: ParallelModel,
-    batches: EvalBatches,
+    batches: EvalBatches | EvalSequences,
     num_candidates: int,
     dtype: str,
     meshes: Meshes,
@@ -167,9 +173,9 @@ def try_candidates(
     trials = Trials(parallel.whole.moe_places(), num_layers, num_candidates, forwards)
     parallel.whole.eval()
     batch = next(iter(batches))
-    input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
+    fed, _ = _fed(batch, meshes, device)
     with autocast(device, dtype), trials:
-        _forward(parallel, input_ids_BS, batch.document_ids_BS)
+        _forward(parallel, fed)
     for part in parallel.parts:
         free_gathered(part)
     return trials.of_all_ranks(device)
@@ -198,7 +204,7 @@ class _Loads:
 
 def _forwards(
     parallel: ParallelModel,
-    batches: Mapping[str, EvalBatches],
+    batches: Mapping[str, EvalBatches | EvalSequences],
     loads: _Loads,
     dtype: str,
     meshes: Meshes,
@@ -215,21 +221,36 @@ def _forwards(
         for index, batch in _every(batches):
             if must_leave():
                 break
-            input_ids_BS = local_slice(batch.input_ids_BS, meshes).to(device)
-            target_ids_BS = local_slice(batch.target_ids_BS, meshes).to(device)
+            fed, target_ids_BS = _fed(batch, meshes, device)
             loads.counter.count_into(loads.counts_NME[index], target_ids_BS != IGNORED_TARGET)
             with autocast(device, dtype), during_first:
-                output = _forward(parallel, input_ids_BS, batch.document_ids_BS)
+                output = _forward(parallel, fed)
             during_first = NOTHING
             yield index, output, target_ids_BS
     for part in parallel.parts:
         free_gathered(part)
 
 
-def _every(batches: Mapping[str, EvalBatches]) -> Iterator[tuple[int, MicroBatch]]:
+def _every(
+    batches: Mapping[str, EvalBatches | EvalSequences],
+) -> Iterator[tuple[int, MicroBatch | RankBatch]]:
     for index, of_source in enumerate(batches.values()):
         for batch in of_source:
             yield index, batch
+
+
+def _fed(
+    batch: MicroBatch | RankBatch, meshes: Meshes, device: torch.device
+) -> tuple[dict[str, Any], Tensor]:
+    """What a forward is told, and the targets of this rank's positions."""
+    if isinstance(batch, RankBatch):
+        ids_BS, targets_BS = batch.input_ids_BS, batch.targets_BSN[..., 0]
+        known = {"pieces": batch.pieces}
+    else:
+        ids_BS = local_slice(batch.input_ids_BS, meshes)
+        targets_BS = local_slice(batch.target_ids_BS, meshes)
+        known = {"documents": batch.document_ids_BS}
+    return {"ids_BS": ids_BS.to(device), **known}, targets_BS.to(device)
 
 
 def _similarities(parallel: ParallelModel, meshes: Meshes, device: torch.device) -> list[float]:
@@ -243,10 +264,8 @@ def _similarities(parallel: ParallelModel, meshes: Meshes, device: torch.device)
     return similarity_M.tolist()
 
 
-def _forward(
-    parallel: ParallelModel, input_ids_BS: Tensor, documents: Tensor | None
-) -> tuple[Tensor, ...] | None:
+def _forward(parallel: ParallelModel, fed: dict[str, Any]) -> tuple[Tensor, ...] | None:
     """What the last stage returns, where it is on this rank."""
     if parallel.pipeline is not None:
-        return parallel.pipeline.forward({"ids_BS": input_ids_BS, "documents": documents})
-    return parallel.whole(input_ids_BS, documents=documents)
+        return parallel.pipeline.forward(fed)
+    return parallel.whole(fed["ids_BS"], **fed)

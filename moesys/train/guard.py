@@ -4,6 +4,8 @@ from typing import Any
 
 from moesys.config.schema import AnomalyConfig
 from moesys.data.loader import MicroBatch, TokenLoader
+from moesys.data.sequence_loader import SequenceLoader
+from moesys.data.step_batch import StepBatch
 from moesys.train.anomaly import AnomalyState, Decision, decide, due
 from moesys.train.step import Judge
 
@@ -23,7 +25,9 @@ class Guard:
         self._step = self._first_sample = 0
         self._lr, self._can_roll_back, self._is_judged = 0.0, False, True
 
-    def read_batches(self, step: int, loader: TokenLoader) -> list[MicroBatch]:
+    def read_batches(
+        self, step: int, loader: TokenLoader | SequenceLoader
+    ) -> list[MicroBatch] | StepBatch:
         """Of this step: the loader's next, or those of an earlier step that are due again."""
         again = due(self.state, step)
         self._step = step

@@ -45,12 +45,12 @@ def train_record(
     step_s: float,
     sections_ms: Mapping[str, float],
     bytes_per_token: float,
-    flops_per_token: int,
+    flops_per_token: float,
     world_size: int,
     peak_tflops: float,
 ) -> dict[str, Any]:
     """One optimizer step. `sections_ms` of rank 0: data, forward, backward, optimizer, checkpoint."""
-    tokens_per_s = config.train.global_batch_tokens / step_s
+    tokens_per_s = result.num_tokens / step_s
     tflops_per_rank = tokens_per_s * flops_per_token / world_size / 1e12
     imbalances = [imbalance(load_E) for load_E in result.expert_load_ME]
     entropies = result.router_entropy_M

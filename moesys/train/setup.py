@@ -16,16 +16,18 @@ from moesys.config.copies import with_copies
 from moesys.config.errors import ConfigError
 from moesys.config.memory import GIB, memory_problems
 from moesys.config.schema import RunConfig
+from moesys.data.eval_sequences import EvalSequences
 from moesys.data.indexed import IndexedTokens
 from moesys.data.loader import EvalBatches, TokenLoader
 from moesys.data.manifest import DataManifest
-from moesys.data.source import Source
+from moesys.data.sequence_loader import SequenceLoader
 from moesys.models.transformer import Transformer
 from moesys.optim.build import build_optimizer
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.dims import ParallelDims, parallel_dims
 from moesys.parallel.mesh import Meshes, build_meshes
 from moesys.parallelize.build import ParallelModel, build_parallel_model
+from moesys.train.batches import build_eval_batches, build_loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +41,10 @@ class Run:
     """Of each source by its name; "" names the only one."""
     parallel: ParallelModel
     optimizer: torch.optim.AdamW
-    loader: TokenLoader
-    eval_batches: dict[str, EvalBatches]
+    loader: TokenLoader | SequenceLoader
+    eval_batches: dict[str, EvalBatches | EvalSequences]
     """Of each source."""
-    mixing_batches: dict[str, EvalBatches]
+    mixing_batches: dict[str, EvalBatches | EvalSequences]
     """Of each source, for the policy that mixes them."""
     token_bytes_V: Tensor
     """int64 on the run's device: UTF-8 bytes that each token stands for."""
@@ -91,34 +93,12 @@ def build_run(
     )
     folders = {name: Path(path) for name, path in config.data.folders.items()}
     manifests = {name: DataManifest.load(folder) for name, folder in folders.items()}
-    micro_batch_samples = config.train.micro_batch_tokens // config.data.seq_len
     vocab_size = config.model.vocab_size
-    loader = TokenLoader(
-        [
-            Source(name=name, tokens=IndexedTokens(folder / "train", vocab_size), weight=weight)
-            for (name, folder), weight in zip(folders.items(), config.data.weights, strict=True)
-        ],
-        seq_len=config.data.seq_len,
-        global_batch_samples=config.train.global_batch_tokens // config.data.seq_len,
-        micro_batch_samples=micro_batch_samples,
-        dp_rank=meshes.dp_rank,
-        dp_size=dims.dp,
-        seed=config.run.seed,
-        shuffle=config.data.shuffle,
-        with_documents=config.data.mask_documents,
-    )
+    loader = build_loader(config, meshes.dp_rank, dims.dp)
     held_out = {name: IndexedTokens(folder / "val", vocab_size) for name, folder in folders.items()}
     eval_batches, mixing_batches = (
         {
-            name: EvalBatches(
-                tokens,
-                seq_len=config.data.seq_len,
-                micro_batch_samples=micro_batch_samples,
-                dp_rank=meshes.dp_rank,
-                dp_size=dims.dp,
-                eval_tokens=num_tokens,
-                with_documents=config.data.mask_documents,
-            )
+            name: build_eval_batches(config, tokens, num_tokens, meshes.dp_rank, dims.dp)
             for name, tokens in held_out.items()
         }
         for num_tokens in (config.train.eval_tokens, config.data.mixing.tokens)

@@ -9,12 +9,13 @@ from typing import Any
 from moesys.config.schema import RunConfig
 from moesys.data.loader import TokenLoader
 from moesys.data.manifest import DataManifest
+from moesys.data.sequence_loader import SequenceLoader
 
 
-def planned_epochs(config: RunConfig, loader: TokenLoader) -> dict[str, Any]:
+def planned_epochs(config: RunConfig, loader: TokenLoader | SequenceLoader) -> dict[str, Any]:
     """For a start record: of each source its weight, and the epochs it will have had after the last step, if that stays."""
-    batch_samples = config.train.global_batch_tokens // config.data.seq_len
-    left_samples = max(0, config.train.steps * batch_samples - loader.consumed_samples)
+    tokens = config.train.steps * config.train.global_batch_tokens - loader.consumed_tokens
+    left_samples = max(0.0, loader.samples_in(tokens))
     read = loader.consumed_of_sources()
     found = {
         source.name: {
@@ -29,16 +30,12 @@ def planned_epochs(config: RunConfig, loader: TokenLoader) -> dict[str, Any]:
     return {"sources": found} if found else {}
 
 
-def mix_fields(loader: TokenLoader, seq_len: int) -> dict[str, Any]:
+def mix_fields(loader: TokenLoader | SequenceLoader) -> dict[str, Any]:
     """For a train record: the weights that the next step reads with, and the tokens of each source so far."""
     weights = {s.name: w for s, w in zip(loader.sources, loader.mix.weights_N, strict=True)}
     if "" in weights:
         return {}
-    samples = loader.consumed_of_sources()
-    return {
-        "weight_by_source": weights,
-        "tokens_by_source": {name: count * seq_len for name, count in samples.items()},
-    }
+    return {"weight_by_source": weights, "tokens_by_source": loader.tokens_of_sources()}
 
 
 def text_entropies(config: RunConfig, manifests: Mapping[str, DataManifest]) -> dict[str, float]:

@@ -39,6 +39,9 @@ from moesys.train.timing import SectionTimer
 class StepResult:
     """What a step did, over all ranks."""
 
+    num_tokens: int
+    mean_length_tokens: float
+    """Of the sequence that a token is in, mean over tokens: what a token's attention is proportional to."""
     loss: float
     """Cross-entropy, nats per token."""
     balance_loss: float
@@ -386,6 +389,8 @@ class TrainStep:
         model, tokens = self.config.model, self.batch.num_tokens
         choices_M = [model.moe_of(layer).num_choices for layer in model.moe_layers]
         return StepResult(
+            num_tokens=tokens,
+            mean_length_tokens=self.batch.mean_length_tokens,
             loss=sums.loss / tokens,
             balance_loss=sums.balance / tokens,
             z_loss=sums.z / tokens,

@@ -90,6 +90,7 @@ class Trainer:
         self.stop_note: Record = {}
         """In the stop record: what a grace period was too short for."""
         self.step_seconds: list[float] = []
+        self.step_rates: list[float] = []  # tokens per second
         self.eval_s, self.save_s = 0.0, 0.0
         """The last evaluation and the longest save of this start."""
         self.patience_s = LONGEST_S
@@ -232,9 +233,8 @@ class Trainer:
         step_s = time.perf_counter() - began
         self.wall_s += step_s
         self.step_seconds.append(step_s)
-        self.tokens_per_s = self.config.train.global_batch_tokens / statistics.median(
-            self.step_seconds
-        )
+        self.step_rates.append(result.num_tokens / step_s)
+        self.tokens_per_s = statistics.median(self.step_rates)
         if result.is_applied:
             self._record_step(result, lr * (decision.rate or 1.0), step_s)
         else:
@@ -278,7 +278,7 @@ class Trainer:
 
     def _tokens(self) -> int:
         """Trained on so far by all ranks; the batch may have changed at a resume."""
-        return self.run.loader.consumed_samples * self.config.data.seq_len
+        return self.run.loader.consumed_tokens
 
     def _record_step(self, result: StepResult, lr: float, step_s: float) -> None:
         sections_ms = self.timer.read()
@@ -298,12 +298,12 @@ class Trainer:
                 step_s=step_s,
                 sections_ms=sections_ms | {"checkpoint": self.unrecorded_checkpoint_ms},
                 bytes_per_token=self.run.bytes_per_token,
-                flops_per_token=self.yardstick.flops_per_token,
+                flops_per_token=self.yardstick.flops_at(result.mean_length_tokens),
                 world_size=self.run.process.world_size,
                 peak_tflops=self.yardstick.peak_tflops,
             )
             | self.step_times.fields(step_s, sections_ms)
-            | mix_fields(self.run.loader, self.config.data.seq_len)
+            | mix_fields(self.run.loader)
         )
         self.unrecorded_checkpoint_ms = 0.0
 

@@ -23,8 +23,21 @@ class Yardstick:
     """Of one rank's device; nan on ranks other than 0."""
     peak_source: str
 
+    flops_per_pair: float
+    """Of `flops_per_token` what a sequence that is one token longer adds."""
+    seq_len: int
+    """That `flops_per_token` is for."""
+
+    def flops_at(self, length_tokens: float) -> float:
+        """Of a token in a sequence of this length."""
+        return self.flops_per_token + (length_tokens - self.seq_len) * self.flops_per_pair
+
     def fields(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("flops_per_pair", "seq_len")
+        }
 
     def sizes(self) -> dict[str, int]:
         return {"parameters": self.parameters, "active_parameters": self.active_parameters}
@@ -36,12 +49,16 @@ def yardstick(run: Run, dtype: torch.dtype) -> Yardstick:
     with torch.device("meta"):  # this rank may have no MoE layer
         router_parameters = Transformer(config.model).router_parameters()
     tflops, source = peak_tflops(run, dtype)
+    seq_len = config.data.seq_len
+    flops, of_none = (
+        training_flops_per_token(config.model, length, router_parameters) for length in (seq_len, 0)
+    )
     return Yardstick(
         parameters=total_parameters(config.model, router_parameters),
         active_parameters=active_parameters(config.model, router_parameters),
-        flops_per_token=training_flops_per_token(
-            config.model, config.data.seq_len, router_parameters
-        ),
+        flops_per_token=flops,
+        flops_per_pair=(flops - of_none) / seq_len,
+        seq_len=seq_len,
         peak_tflops=tflops,
         peak_source=source,
     )

@@ -15,6 +15,8 @@ from moesys.testing.parity import Numbers, compare, parity
 
 PIECES = replace(
     BASE,
+    # With 7 one token's scores of two experts are equal but for rounding, with null experts in step 3.
+    run=replace(BASE.run, seed=8),
     batch=BatchConfig(policy="hdp"),
     data=replace(BASE.data, seq_len=96),
     train=replace(BASE.train, global_batch_tokens=512, steps=4),
@@ -86,8 +88,15 @@ MODELS: dict[str, dict[str, Any]] = {
 """Keys of model."""
 
 
-@pytest.mark.parametrize("layout", ["dp+ep", "dp+pp+tp", "dp+zbv"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        (name, layout)
+        for name in MODELS
+        for layout in ("dp+ep", "dp+pp+tp", "dp+zbv")
+        if (name, layout) != ("memory", "dp+ep")  # refused
+    ],
+)
 @pytest.mark.parity
 def test_model(name: str, layout: str) -> None:
     assert_as_one(replace(PIECES, model=replace(PIECES.model, **MODELS[name])), layout)
