@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import inf
@@ -83,9 +84,10 @@ def read_case(args: argparse.Namespace) -> BatchCase:
         capacity = args.capacity_tokens or config.train.micro_batch_tokens // parallel.cp
         lengths_S = _asked(problems, _lengths, args, config, num_ranks, capacity)
     else:
-        lengths_S = saved.lengths_S
-        capacity = args.capacity_tokens or int(saved.tokens_MR().max(initial=0))
-        problems += [f"--load {args.load}: {reason}" for reason in unfit(saved, capacity)]
+        lengths_S, capacity = saved.lengths_S, args.capacity_tokens
+        found = unfit(saved, capacity or sys.maxsize)
+        problems += [f"--load {args.load}: {reason}" for reason in found]
+        capacity = capacity or (0 if found else int(saved.tokens_MR().max(initial=0)))
     if lengths_S is None or problems:
         raise ValueError(_told(problems))
     # Ranks of tp share a data rank's tokens, and the heads of its keys.

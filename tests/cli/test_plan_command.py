@@ -154,6 +154,17 @@ def test_made_up_lengths_fill_the_batch(capsys: pytest.CaptureFixture[str]) -> N
     told = facts(capsys, *words, "--batch-tokens", "100000", "--capacity-tokens", "1000")
     assert 92_000 < told["tokens"] <= 100_000
     assert 1000 < told["longest_tokens"] <= 8000
+    equal = [
+        "--lengths",
+        "equal",
+        "--ranks",
+        "16",
+        "--policy",
+        "naive",
+        "--capacity-tokens",
+        "1000",
+    ]
+    assert facts(capsys, *equal, "--batch-tokens", "40000")["longest_tokens"] == 8000
     shorter = facts(capsys, *words, "--batch-tokens", "100000", "--longest-tokens", "500")
     assert shorter["longest_tokens"] <= 500
     assert facts(capsys, *words, "run.seed=1")["longest_tokens"] != told["longest_tokens"]
@@ -188,7 +199,7 @@ def test_documents_of_the_data_folder_without_torch(tmp_path: Path) -> None:
 
 
 def test_all_that_is_wrong_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--lengths", "unifrom", "--policy", "hpd,naive,naive", "--save", "no/plan.json"]
+    words = ["--lengths", "uniforms", "--policy", "hpd,naive,naive", "--save", "no/plan.json"]
     told = refused(capsys, *words, "--ranks", "4", "model.num_layers=0", "parallel.ep=3")
     assert [line.split(":")[0] for line in told[:4]] == [
         "--policy 'hpd' is no planner of batches",
@@ -240,6 +251,9 @@ def test_a_saved_plan_that_cannot_be_is_refused(
     assert "rank 0 has 8 tokens in micro-step 0, and memory for 7" in told
     told = refused(capsys, "--load", str(path), "--ranks", "2", "--policy", "hdp")
     assert [line.split()[0] for line in told] == ["--ranks", "--policy"]
+    path.write_text(json.dumps(batch_plan(np.array([8]), 2, [[Piece(3, (5,))]]).to_json()))
+    (told,) = refused(capsys, "--load", str(path))
+    assert "micro-step 0 has sequence 3 of 1" in told
     path.write_text("{}")
     (told,) = refused(capsys, "--load", str(path))
     assert "is no batch plan: ValueError: a batch plan of version None" in told

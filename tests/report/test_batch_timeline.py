@@ -71,7 +71,14 @@ def test_short_pieces_share_a_box_until_it_is_wide_enough() -> None:
     assert [box.sequences for box in joined] == [[1, 2], [3], [4]]
     assert joined[0].end_s == apart[1].end_s
     alone = boxes(row, with_phases=False, long={1}, least_s=1e9)
-    assert [box.sequences for box in alone] == [[1], [2, 3], [4]], "none across a micro-step"
+    assert [box.sequences for box in alone] == [[1], [2, 3], [4]]
+
+
+def test_nothing_is_joined_over_micro_steps() -> None:
+    plan = batch_plan(np.array([3, 2, 4]), 1, [[Piece(0, (0,)), Piece(1, (0,))], [Piece(2, (0,))]])
+    row = timeline(plan, COSTS, meets=False).spans[0, 0]
+    found = boxes(row, with_phases=False, long=(), least_s=1e9)
+    assert [box.sequences for box in found] == [[0, 1], [2]]
 
 
 def test_nothing_is_joined_over_idle_time() -> None:
@@ -102,6 +109,15 @@ def test_ranks_beside_each_other_share_a_block() -> None:
     assert sum("sequence 0," in title for title in titles(root)) == 1
     apart = batch_plan(np.array([100]), 3, [[Piece(0, (0, 2))]])
     assert sum("sequence 0," in title for title in titles(drawn(panel(apart)))) == 2
+
+
+def test_the_longest_are_in_full_colours_and_waits_at_the_foot() -> None:
+    root = drawn(panel())
+    assert not set(of_kind(root, "s0")) & set(of_kind(root, "short"))
+    assert len(of_kind(root, "short")) == len(titles(root)) - 1
+    ((_, y, _, high),) = of_kind(root, "keys")
+    (block,) = (box for box in of_kind(root, "short") if box[3] > 20)
+    assert (high, y + high) == (3.0, pytest.approx(block[1] + block[3], abs=0.2))
 
 
 def test_all_panels_have_one_axis() -> None:

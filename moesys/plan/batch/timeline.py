@@ -114,7 +114,7 @@ class _Rows:
                 begin_s = free[rank] if self._meets else together_s
                 what = index, piece.sequence
                 free[rank] = self._lay((rank, stage), phases, begin_s, what, piece_s, keys_s)
-        return np.full_like(start_R, max(free)) if self._meets else np.array(free)
+        return np.array(free)
 
     def _lay(
         self,

@@ -48,7 +48,10 @@ def test_rows_are_whole_and_add_up(
     plan = any_plan(rng, policy, num_ranks, meets)
     found = timeline(plan, COSTS, stages=stages, meets=meets)
     assert list(found.spans) == [*itertools.product(range(num_ranks), range(stages))]
-    cost_R = rank_seconds(plan, COSTS).sum(0)
+    cost_R, keys_R = rank_seconds(plan, COSTS).sum(0), np.zeros(num_ranks)
+    for _, piece in plan.pieces():
+        length, size = int(plan.lengths_S[piece.sequence]), len(piece.ranks)
+        keys_R[list(piece.ranks)] += COSTS.waited_s(length, size)
     close = 1e-8 * found.step_s
     for (rank, stage), row in found.spans.items():
         if found.step_s:
@@ -58,6 +61,8 @@ def test_rows_are_whole_and_add_up(
         assert {(span.rank, span.stage) for span in row} <= {(rank, stage)}
         worked_s = sum(span.end_s - span.begin_s for span in row if span.kind != "idle")
         assert worked_s == pytest.approx(cost_R[rank] / stages, rel=1e-9, abs=1e-15)
+        keys_s = sum(span.end_s - span.begin_s for span in row if span.kind == "keys")
+        assert keys_s == pytest.approx(keys_R[rank] / stages, rel=1e-9, abs=1e-15)
 
 
 @given(*PLANS, st.integers(2, 4))
@@ -132,6 +137,26 @@ def test_a_pipeline_by_hand() -> None:
     assert works[0] == [(0, 3), (3, 9), (12, 18), (pytest.approx(30), pytest.approx(42))]
     assert works[1] == [(3, 6), (6, 12), (12, 18), (18, 30)]
     assert found.step_s == pytest.approx(42)
+
+
+def test_backwards_take_pieces_in_reverse_order() -> None:
+    """So ranks that have come to the end of a ring together begin its backward together."""
+    plan = batch_plan(np.array([18, 36]), 2, [[Piece(0, (0,)), Piece(1, (0, 1))]])
+    found = timeline(plan, LINEAR, stages=2, meets=False)
+    order = [(span.phase, span.sequence) for span in found.spans[0, 1] if span.kind == "compute"]
+    assert order == [("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0)]
+    (forward, backward) = (span for span in found.spans[1, 1] if span.kind == "compute")
+    assert forward.end_s == backward.begin_s
+
+
+def test_where_all_meet_no_rank_waits_inside_a_micro_step() -> None:
+    """Rings in a row: rank 1 works on both of its own, the one after the other, and rank 2 on its ring meanwhile."""
+    plan = batch_plan(
+        np.array([8, 20, 20]), 3, [[Piece(0, (0,)), Piece(1, (0, 1)), Piece(2, (1, 2))]]
+    )
+    together, apart = (timeline(plan, LINEAR, meets=meets) for meets in (True, False))
+    assert (together.step_s, apart.step_s) == (pytest.approx(20), pytest.approx(28))
+    assert together.spans[2, 0][0].begin_s == 0.0
 
 
 def test_only_some_ranks_are_kept() -> None:
