@@ -53,7 +53,7 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
 
     config = compose(args.overrides, args.config_dir)
     parallel, model, seq_len = config.parallel, config.model, config.data.seq_len
-    world_size = args.world_size if args.world_size is not None else _fewest_ranks(config)
+    world_size = args.world_size if args.world_size is not None else fewest_ranks(config)
     if world_size < 1:
         raise ValueError(f"--world-size {world_size} must be at least 1")
     validate(config, world_size=world_size)
@@ -90,7 +90,7 @@ def _facts(args: argparse.Namespace) -> "tuple[dict[str, Any], Timeline]":
     return facts, timeline
 
 
-def _fewest_ranks(config: "RunConfig") -> int:
+def fewest_ranks(config: "RunConfig") -> int:
     """The smallest world that `parallel` fits."""
     from moesys.parallel.dims import parallel_dims
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from moesys.config.schema import ModelConfig, Recompute
+from moesys.config.schema import ModelConfig, Recompute, RunConfig
 
 
 def paper_layer_bytes(
@@ -62,6 +62,36 @@ class ActivationCase:
         if self.received_rows is not None:
             return Fraction(self.received_rows)
         return self.own_tokens * self.model.moe.top_k * self.etp
+
+
+def token_bytes(config: RunConfig) -> float:
+    """Of a token, in all layers, on each rank of its tensor-parallel group; experts' load is even."""
+    model, parallel, train = config.model, config.parallel, config.train
+    return sum(
+        block_bytes(
+            ActivationCase(
+                model=model.all_as(layer),
+                tokens=parallel.tp,
+                activation_bytes=train.compute_bytes,
+                tp=parallel.tp,
+                sequence_parallel=parallel.sequence_parallel,
+                ep=parallel.ep,
+                etp=parallel.etp,
+                recompute=train.recompute,
+            ),
+            layer,
+        )
+        / parallel.tp
+        for layer in range(model.total_layers)
+    )
+
+
+def block_bytes(case: ActivationCase, layer: int) -> float:
+    """Of this layer."""
+    if layer in case.model.moe_layers:
+        return moe_block_bytes(case)
+    has_memory = layer in case.model.memory_layers.layers
+    return memory_block_bytes(case) if has_memory else dense_block_bytes(case)
 
 
 def dense_block_bytes(case: ActivationCase) -> float:

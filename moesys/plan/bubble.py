@@ -3,12 +3,17 @@
 A table says what each rank computes, in order. The walk starts an action when the rank is free and what the action needs
 has arrived. Letters: p ranks, v stages per rank, n micro-batches; durations F (forward), B (backward) = I (gradient of the
 input) + W (gradient of the weights), each of one stage and one micro-batch, in any unit of time.
+
+Shapes: R pipelines that run one table together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Literal, NamedTuple
+
+import numpy as np
+
+from moesys.plan.placement import Amounts
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -101,17 +106,49 @@ def walk(
     Raises:
         ValueError: ranks wait for each other for ever, or for what no rank computes.
     """
+
+    def end_of(action: Action, start_R: Amounts) -> Amounts:
+        here = durations if isinstance(durations, Durations) else durations[action.stage]
+        return start_R + here.of(action.kind)
+
+    spans = timed(table, end_of, 1, hand_over=hand_over)
+    return Timeline(
+        spans_of_rank=tuple(
+            tuple(
+                Span(action, float(start_R[0]), float(end_R[0])) for action, start_R, end_R in row
+            )
+            for row in spans
+        )
+    )
+
+
+def timed(
+    table: Table,
+    end_of: Callable[[Action, Amounts], Amounts],
+    num_pipelines: int,
+    *,
+    hand_over: float = 0.0,
+) -> list[list[tuple[Action, Amounts, Amounts]]]:
+    """When the actions of each rank start and end, fp64 [R], in pipelines that all run this table.
+
+    Args:
+        end_of: when an action ends that could start at these times. It is asked for each once, after all that the action needs,
+            and may have pipelines wait for one another.
+
+    Raises:
+        ValueError: ranks wait for each other for ever, or for what no rank computes.
+    """
     rank_of_stage = {a.stage: rank for rank, actions in enumerate(table) for a in actions}
     last_stage = max(rank_of_stage)
-    ended: dict[_Result, float] = {}
-    sent: dict[_Result, float] = {}
-    spans: list[list[Span]] = [[] for _ in table]
+    ended: dict[_Result, Amounts] = {}
+    sent: dict[_Result, Amounts] = {}
+    spans: list[list[tuple[Action, Amounts, Amounts]]] = [[] for _ in table]
 
-    def arrival(result: _Result, rank: int) -> float:
-        """When `rank` has it; inf if that is not known yet."""
+    def arrival(result: _Result, rank: int) -> Amounts | None:
+        """When `rank` has it; None if that is not known yet."""
         if rank_of_stage[result[1]] == rank:
-            return ended.get(result, inf)
-        return sent.get(result, inf) + hand_over
+            return ended.get(result)
+        return sent[result] + hand_over if result in sent else None
 
     progress = True
     while progress:
@@ -120,17 +157,18 @@ def walk(
             done = spans[rank]
             while len(done) < len(actions):
                 action = actions[len(done)]
-                arrivals = [arrival(need, rank) for need in _needs(action, last_stage)]
-                start = max([done[-1].end if done else 0.0, *arrivals])
-                if start == inf:
+                needs = _needs(action, last_stage)
+                arrivals = [at_R for need in needs if (at_R := arrival(need, rank)) is not None]
+                if len(arrivals) < len(needs):
                     break
-                here = durations if isinstance(durations, Durations) else durations[action.stage]
-                end = start + here.of(action.kind)
-                done.append(Span(action, start, end))
-                ended[_result(action)] = end
-                for back, earlier in enumerate(done[:-3:-1]):
-                    if earlier.action.sent_after == back:
-                        sent[_result(earlier.action)] = end
+                free_at_R = done[-1][2] if done else np.zeros(num_pipelines)
+                start_R = np.maximum.reduce([free_at_R, *arrivals])
+                end_R = end_of(action, start_R)
+                done.append((action, start_R, end_R))
+                ended[_result(action)] = end_R
+                for back, (earlier, _, _) in enumerate(done[:-3:-1]):
+                    if earlier.sent_after == back:
+                        sent[_result(earlier)] = end_R
                 progress = True
     stuck = {
         rank: actions[len(done)]
@@ -139,7 +177,21 @@ def walk(
     }
     if stuck:
         raise ValueError(f"the schedule stands still before {stuck}")
-    return Timeline(spans_of_rank=tuple(map(tuple, spans)))
+    return spans
+
+
+def one_f_one_b(p: int, n: int) -> list[list[Action]]:
+    """The table of 1F1B (2104.04473, section 2.2): as many forwards as there are ranks behind, then a forward and a backward in
+    turn. Torch runs the same order for n >= p."""
+    table: list[list[Action]] = []
+    for rank in range(p):
+        ahead = min(n, p - 1 - rank)
+        actions = [Action("F", rank, i) for i in range(ahead)]
+        for i in range(n):
+            actions += [Action("F", rank, i + ahead)] if i + ahead < n else []
+            actions.append(Action("B", rank, i))
+        table.append(actions)
+    return table
 
 
 _Result = tuple[str, int, int]

@@ -7,12 +7,7 @@ from fractions import Fraction
 from functools import cached_property
 
 from moesys.config.schema import Recompute
-from moesys.plan.activations import (
-    ActivationCase,
-    dense_block_bytes,
-    memory_block_bytes,
-    moe_block_bytes,
-)
+from moesys.plan.activations import ActivationCase, block_bytes
 from moesys.plan.in_flight import micro_batches_in_flight
 from moesys.plan.parameters import Parameter
 from moesys.plan.rank import RankOfRun
@@ -83,10 +78,7 @@ class MemoryCase(RankOfRun):
 
     def block_bytes(self, layer: int, recompute: Recompute) -> int:
         """What a layer keeps of one micro-batch."""
-        of_kind = memory_block_bytes if self.has_memory(layer) else dense_block_bytes
-        if self.is_moe(layer):
-            of_kind = moe_block_bytes
-        return round(of_kind(self.activations(layer, recompute)))
+        return round(block_bytes(self.activations(layer, recompute), layer))
 
     @cached_property
     def first_alike(self) -> list[int]:

@@ -1,20 +1,44 @@
 """The report's CSS, light and dark, wide and narrow; and the few lines of script that read a chart."""
 
+import re
+from collections.abc import Mapping
+
+
+def _named(text: str) -> dict[str, str]:
+    """Names and colours in turn."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+_LIGHT = _named("""
+  page #f6f7f9 card #ffffff ink #1a1d21 soft #5b636e line #dfe3e8 grid #e9ecf0 good #00704f warn #a84a00
+  c1 #0072b2 c2 #d55e00 c3 #009e73 c4 #a3618c c5 #56b4e9 c6 #c98500 c7 #8a929c c8 #1a1d21
+""")
+_DARK = _named("""
+  page #14171a card #1d2125 ink #e8eaed soft #a2abb5 line #343a41 grid #2a2f35 good #3fd0a2 warn #f0a35e
+  c1 #4fb0f0 c2 #f58a42 c3 #2fc296 c4 #dd96c4 c5 #86cdf5 c6 #f0c04a c7 #7d8690 c8 #ffffff
+""")
+
+
+def in_colours(rules: str) -> str:
+    """Rules of a drawing that is no part of a page: each `var(--name)` is its colour, and the dark one where that is preferred."""
+
+    def of(colours: Mapping[str, str]) -> str:
+        return re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], rules)
+
+    return f"{of(_LIGHT)}@media(prefers-color-scheme:dark){{{of(_DARK)}}}"
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
 STYLE = (
+    f"""
+:root {{ color-scheme: light dark; {_variables(_LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(_DARK)} }} }}
+"""
     """
-:root {
-  color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #1a1d21; --soft: #5b636e; --line: #dfe3e8; --grid: #e9ecf0;
-  --c1: #0072b2; --c2: #d55e00; --c3: #009e73; --c4: #a3618c; --c5: #56b4e9; --c6: #c98500; --c7: #8a929c;
-  --c8: #1a1d21; --good: #00704f; --warn: #a84a00;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #14171a; --card: #1d2125; --ink: #e8eaed; --soft: #a2abb5; --line: #343a41; --grid: #2a2f35;
-    --c1: #4fb0f0; --c2: #f58a42; --c3: #2fc296; --c4: #dd96c4; --c5: #86cdf5; --c6: #f0c04a; --c7: #7d8690;
-    --c8: #ffffff; --good: #3fd0a2; --warn: #f0a35e;
-  }
-}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1240px; margin: 0 auto; padding: 28px 20px 60px; }

@@ -9,7 +9,7 @@ import moesys
 from moesys.cli import main
 from tests.cli.processor_time import children_s
 
-COMMANDS = ("train", "prep", "config", "report", "ckpt", "bench", "doctor")
+COMMANDS = ("train", "prep", "config", "report", "ckpt", "bench", "doctor", "plan")
 HEAVY = ("torch", "numpy", "hydra", "omegaconf", "rich", "matplotlib")
 
 

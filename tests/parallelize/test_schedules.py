@@ -19,7 +19,7 @@ from moesys.parallelize.schedules import (
     make_schedule,
     with_torch_first_stage,
 )
-from moesys.plan.bubble import Action, Durations, paper_bubble, walk
+from moesys.plan.bubble import Action, Durations, one_f_one_b, paper_bubble, walk
 from moesys.plan.pipeline import LOOPED, schedule_problems, stages_of_rank, stages_per_rank
 from moesys.testing.ranks import run_ranks
 
@@ -32,6 +32,12 @@ def layouts(schedule: str, most_ranks: int = 4) -> Iterator[tuple[int, int]]:
     for pp in range(1, most_ranks + 1):
         for virtual_stages in (1, 2, 3) if schedule in LOOPED else (1,):
             yield pp, virtual_stages
+
+
+def test_1f1b_is_torchs_order() -> None:
+    for pp in range(1, 6):
+        for n in range(pp, pp + 7):
+            assert one_f_one_b(pp, n) == action_table("1f1b", pp, 1, n)
 
 
 @pytest.mark.parametrize("schedule", TORCH_NAMES)

@@ -1,13 +1,16 @@
 """The walk of a table, on tables small enough to draw."""
 
+import numpy as np
 import pytest
 
 from moesys.plan.bubble import (
     Action,
     Durations,
     interleaved_bubble,
+    one_f_one_b,
     one_f_one_b_bubble,
     paper_bubble,
+    timed,
     walk,
     zbv_bubble,
 )
@@ -71,6 +74,21 @@ def test_stages_differ() -> None:
     assert times(timeline, 1) == [(1, 4), (4, 6), (6, 9), (9, 11)]
     assert timeline.busy_of_rank == (6, 10)
     assert timeline.bubble_time == timeline.makespan - 10
+
+
+def test_micro_batches_differ_and_pipelines_wait_for_each_other() -> None:
+    """Micro-batches take 1 and 3 forward and nothing backward, twice as long in the second pipeline; on stage 1 both pipelines
+    end together."""
+
+    def end_of(action: Action, start_R: np.ndarray) -> np.ndarray:
+        seconds = (1.0 + 2 * action.micro_batch) * (action.kind == "F")
+        end_R = start_R + seconds * np.array([1.0, 2.0])
+        return np.full(2, end_R.max()) if action.stage == 1 else end_R
+
+    assert one_f_one_b(2, 2) == TWO_RANKS
+    first, second = timed(TWO_RANKS, end_of, 2)
+    assert [end_R.tolist() for _, _, end_R in first] == [[1, 2], [4, 8], [4, 8], [14, 14]]
+    assert [end_R.tolist() for _, _, end_R in second] == [[4, 4], [4, 4], [14, 14], [14, 14]]
 
 
 @pytest.mark.parametrize(

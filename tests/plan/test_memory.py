@@ -12,6 +12,7 @@ from moesys.config.schema import MemoryLayersConfig, ParallelConfig, RunConfig
 from moesys.ops.shard import local_tensor
 from moesys.optim.build import optimizer_tensors
 from moesys.parallel.dims import parallel_dims
+from moesys.plan.activations import token_bytes
 from moesys.plan.memory import RankMemory, rank_memory
 from moesys.plan.memory_case import MemoryCase
 from moesys.plan.pipeline import layers_of_stages
@@ -56,6 +57,15 @@ def formula(config: RunConfig, world_size: int, rank: int) -> RankMemory:
             on_gpu=False,
         )
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["one rank", *(n for n, (_, d) in LAYOUTS.items() if "pp" not in d)]
+)
+def test_activations_are_so_many_bytes_a_token(name: str) -> None:
+    world_size, config = layout(WIDE, name)
+    tokens = config.train.micro_batch_tokens // config.parallel.cp
+    assert formula(config, world_size, 0).activations == pytest.approx(tokens * token_bytes(config))
 
 
 def local_bytes(tensors) -> int:

@@ -55,13 +55,17 @@ class BatchCosts:
         return sum((kind.seconds(lengths) for kind in self.attention), np.zeros(np.shape(lengths)))
 
     def rank_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
-        """Of pieces on each of so many ranks: a block of keys that goes around is under way while the rank works on the one
-        before it, and what it takes longer is waited for."""
+        """Of pieces on each of so many ranks, with what these wait for keys."""
+        size = np.asarray(sizes, dtype=np.float64)
+        return self.work_s(lengths) / size + self.piece_s + self.waited_s(lengths, size)
+
+    def waited_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
+        """For keys: a block of them that goes around is under way while the rank works on the one before it, and what it takes
+        longer is waited for."""
         size = np.asarray(sizes, dtype=np.float64)
         block_s = self.block_token_s * np.asarray(lengths) / size + self.hop_s
         under_s = self.attention_s(lengths) / size**2
-        waited_s = (size - 1) * np.maximum(0.0, block_s - under_s)
-        return self.work_s(lengths) / size + self.piece_s + waited_s
+        return (size - 1) * np.maximum(0.0, block_s - under_s)
 
 
 def costs_of(
@@ -75,18 +79,24 @@ def costs_of(
     """By formula: products of all layers at one rate, and what rings pass on at another (None = for free).
 
     A query with a key is 4 * heads * head_dim FLOPs a layer, of which causal attention does those that it may; backward is
-    twice the forward. Keys and values travel in forward and backward, their gradients in fp32 beside.
+    twice the forward.
     """
     width = model.total_heads * model.resolved_head_dim
-    keys = 2 * model.total_kv_heads * model.resolved_head_dim
     pair_flops = 3 * 4 * width * model.total_layers
-    moved_bytes = model.total_layers * keys * (2 * key_bytes + 4)
+    moved_bytes = block_token_bytes(model, key_bytes)
     return BatchCosts(
         attention=(AttentionKind(pair_s=pair_flops / flops_per_s),),
         token_s=training_flops_per_token(model, 0) / flops_per_s,
         block_token_s=moved_bytes / bytes_per_s if bytes_per_s else 0.0,
         hop_s=hop_s * model.total_layers,
     )
+
+
+def block_token_bytes(model: ModelConfig, key_bytes: int) -> int:
+    """Of a token, from one rank of a ring to the next, in all layers: keys and values in forward and backward, their gradients
+    in fp32 beside."""
+    keys = 2 * model.total_kv_heads * model.resolved_head_dim
+    return model.total_layers * keys * (2 * key_bytes + 4)
 
 
 def rank_seconds(plan: BatchPlan, costs: BatchCosts) -> Amounts:
