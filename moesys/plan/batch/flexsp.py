@@ -1,6 +1,6 @@
 """FlexSP (2412.01523): in each micro-step ranks form groups of different sizes, by a mixed-integer program. Pure.
 
-Sequences in order of length are cut into micro-batches of about as many tokens (section 4.2), so that those of one are of like
+Sequences in order of length are cut into micro-batches of about as many tokens, so that those of one are of like
 lengths. For each a program chooses groups of a power of two ranks, or of all, and what each gets, such that the slowest ends as
 early as can be (`group_program`); sequences stand in it in buckets of like lengths.
 

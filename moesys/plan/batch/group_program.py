@@ -1,6 +1,6 @@
 """How many groups of each size ranks form, and which lengths each size gets, within a time: a mixed-integer program. Pure.
 
-FlexSP (2412.01523, section 4.1) names every group that there might be, 127 of 64 ranks, and asks for the least time of the
+FlexSP (2412.01523) names every group that there might be, 127 of 64 ranks, and asks for the least time of the
 slowest. All groups of a size are alike, so that such a program has as many equal answers as there are orders of them, and its
 relaxation, which opens a sliver of each, says nothing. Here groups of a size are counted, and the time is given: what all of
 them together have must be enough, and of pieces that take more than a half, or a third, of a group no more than one, or two,

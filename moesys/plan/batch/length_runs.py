@@ -38,7 +38,7 @@ def _of_most_tokens(ends_N: Integers, most_tokens: int) -> list[slice]:
 def length_buckets(lengths_N: Integers, most_buckets: int) -> list[slice]:
     """So many runs, or one for each place, such that sequences are the fewest tokens shorter than the longest of their run.
 
-    By dynamic programming over the last run (FlexSP, 2412.01523, section 4.1.3).
+    By dynamic programming over the last run (the bucketing of FlexSP, 2412.01523).
     """
     number = len(lengths_N)
     at_P = np.unique(np.linspace(0, number, min(number, MOST_PLACES) + 1).astype(np.int64))

@@ -23,7 +23,7 @@ from tests.plan.placements import seeds
 
 
 def least_s(lengths_N: Integers, num_ranks: int, capacity: int, costs: BatchCosts) -> float | None:
-    """Of a micro-step: the program of FlexSP (2412.01523, section 4.1), a name for each group and no buckets."""
+    """Of a micro-step: the program of FlexSP (2412.01523), a name for each group and no buckets."""
     sizes_P = np.array([size for size in group_sizes(num_ranks) for _ in range(num_ranks // size)])
     n, p = len(lengths_N), len(sizes_P)
     # The solver's tolerances are absolute.
