@@ -66,7 +66,7 @@ $(CORE_STAMP): | $(BIN)/python
 
 $(TEST_STAMP): $(CORE_STAMP)
 	@echo "Installing what the tests need"
-	@$(REQUIREMENTS) test tracking huggingface deepspeed > $(STAMPS)/requirements.txt
+	@$(REQUIREMENTS) test tracking huggingface deepspeed planning > $(STAMPS)/requirements.txt
 	@$(INSTALL) -r $(STAMPS)/requirements.txt
 	@$(call finish,test)
 

@@ -22,7 +22,7 @@ CORE = (
 )
 OPTIONAL = (
     *("megatron-core", "deepspeed", "transformers", "wandb", "tensorboard", "matplotlib"),
-    *("triton", "mpi4py"),
+    *("triton", "mpi4py", "scipy"),
 )
 CONSTRAINTS = Path(moesys.__file__).resolve().parents[1] / "constraints.txt"
 """The versions that are tested; an installed wheel comes without."""

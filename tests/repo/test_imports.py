@@ -114,6 +114,7 @@ HEAVY = {
     "matplotlib": (),
     "megatron": ("integrations.megatron",),
     "mpi4py": (),
+    "scipy": (),
     "tensorboard": (),
     "transformers": (),
     "triton": ("ops.triton",),

@@ -4,6 +4,7 @@ Shapes: S sequences.
 """
 
 from moesys.plan.batch.cost import BatchCosts, free_s, in_step_s, rank_seconds
+from moesys.plan.batch.flexsp import flexsp
 from moesys.plan.batch.hdp import hdp
 from moesys.plan.batch.in_step import hdp_in_step
 from moesys.plan.batch.naive import naive
@@ -12,7 +13,7 @@ from moesys.plan.batch.plan import BatchPlan
 from moesys.plan.batch.static import balanced, context_size, packed
 from moesys.plan.placement import Integers
 
-POLICIES = ("naive", "static", "sorted", "karmarkar_karp", "hdp")
+POLICIES = ("naive", "static", "sorted", "karmarkar_karp", "flexsp", "hdp")
 
 
 def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool) -> float:
@@ -36,7 +37,7 @@ def planned(
         meets: ranks do in every layer, for experts.
 
     Raises:
-        ValueError: a sequence that all ranks together have no memory for.
+        ValueError: a sequence that all ranks together have no memory for; FlexSP without scipy.
     """
     budget = lengths_S, num_ranks, capacity_tokens
     if policy == "naive":
@@ -47,6 +48,8 @@ def planned(
             return packed(*budget, size)
         partition = sorted_greedy if policy == "sorted" else karmarkar_karp
         return balanced(*budget, size, costs, partition)
+    if policy == "flexsp":
+        return flexsp(*budget, costs)
     assert policy == "hdp", policy
     plans = [naive(*budget), (hdp_in_step if meets else hdp)(*budget, costs)]
     return min(plans, key=lambda plan: batch_seconds(plan, costs, meets=meets))
