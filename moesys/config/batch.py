@@ -46,7 +46,7 @@ def _memory(config: RunConfig, dims: ParallelDims) -> Iterator[Problem]:
 
 
 def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
-    given = config.batch.policy
+    given, moe = config.batch.policy, config.model.moe
     refused = [
         (
             config.parallel.cp > 1,
@@ -54,7 +54,7 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             "use parallel.cp=1",
         ),
         (
-            config.model.moe.balance.sequence_loss_coef != 0,
+            moe.balance.sequence_loss_coef != 0,
             "cuts sequences for any ranks, and model.moe.balance.sequence_loss_coef wants the loads of each",
             "use balance=aux_global",
         ),
@@ -63,6 +63,11 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             f"gives ranks different numbers of tokens, and those of parallel.ep={config.parallel.ep} read "
             f"model.memory_layers.layers={[*config.model.memory_layers.layers]} together",
             "use parallel.ep=1",
+        ),
+        (
+            moe.capacity_factor is not None and moe.capacity_policy == "pad",
+            "gives ranks different numbers of tokens, and model.moe.capacity_policy=pad wants as many rows of each",
+            "use model.moe.capacity_policy=drop",
         ),
         (
             config.placement.makes_copies,

@@ -76,7 +76,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "attention experts": {"attention_experts": 2},
     "what layers share": {"share_depth": "all", "num_dense_layers": 0},
     "tied": {"tie_embeddings": True},
-    "capacity": {"moe": replace(PIECES.model.moe, capacity_factor=8.0, capacity_policy="pad")},
+    "capacity": {"moe": replace(PIECES.model.moe, capacity_factor=8.0)},
     "null experts": {"moe": replace(PIECES.model.moe, zero_experts=1, constant_experts=2)},
     "a router's state": {
         "moe": replace(
