@@ -56,7 +56,7 @@ class EvalSequences:
         first_S = (np.cumsum(self._lengths_S) - self._lengths_S) // batch_tokens
         ends = np.flatnonzero(np.diff(first_S)) + 1
         self._plans = [
-            (run.start, request.plan(self._lengths_S[run]))
+            (run.start, request.plan(self._lengths_S[run]).plan)
             for run in map(slice, [0, *ends.tolist()], [*ends.tolist(), len(first_S)])
         ]
 

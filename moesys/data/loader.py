@@ -116,6 +116,9 @@ class TokenLoader(MixedOrder):
         """So many tokens are."""
         return num_tokens / self._seq_len
 
+    def close(self) -> None:
+        """Nothing is open but memory maps."""
+
     def next_step(self) -> list[MicroBatch]:
         """This rank's micro-batches of the next step, in order. Every rank gets equally many."""
         batches = self.step_at(self.consumed_samples)

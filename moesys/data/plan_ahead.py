@@ -8,17 +8,37 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
 from moesys.plan.batch.cost import AttentionKind, BatchCosts
+from moesys.plan.batch.figures import BatchFigures, figures
 from moesys.plan.batch.plan import BatchPlan
-from moesys.plan.batch.policies import planned
+from moesys.plan.batch.policies import batch_seconds, planned
+from moesys.plan.batch.timeline import timeline
 from moesys.plan.placement import Integers
+
+
+class PlannedStep(NamedTuple):
+    """With what is expected of it."""
+
+    plan: BatchPlan
+    figures: BatchFigures
+
+    def to_json(self) -> list[Any]:
+        """Plain values."""
+        return [self.plan.to_json(), asdict(self.figures)]
+
+    @classmethod
+    def from_json(cls, told: Sequence[Any]) -> Self:
+        """The same."""
+        plan, found = told
+        return cls(BatchPlan.from_json(plan), BatchFigures(**found))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +52,14 @@ class PlanRequest:
     costs: BatchCosts
     meets: bool
     """Ranks do in every layer."""
+    stages: int = 1
+    """Of each rank's pipeline."""
+    block_token_bytes: float = 0.0
+    """Of a token, from one rank of a ring to the next, in all layers."""
 
-    def plan(self, lengths_S: Integers) -> BatchPlan:
+    def plan(self, lengths_S: Integers) -> PlannedStep:
         """Here and now."""
-        return planned(
+        plan = planned(
             self.policy,
             lengths_S,
             self.num_ranks,
@@ -43,6 +67,19 @@ class PlanRequest:
             self.costs,
             meets=self.meets,
         )
+        if self.stages == 1:
+            step_s = batch_seconds(plan, self.costs, meets=self.meets)
+        else:
+            walked = timeline(plan, self.costs, stages=self.stages, meets=self.meets, ranks=())
+            step_s = walked.step_s
+        found = figures(
+            plan,
+            self.costs,
+            step_s,
+            stages=self.stages,
+            block_token_bytes=self.block_token_bytes,
+        )
+        return PlannedStep(plan, found)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -51,10 +88,14 @@ class PlanRequest:
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> "PlanRequest":
         """The same."""
-        costs = dict(told["costs"])
-        kinds = tuple(AttentionKind(**kind) for kind in costs.pop("attention"))
-        own: dict[str, Any] = told | {"costs": BatchCosts(attention=kinds, **costs)}
-        return cls(**own)
+        return cls(**told | {"costs": costs_from_json(told["costs"])})  # pyright: ignore
+
+
+def costs_from_json(told: Mapping[str, Any]) -> BatchCosts:
+    """From what dataclasses.asdict made of them."""
+    costs = dict(told)
+    kinds = tuple(AttentionKind(**kind) for kind in costs.pop("attention"))
+    return BatchCosts(attention=kinds, **costs)
 
 
 class PlanAhead:
@@ -62,7 +103,7 @@ class PlanAhead:
 
     def __init__(self, request: PlanRequest) -> None:
         self._request = request
-        self._plans: dict[int, tuple[Integers, Future[BatchPlan]]] = {}
+        self._plans: dict[int, tuple[Integers, Future[PlannedStep]]] = {}
         self._process: subprocess.Popen[str] | None = None
         self._asking = ThreadPoolExecutor(1, thread_name_prefix="plan-ahead")
 
@@ -71,16 +112,16 @@ class PlanAhead:
         if position not in self._plans or not np.array_equal(self._plans[position][0], lengths_S):
             self._plans[position] = lengths_S, self._asking.submit(self._ask, lengths_S)
 
-    def take(self, position: int, lengths_S: Integers) -> BatchPlan:
+    def take(self, position: int, lengths_S: Integers) -> PlannedStep:
         """The plan of the step from there; those of steps up to it are forgotten.
 
         Raises:
             RuntimeError: the process that makes plans has ended.
         """
         self.begin(position, lengths_S)
-        plan = self._plans[position][1].result()
+        step = self._plans[position][1].result()
         self._plans = {at: kept for at, kept in self._plans.items() if at > position}
-        return plan
+        return step
 
     def close(self) -> None:
         """End the process. Plans that are not taken are lost."""
@@ -91,7 +132,7 @@ class PlanAhead:
             self._process.wait()
             self._process = None
 
-    def _ask(self, lengths_S: Integers) -> BatchPlan:
+    def _ask(self, lengths_S: Integers) -> PlannedStep:
         if self._process is None:
             # One thread: the training loop has the processors.
             alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -110,7 +151,7 @@ class PlanAhead:
                 f"the process that makes batch plans has ended (exit code {self._process.wait()}): what it said is above; "
                 "batch.plan_ahead_steps=0 makes plans without it"
             )
-        return BatchPlan.from_json(json.loads(answer))
+        return PlannedStep.from_json(json.loads(answer))
 
     @property
     def _stdin(self) -> Any:
@@ -127,8 +168,8 @@ def main() -> None:
     """What the process does: a request, then lengths, a plan for each."""
     request = PlanRequest.from_json(json.loads(sys.stdin.readline()))
     for line in sys.stdin:
-        plan = request.plan(np.array(json.loads(line), dtype=np.int64))
-        sys.stdout.write(json.dumps(plan.to_json()) + "\n")
+        step = request.plan(np.array(json.loads(line), dtype=np.int64))
+        sys.stdout.write(json.dumps(step.to_json()) + "\n")
         sys.stdout.flush()
 
 

@@ -8,17 +8,19 @@ Shapes: S sequences of a step, B positions asked for, G tokens of a step.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moesys.data.mixed_order import MixedOrder
 from moesys.data.pieces import rank_batch
-from moesys.data.plan_ahead import PlanAhead, PlanRequest
+from moesys.data.plan_ahead import PlanAhead, PlannedStep, PlanRequest
 from moesys.data.sequences import EmptyDocuments, LongDocuments, find_sequences
 from moesys.data.source import Source, SourceOrder
 from moesys.data.step_batch import StepBatch
-from moesys.plan.batch.plan import BatchPlan, problems
+from moesys.plan.batch.cost import BatchCosts
+from moesys.plan.batch.plan import problems
 from moesys.plan.placement import Integers
 
 
@@ -97,11 +99,11 @@ class SequenceLoader(MixedOrder):
         self._tokens_N = [0] * len(self.sources)
         """Read of each source so far."""
         self._num_ahead = plan_ahead_steps
-        self._ahead = PlanAhead(request) if plan_ahead_steps else None
+        self._ahead: PlanAhead | None = None
         self._steps: dict[int, _Step] = {}
         """That have been looked up and not yet read."""
-        self.plan: BatchPlan | None = None
-        """Of the step last read."""
+        self.planned: PlannedStep | None = None
+        """The step last read."""
 
     @property
     def consumed_tokens(self) -> int:
@@ -117,6 +119,24 @@ class SequenceLoader(MixedOrder):
         """So many tokens are, with the mix as it is now and sequences of mean length."""
         means_N = (of.num_inputs / of.number for of in self.sequences)
         return num_tokens / sum(w * m for w, m in zip(self.mix.weights_N, means_N, strict=True))
+
+    def plan_fields(self) -> dict[str, Any]:
+        """Of the step last read, for records: its sequences, its micro-steps, and what was expected of it."""
+        if self.planned is None:
+            return {}
+        plan, found = self.planned
+        return {
+            "sequences": int((plan.lengths_S > 0).sum()),
+            "micro_steps": found.micro_steps,
+            "planned_ms": found.step_s * 1e3,
+            "planned_idle": found.idle_share,
+            "planned_keys_wait": found.keys_share,
+            "ring_bytes": int(found.ring_bytes),
+        }
+
+    def plan_by(self, costs: BatchCosts) -> None:
+        """Before the first step is read."""
+        self._request = replace(self._request, costs=costs)
 
     def turn_mix(self, weights: Sequence[float]) -> None:
         """As MixedOrder's; what was planned ahead with other weights is planned again."""
@@ -152,11 +172,11 @@ class SequenceLoader(MixedOrder):
         super().load_state_dict(state)
         self._tokens_N = list(state["tokens"])
 
-    def _batch(self, step: _Step, plan: BatchPlan) -> StepBatch:
+    def _batch(self, step: _Step, planned: PlannedStep) -> StepBatch:
         """Raises ValueError for a plan that cannot be executed."""
+        plan, self.planned = planned.plan, planned
         if found := problems(plan, self._request.capacity_tokens):
             raise ValueError(f"the plan of a step by batch.policy={self._request.policy}: {found}")
-        self.plan = plan
         tokens_S = [
             self.sources[source].tokens.tokens_N[start : start + length + 1]
             for source, start, length in zip(*(x.tolist() for x in step[1:]), strict=True)
@@ -177,14 +197,16 @@ class SequenceLoader(MixedOrder):
             batches = [b for b in batches if b.input_ids_BS.numel()] or batches[:1]
         return StepBatch(micro_batches=batches, lengths_L=step.lengths_S)
 
-    def _plan_ahead(self, step: _Step) -> BatchPlan:
-        if self._ahead is None:
+    def _plan_ahead(self, step: _Step) -> PlannedStep:
+        if not self._num_ahead:
             return self._request.plan(step.lengths_S)
-        plan = self._ahead.take(step.first, step.lengths_S)
+        if self._ahead is None:
+            self._ahead = PlanAhead(self._request)
+        planned = self._ahead.take(step.first, step.lengths_S)
         for _ in range(self._num_ahead):
             step = self._step_from(step.first + len(step.lengths_S))
             self._ahead.begin(step.first, step.lengths_S)
-        return plan
+        return planned
 
     def _step_from(self, first: int) -> _Step:
         """The sequences from a position on that a step has."""

@@ -10,7 +10,7 @@ from moesys.data.loader import EvalBatches, TokenLoader
 from moesys.data.plan_ahead import PlanRequest
 from moesys.data.sequence_loader import SequenceLoader
 from moesys.data.source import Source
-from moesys.plan.batch.cost import costs_of
+from moesys.plan.batch.cost import block_token_bytes, costs_of
 
 
 def build_loader(config: RunConfig, dp_rank: int, dp_size: int) -> TokenLoader | SequenceLoader:
@@ -92,6 +92,8 @@ def _request(config: RunConfig, dp_size: int) -> PlanRequest:
         capacity_tokens=config.train.micro_batch_tokens,
         costs=costs_of(config.model, flops_per_s=1e12),
         meets=parallel.ep > 1 or parallel.zero > 1,
+        stages=parallel.pp,
+        block_token_bytes=block_token_bytes(config.model, config.train.compute_bytes),
     )
 
 

@@ -30,12 +30,14 @@ def planned_epochs(config: RunConfig, loader: TokenLoader | SequenceLoader) -> d
     return {"sources": found} if found else {}
 
 
-def mix_fields(loader: TokenLoader | SequenceLoader) -> dict[str, Any]:
-    """For a train record: the weights that the next step reads with, and the tokens of each source so far."""
+def step_fields(loader: TokenLoader | SequenceLoader) -> dict[str, Any]:
+    """For a train record: the weights that the next step reads with, the tokens of each source so far, and how the step was planned."""
     weights = {s.name: w for s, w in zip(loader.sources, loader.mix.weights_N, strict=True)}
+    planned = loader.plan_fields() if isinstance(loader, SequenceLoader) else {}
     if "" in weights:
-        return {}
-    return {"weight_by_source": weights, "tokens_by_source": loader.tokens_of_sources()}
+        return planned
+    mixed = {"weight_by_source": weights, "tokens_by_source": loader.tokens_of_sources()}
+    return mixed | planned
 
 
 def text_entropies(config: RunConfig, manifests: Mapping[str, DataManifest]) -> dict[str, float]:

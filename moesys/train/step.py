@@ -3,6 +3,7 @@
 Shapes: B sequences of S tokens in a micro-batch, N targets ahead of a token, M MoE layers, E experts, W ranks.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -185,6 +186,29 @@ class TrainStep:
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX], sums.placed)
         return self._result(sums, is_applied=rate is not None)
+
+    def rehearse(self, batch: StepBatch) -> float:
+        """Seconds of this rank's forwards and backwards, which leave no trace but in random states. Collective as a step."""
+        self.batch = batch
+        self.model.train()
+        self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._synchronize()
+        began = time.perf_counter()
+        self._run_micro_steps()
+        self._synchronize()
+        seconds = time.perf_counter() - began
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer in self.model.moe_layers():
+            layer.balance.end_step()
+            layer.load.take(self.device)
+            layer.load.take_entropy(self.device)
+        self.read_exchange_meters()
+        self.timer.read()
+        return seconds
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _of_samples(self, micro_batches: Sequence[MicroBatch]) -> StepBatch:
         """This rank's positions of samples of equal length."""

@@ -16,7 +16,6 @@ from moesys.checkpoint.store import load_latest_good
 from moesys.config.compose import to_yaml
 from moesys.optim.schedule import learning_rate
 from moesys.train.anomaly import AnomalyState
-from moesys.train.backend_choice import choose_backend
 from moesys.train.beginning import Beginning, begin
 from moesys.train.codec_choice import CodecChoice
 from moesys.train.eval_stop import EvalStop
@@ -24,6 +23,7 @@ from moesys.train.evaluate import evaluate
 from moesys.train.folder import may_fail, must_begin, write_text
 from moesys.train.grace import Pace, StopPlan, plan_stop, slowest
 from moesys.train.guard import Guard
+from moesys.train.measuring import measure
 from moesys.train.metrics import MetricsLog
 from moesys.train.mixing import Mixing
 from moesys.train.patience import LONGEST_S, patience_s
@@ -38,7 +38,7 @@ from moesys.train.replicas import Replicas
 from moesys.train.setup import Run
 from moesys.train.signals import StopRequest
 from moesys.train.sinks import open_sinks
-from moesys.train.sources import data_manifest, mix_fields, planned_epochs, text_entropies
+from moesys.train.sources import data_manifest, planned_epochs, step_fields, text_entropies
 from moesys.train.start_up import StartUp
 from moesys.train.state import begin_random_state, random_state, run_tensors
 from moesys.train.step import StepResult, TrainStep
@@ -111,7 +111,7 @@ class Trainer:
         is_writer = self.run.process.rank == 0
         begun = self._resume()
         self.start_up.mark("load")
-        self.found = choose_backend(self.run, self._dtype()) | self.train_step.placements.measure()
+        self.found = measure(self.run, self.train_step, self._dtype())
         self.yardstick = yardstick(self.run, self._dtype())
         begin_random_state(self.run, begun.resumed)  # last, because measuring draws random numbers
         if self.config.checkpoint.every_steps:
@@ -132,6 +132,7 @@ class Trainer:
                 self._write_summary(status)
         finally:
             self.saver.close()
+            self.run.loader.close()
             if self.log is not None:
                 self.log.close()
         return status
@@ -303,7 +304,7 @@ class Trainer:
                 peak_tflops=self.yardstick.peak_tflops,
             )
             | self.step_times.fields(step_s, sections_ms)
-            | mix_fields(self.run.loader)
+            | step_fields(self.run.loader)
         )
         self.unrecorded_checkpoint_ms = 0.0
 
