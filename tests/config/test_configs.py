@@ -40,6 +40,7 @@ def test_the_tree_is_where_it_should_be() -> None:
         "balance",
         "codec",
         "placement",
+        "batch",
         "data",
         "optim",
         "schedule",
