@@ -167,6 +167,7 @@ def test_every_way_to_start_is_shown() -> None:
     assert ways == {"moesys train", "-m moesys.train", "launch/run.sh"}
     assert {name for name, _ in TRAININGS} == {
         "README.md",
+        "batches.md",
         "launch.md",
         "placement.md",
         "custom_router.md",
