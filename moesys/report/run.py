@@ -29,6 +29,7 @@ COLUMNS = (
     "router_entropy",
     "sent_bytes", "between_nodes_bytes", "codec_rows", "compression_ratio", "step_ms", "exchange_ms",
     *(f"{part}_ms" for part in PARTS),
+    "sequences", "micro_steps", "planned_ms", "planned_idle", "planned_keys_wait", "ring_bytes",
     "rank_imbalance", "owner_imbalance", "load_prediction_error", "copies_bytes", "copies_between_nodes_bytes",
     "copies_wait_ms", "added_copies", "moved_experts", "reshard_bytes",
 )  # fmt: skip

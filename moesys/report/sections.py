@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from moesys.report.batch_section import batch_charts
 from moesys.report.chart import Chart, bar_chart, stacked_chart
 from moesys.report.figures import time_split
 from moesys.report.goodput_section import goodput_content
@@ -37,6 +38,7 @@ def chart_sections(run: Run, *, unigram_bits_per_byte: float | None) -> list[Sec
         _section("balance", "Expert load", _balance(lines), run.loads and load_maps(run.loads)),
         _section("layers", "MoE layers", [], _layers(run)),
         _section("placement", "Expert placement", placement_charts(lines), placement_content(run)),
+        _section("batches", "Batches of documents", batch_charts(lines)),
         _section("sources", "Sources of text", _sources(lines), preferences(run.last_eval)),
         _section("time", "Where the time goes", [_step_time(lines)], _time_table(run)),
         _section("goodput", "Goodput", [], goodput_content(run)),
