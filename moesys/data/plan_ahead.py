@@ -52,6 +52,8 @@ class PlanRequest:
     costs: BatchCosts
     meets: bool
     """Ranks do in every layer."""
+    longest_tokens: int = 0
+    """Of a sequence of any step."""
     stages: int = 1
     """Of each rank's pipeline."""
     block_token_bytes: float = 0.0
@@ -66,6 +68,7 @@ class PlanRequest:
             self.capacity_tokens,
             self.costs,
             meets=self.meets,
+            longest_tokens=self.longest_tokens,
         )
         if self.stages == 1:
             step_s = batch_seconds(plan, self.costs, meets=self.meets)

@@ -92,6 +92,7 @@ def _request(config: RunConfig, dp_size: int) -> PlanRequest:
         capacity_tokens=config.train.micro_batch_tokens,
         costs=costs_of(config.model, flops_per_s=1e12),
         meets=parallel.ep > 1 or parallel.zero > 1,
+        longest_tokens=config.data.seq_len,
         stages=parallel.pp,
         block_token_bytes=block_token_bytes(config.model, config.train.compute_bytes),
     )

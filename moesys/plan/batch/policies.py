@@ -3,6 +3,8 @@
 Shapes: S sequences.
 """
 
+import numpy as np
+
 from moesys.plan.batch.cost import BatchCosts, free_s, in_step_s, rank_seconds
 from moesys.plan.batch.flexsp import flexsp
 from moesys.plan.batch.hdp import hdp
@@ -29,12 +31,14 @@ def planned(
     costs: BatchCosts,
     *,
     meets: bool,
+    longest_tokens: int = 0,
 ) -> BatchPlan:
     """By the planner of that name.
 
     Args:
         capacity_tokens: for which a rank has memory in a micro-step.
         meets: ranks do in every layer, for experts.
+        longest_tokens: of a sequence of any batch, which a static mesh has memory for; at least that of this one.
 
     Raises:
         ValueError: a sequence that all ranks together have no memory for; FlexSP without scipy.
@@ -43,7 +47,7 @@ def planned(
     if policy == "naive":
         return naive(*budget)
     if policy in ("static", "sorted", "karmarkar_karp"):
-        size = context_size(*budget)
+        size = context_size(np.append(lengths_S, longest_tokens), num_ranks, capacity_tokens)
         if policy == "static":
             return packed(*budget, size)
         partition = sorted_greedy if policy == "sorted" else karmarkar_karp

@@ -28,8 +28,13 @@ def context_size(lengths_S: Integers, num_ranks: int, capacity_tokens: int) -> i
     """
     check_fits(lengths_S.tolist(), num_ranks, capacity_tokens)
     longest = int(lengths_S.max(initial=0))
-    sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
-    return next(size for size in sizes if most_ring_tokens(longest, size) <= capacity_tokens)
+    for size in (size for size in range(1, num_ranks + 1) if num_ranks % size == 0):
+        if most_ring_tokens(longest, size) <= capacity_tokens:
+            return size
+    raise ValueError(
+        f"a sequence of {longest} tokens fits no group of ranks of {capacity_tokens} tokens that {num_ranks} ranks share out "
+        "in: give ranks more memory"
+    )
 
 
 def packed(lengths_S: Integers, num_ranks: int, capacity_tokens: int, size: int) -> BatchPlan:

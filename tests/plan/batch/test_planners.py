@@ -83,3 +83,18 @@ def test_a_heavy_tail_is_levelled(meets: bool) -> None:
     assert seconds["hdp"] < 1.1 * even_s
     assert seconds["hdp"] < seconds["naive"] / 1.2
     assert seconds["hdp"] < seconds["karmarkar_karp"]
+
+
+def test_a_static_mesh_is_made_for_the_longest_of_all_batches() -> None:
+    lengths_S = np.array([100, 200, 30])
+
+    def sizes(longest: int) -> set[int]:
+        plan = planned("static", lengths_S, 8, CAPACITY, COSTS, meets=False, longest_tokens=longest)
+        return {len(piece.ranks) for _, piece in plan.pieces()}
+
+    assert [sizes(longest) for longest in (0, 256, 257, 4 * CAPACITY)] == [{1}, {1}, {2}, {4}]
+
+
+def test_a_sequence_that_fits_no_divisor_of_the_ranks_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 tokens fits no group of ranks of 1 tokens that 4"):
+        planned("static", np.array([3]), 4, 1, COSTS, meets=False)
