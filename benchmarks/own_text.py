@@ -11,9 +11,18 @@ VOCAB_SIZE = 512
 
 def prepared(folder: Path) -> Path:
     """The data folder. Made once."""
+    return _prepared(folder, str(ROOT / "moesys"))
+
+
+def prepared_library(folder: Path) -> Path:
+    """That of the Python standard library."""
+    return _prepared(folder, "stdlib")
+
+
+def _prepared(folder: Path, what: str) -> Path:
     if not (folder / "manifest.json").exists():
         arguments = PrepArguments(
-            inputs=(str(ROOT / "moesys"),),
+            inputs=(what,),
             output=str(folder),
             include=("*.py",),
             vocab_size=VOCAB_SIZE,

@@ -20,6 +20,7 @@ from benchmarks.interleaved import relative_error
 from benchmarks.peers.deepspeed_layer import DeepSpeedLayer
 from benchmarks.peers.moe_layer import LayerShape, LayerWeights
 from benchmarks.variants import Variant, build_variants
+from moesys.data.loader import TokenLoader
 from moesys.moe.layer import MoELayer
 from moesys.ops.shard import local_tensor
 from moesys.parallel.bootstrap import process_group
@@ -46,7 +47,9 @@ def tokens_of(variant: Variant) -> Tensor:
     hook = middle_layer(variant).register_forward_pre_hook(
         lambda _, args: seen.append(args[0].detach().flatten(0, -2))
     )
-    batch = variant.run.loader.next_step()[0]
+    loader = variant.run.loader
+    assert isinstance(loader, TokenLoader)
+    batch = loader.next_step()[0]
     with torch.no_grad():
         variant.run.parallel.whole(batch.input_ids_BS)
     hook.remove()
