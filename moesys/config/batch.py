@@ -54,11 +54,6 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             "use parallel.cp=1",
         ),
         (
-            moe.balance.sequence_loss_coef != 0,
-            "cuts sequences for any ranks, and model.moe.balance.sequence_loss_coef wants the loads of each",
-            "use balance=aux_global",
-        ),
-        (
             bool(config.model.memory_layers.layers) and config.parallel.ep > 1,
             f"gives ranks different numbers of tokens, and those of parallel.ep={config.parallel.ep} read "
             f"model.memory_layers.layers={[*config.model.memory_layers.layers]} together",
