@@ -141,8 +141,8 @@ class Tokens:
     def _check_whole(self) -> None:
         if self.pieces is not None:
             raise ValueError(
-                "a router asks for whole sequences, and with batch.policy ranks have pieces of them: say "
-                "needs_whole_sequences = True in its class, and use batch.policy=samples"
+                "whole sequences are asked for, and ranks have pieces of them (batch.policy): a router that looks at whole ones "
+                "has needs_whole_sequences = True in its class"
             )
 
 
