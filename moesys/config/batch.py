@@ -64,11 +64,6 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             "gives ranks different numbers of tokens, and model.moe.capacity_policy=pad wants as many rows of each",
             "use model.moe.capacity_policy=drop",
         ),
-        (
-            config.placement.makes_copies,
-            f"makes steps of any number of micro-steps, and placement.policy={config.placement.policy} weighs copies by it",
-            "use placement=fixed",
-        ),
     ]
     for is_so, rule, fix in refused:
         if is_so:
