@@ -182,7 +182,7 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             self._end_balance(load_MX, step, is_applied=rate is not None)
         if rate is not None:
-            self._recorder.write(step)
+            self._recorder.write(step, self.batch.num_tokens)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX], sums.placed)
         return self._result(sums, is_applied=rate is not None)
