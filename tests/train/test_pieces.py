@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from moesys.config.batch_schema import BatchConfig
-from moesys.config.dispatch_schema import DispatchConfig
-from moesys.config.placement_schema import PlacementConfig
 from moesys.config.schema import (
     BalanceConfig,
     ComponentConfig,
@@ -24,9 +22,6 @@ from moesys.testing.parity import Numbers, compare, parity
 from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, sequences_of_step, with_micro_steps
 from moesys.train.step import StepResult
-from tests.train.coded import LSH
-from tests.train.test_placement import POORLY_PLANNED
-from tests.train.test_placement import _calibrated as with_fast_links
 
 PIECES = replace(
     BASE,
@@ -166,90 +161,6 @@ def test_balance_of_each_sequence_waits_for_those_alone_that_share_it() -> None:
     for _, results in found:
         for ours, theirs in zip(results, expected, strict=True):
             assert (ours.loss, ours.balance_loss) == (theirs.loss, theirs.balance_loss)
-
-
-PLACED: dict[str, tuple[int, dict[str, Any], PlacementConfig]] = {
-    "balanced": (4, {"ep": 4}, PlacementConfig(policy="balanced", near=False)),
-    "hecate": (4, {"ep": 4}, PlacementConfig(policy="hecate")),
-    "everywhere": (4, {"ep": 4}, PlacementConfig(policy="everywhere")),
-    "eplb": (4, {"ep": 4}, PlacementConfig(policy="eplb")),
-    "added": (4, {"ep": 4}, POORLY_PLANNED),
-    "added, released": (4, {"ep": 2}, replace(POORLY_PLANNED, release=True)),
-    "released, for two steps": (
-        4,
-        {"ep": 4},
-        PlacementConfig(policy="balanced", near=False, release=True, every_steps=2),
-    ),
-    "pp": (8, {"pp": 2, "ep": 4}, PlacementConfig(policy="balanced", near=False)),
-    "pp, released": (8, {"pp": 2, "ep": 2}, PlacementConfig(policy="hecate", release=True)),
-    "tp": (4, {"tp": 2, "ep": 4}, POORLY_PLANNED),
-    "etp": (4, {"etp": 2, "ep": 2}, PlacementConfig(policy="hecate")),
-}
-"""Where ranks have different numbers of tokens, and in some micro-steps none."""
-
-
-@pytest.mark.parametrize(
-    ("name", "recompute"),
-    [
-        (name, recompute)
-        if (name, recompute) == ("added", "none")
-        else pytest.param(name, recompute, marks=pytest.mark.parity)
-        for name in PLACED
-        for recompute in ("none", "layer")
-    ],
-)
-def test_copies_of_experts(one_process: Numbers, name: str, recompute: Recompute) -> None:
-    world_size, degrees, placement = PLACED[name]
-    config = replace(
-        PIECES,
-        placement=placement,
-        dispatch=DispatchConfig(ranks_per_node=2),
-        parallel=ParallelConfig(**degrees),
-        train=replace(PIECES.train, recompute=recompute),
-    )
-    found = run_ranks(with_fast_links, world_size, config, 1e12, MICRO_STEPS, timeout_s=240)
-    difference = compare(found, one_process)
-    assert difference.worst < MAX_ERROR, difference
-    assert difference.weights < MAX_WEIGHT_ERROR, difference
-    figures = [result.placement for result in found[0].results]
-    assert all(of is not None and of.sent_bytes for of in figures[1:])
-    assert any(of is not None and of.added_copies for of in figures) == placement.calibrate
-
-
-@pytest.mark.parity
-def test_copies_stay_through_what_fills_a_pipeline() -> None:
-    """A plan of one micro-step, which two stages run with one of no sequence, sends as many copies as one of four."""
-    everywhere = PlacementConfig(policy="everywhere")
-    config = replace(PIECES, placement=everywhere, parallel=ParallelConfig(pp=2, ep=4))
-    one, four = (parity(config, 8, micro_steps)[0].results for micro_steps in (1, 4))
-    for ours, theirs in zip(one, four, strict=True):
-        assert ours.placement is not None
-        assert theirs.placement is not None
-        assert ours.placement.sent_bytes == theirs.placement.sent_bytes
-
-
-def _rehearsed(rank: int, size: int, config: RunConfig, times: int) -> list[StepResult]:
-    run = SmallRun(with_micro_steps(config, size, MICRO_STEPS), size)
-    for _ in range(times):
-        run.train_step.rehearse(sequences_of_step(run.config, 9, run.meshes.dp_rank, run.dims.dp))
-    results = [run.step() for _ in range(config.train.steps)]
-    return [
-        replace(result, exchange_ms=0.0, placement=replace(result.placement, wait_ms=0.0))
-        for result in results
-        if result.placement is not None
-    ]
-
-
-def test_a_rehearsal_leaves_no_trace() -> None:
-    """In losses, loads, and figures of what travels."""
-    config = replace(
-        PIECES,
-        placement=PlacementConfig(policy="hecate"),
-        dispatch=DispatchConfig(codec=LSH),
-        parallel=ParallelConfig(ep=2),
-        train=replace(PIECES.train, steps=2),
-    )
-    assert run_ranks(_rehearsed, 2, config, 0) == run_ranks(_rehearsed, 2, config, 2)
 
 
 @pytest.mark.parametrize("layout", ["dp+ep", "dp+pp+tp", "zero"])
