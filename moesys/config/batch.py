@@ -54,11 +54,6 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             "use parallel.cp=1",
         ),
         (
-            moe.balance.sequence_loss_coef != 0,
-            "cuts sequences for any ranks, and model.moe.balance.sequence_loss_coef wants the loads of each",
-            "use balance=aux_global",
-        ),
-        (
             bool(config.model.memory_layers.layers) and config.parallel.ep > 1,
             f"gives ranks different numbers of tokens, and those of parallel.ep={config.parallel.ep} read "
             f"model.memory_layers.layers={[*config.model.memory_layers.layers]} together",
@@ -68,11 +63,6 @@ def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
             moe.capacity_factor is not None and moe.capacity_policy == "pad",
             "gives ranks different numbers of tokens, and model.moe.capacity_policy=pad wants as many rows of each",
             "use model.moe.capacity_policy=drop",
-        ),
-        (
-            config.placement.makes_copies,
-            f"makes steps of any number of micro-steps, and placement.policy={config.placement.policy} weighs copies by it",
-            "use placement=fixed",
         ),
     ]
     for is_so, rule, fix in refused:

@@ -49,6 +49,7 @@ def find_component_problems(config: RunConfig) -> Iterator[Problem]:
     router = yield from _check(config.model.moe.router, key, _ROUTER)
     if router is not None:
         yield from _check_sharing(config, f"{key}._target_", router)
+        yield from _check_sequences(config, f"{key}._target_", router)
     for key, component in config.dispatch.codecs.items():
         codec = yield from _check(component, key, _CODEC)
         if codec is not None:
@@ -153,6 +154,16 @@ def _check_sharing(config: RunConfig, target: str, router: type) -> Iterator[Pro
             given=given,
             rule="is another router in each layer, and model.share_depth gives them one",
             fix="use model.share_depth=none, or a router without the argument layer",
+        )
+
+
+def _check_sequences(config: RunConfig, target: str, router: type) -> Iterator[Problem]:
+    if config.batch.is_planned and getattr(router, "needs_whole_sequences", False):
+        yield Problem(
+            key=target,
+            given=config.model.moe.router.target,
+            rule=f"looks at whole sequences, of which ranks have pieces with batch.policy={config.batch.policy}",
+            fix="use another router, e.g. router=topk_softmax, or batch.policy=samples",
         )
 
 

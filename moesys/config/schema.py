@@ -304,8 +304,8 @@ class TrainConfig:
     """From a signal to the end that its sender grants (`#SBATCH --signal=B:USR2@120`): what does not fit is left out."""
 
     def micro_steps(self, dp: int) -> int:
-        """Micro-batches of each of `dp` data ranks in an optimizer step."""
-        return self.global_batch_tokens // (self.micro_batch_tokens * dp)
+        """Micro-batches of each of `dp` data ranks in an optimizer step; of documents as sequences about so many."""
+        return -(-self.global_batch_tokens // (self.micro_batch_tokens * dp))
 
     @property
     def compute_bytes(self) -> Literal[2, 4]:

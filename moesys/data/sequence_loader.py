@@ -44,7 +44,7 @@ class SequenceLoader(MixedOrder):
         global_batch_tokens: a step may have (G).
         request: how steps are planned.
         dp_rank: this rank among those of the plan.
-        skips_empty: leave out micro-steps in which this rank has nothing, instead of giving batches without tokens.
+        skips_empty: leave out micro-steps in which this rank has no piece, instead of giving batches without tokens.
         mtp_depth, multiple_of: as in `rank_batch`.
         plan_ahead_steps: so many plans are made before they are needed, by another process; 0 = none.
         Others as in `find_sequences` and TokenLoader.
@@ -194,7 +194,7 @@ class SequenceLoader(MixedOrder):
         ]
         if self._skips_empty:
             # One at least, so that this rank has gradients to sum up too.
-            batches = [b for b in batches if b.input_ids_BS.numel()] or batches[:1]
+            batches = [b for b in batches if b.pieces and b.pieces.pieces] or batches[:1]
         return StepBatch(micro_batches=batches, lengths_L=step.lengths_S)
 
     def _plan_ahead(self, step: _Step) -> PlannedStep:

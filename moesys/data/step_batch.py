@@ -5,8 +5,8 @@ of the step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -68,6 +68,11 @@ class StepBatch:
     def mean_length_tokens(self) -> float:
         """Of the sequence that a token is in, mean over tokens."""
         return float(np.average(self.lengths_L, weights=self.lengths_L))
+
+    def filled(self, number: int, mtp_depth: int) -> Self:
+        """With micro-batches of no sequence behind the others, so many together."""
+        empty = [empty_batch(mtp_depth)] * (number - len(self.micro_batches))
+        return replace(self, micro_batches=[*self.micro_batches, *empty])
 
     def tokens_ahead(self, depth: int) -> int:
         """That multi-token prediction of so many depths has a target for: the k-th none for the last k of a sequence."""

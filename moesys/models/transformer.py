@@ -203,8 +203,7 @@ class Transformer(nn.Module):
         losses = RoutingLosses(*losses_3.unbind())
         within = pieces if documents is None else document_ends(documents.tolist())
         ids_U, places_U = (None if x is None else x.flatten() for x in (ids_BS, places_BS))
-        num_tokens = None if pieces is None else pieces.num_tokens
-        known = Known(ids_U, places_U, num_tokens)
+        known = Known(ids_U, places_U, pieces)
         for layer, block in self.layers.items():
             if layer not in self.mtp:
                 x, losses, state = _pass(block, x, losses, rope_SH, within, state, known)
@@ -218,7 +217,7 @@ class Transformer(nn.Module):
                 embedded_NTD, x = Together.apply(torch.stack(embedded), x)
                 for depth, (layer, join) in enumerate(self.mtp.items()):
                     assert isinstance(join, MTPJoin)
-                    known = Known(ids_NU[depth], places_U, num_tokens)
+                    known = Known(ids_NU[depth], places_U, pieces)
                     x = join(embedded_NTD[depth], x)
                     block = self.layers[layer]
                     x, losses, state = _pass(block, x, losses, rope_SH, within, state, known)

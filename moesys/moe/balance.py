@@ -70,7 +70,7 @@ def sequence_counts(topk_ids_TK: Tensor, sequence_T: Tensor, counts_BE: Tensor) 
 
 
 def sequence_balance_loss(probs_TE: Tensor, sequence_T: Tensor, counts_BE: Tensor) -> Tensor:
-    """The mean over sequences of each sequence's own balance loss (DeepSeek-V3 eq. 17).
+    """The mean over sequences, weighed by their tokens, of each sequence's own balance loss (DeepSeek-V3 eq. 17).
 
     `sequence_T` says whose each token is, `counts_BE` are the slots of whole sequences. As P_i is a mean over tokens,
     that mean is E * mean_t sum_i f_i(sequence of t) p_i(t), so ranks may share a sequence out.
@@ -110,7 +110,7 @@ class Balance:
         """The losses of one forward, `counts_E` being its slots per expert. z is a figure also without a coefficient.
 
         Where a selection bias decides too, f_i counts what the scores alone would choose (DeepSeek-V3 eq. 18): the bias
-        evens out the load, the losses the scores. In training a collective with a loss that counts over ranks.
+        evens out the load, the losses the scores. With a loss that counts over ranks a collective; the global one in training.
         """
         config = self.config
         ids_TK = routing.topk_ids_TK
@@ -172,9 +172,7 @@ class Balance:
 def _sequence_loss(probs_TE: Tensor, ids_TK: Tensor, tokens: Tokens) -> Tensor:
     sequence_T = tokens.sequence_T(probs_TE.device)
     counts_BE = probs_TE.new_zeros(tokens.num_sequences, probs_TE.shape[1])
-    sequence_counts(ids_TK, sequence_T, counts_BE)
-    if tokens.share.group is not None:
-        dist.all_reduce(counts_BE, group=tokens.share.group)
+    counts_BE = tokens.summed_by_sequence(sequence_counts(ids_TK, sequence_T, counts_BE))
     return sequence_balance_loss(probs_TE, sequence_T, counts_BE)
 
 

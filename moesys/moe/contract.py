@@ -5,6 +5,7 @@ Shapes: T tokens, D model, E experts, K slots per token, N slots of a blend.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -14,6 +15,7 @@ from moesys.config.schema import ComponentConfig, ModelConfig, MoEConfig, RunCon
 from moesys.moe.component import build_router, takes
 from moesys.moe.routing import RoutingResult
 from moesys.moe.tokens import Tokens
+from moesys.plan.batch.local import LocalPiece, LocalPieces
 
 NO_CODECS: Mapping[str, ComponentConfig] = MappingProxyType({})
 
@@ -89,10 +91,15 @@ def blend_problem(
 
 
 def route(
-    router: nn.Module, x_TD: Tensor, state: Tensor | None = None, seed: int = 1
+    router: nn.Module,
+    x_TD: Tensor,
+    state: Tensor | None = None,
+    seed: int = 1,
+    tokens: Tokens | None = None,
 ) -> RoutingResult:
-    """Call it as the layer does, on one sequence. Raises ContractError if it cannot be called so, or raises."""
-    known = {"tokens": some_tokens(len(x_TD))} if takes(router.forward, "tokens") else {}
+    """Call it as the layer does, on one sequence or what `tokens` says. Raises ContractError if it cannot be called so, or raises."""
+    tokens = tokens or some_tokens(len(x_TD))
+    known = {"tokens": tokens} if takes(router.forward, "tokens") else {}
     signature = inspect.signature(router.forward)
     try:
         signature.bind(x_TD, state, **known)
@@ -116,6 +123,13 @@ def some_tokens(num_tokens: int) -> Tokens:
     return Tokens(num_tokens=num_tokens, seq_len=max(1, num_tokens), ids_T=ids_T)
 
 
+def some_pieces(num_tokens: int) -> Tokens:
+    """The same, of two sequences of any length."""
+    first = num_tokens // 3
+    pieces = LocalPieces(tuple(LocalPiece(n, (0,), 0) for n in (first, num_tokens - first)))
+    return replace(some_tokens(num_tokens), seq_len=None, pieces=pieces)
+
+
 def check_router(
     router: nn.Module, d_model: int, num_experts: int, num_tokens: int = 16
 ) -> RoutingResult:
@@ -133,6 +147,7 @@ def check_router(
     if not broken:
         broken += _broken_on_replay(router, x_TD, result)
         broken += _broken_under_autocast(router, x_TD)
+        broken += _broken_on_pieces(router, x_TD)
     results = [result]
     if not broken and result.state is not None:  # as the next layer's router is called
         state = result.state
@@ -226,6 +241,16 @@ def _broken_under_autocast(router: nn.Module, x_TD: Tensor) -> Iterator[str]:
     for name in ("topk_ids_TK", "topk_weights_TK"):
         if not torch.equal(getattr(found, name), getattr(expected, name)):
             yield f"routing must be fp32 under autocast (torch.autocast(..., enabled=False)), {name} differs"
+
+
+def _broken_on_pieces(router: nn.Module, x_TD: Tensor) -> Iterator[str]:
+    """So that a configuration with pieces of sequences is refused before anything depends on it."""
+    if getattr(router, "needs_whole_sequences", False):
+        return
+    try:
+        route(router, x_TD, tokens=some_pieces(len(x_TD)))
+    except ContractError as error:
+        yield f"needs_whole_sequences must be True in the class, for with pieces of sequences {error}"
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, RoutingLosses, Tensor | None]:
         """Return y like x, the routing losses (means over this rank's tokens), and the router's state.
 
-        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other. `known` of them is for
-        routers that ask.
+        x is [B, S, D], or [T, D] with `seq_len` tokens of this rank's sequences next to each other, or pieces of some. `known` of
+        them is for losses of sequences, and routers that ask.
         """
         x_TD = x.flatten(0, -2)
         tokens = self._tokens(x_TD.shape[0], seq_len or x.shape[-2], known)
@@ -141,14 +141,16 @@ class MoELayer(nn.Module):
         return y_TD.view_as(x), decision.losses, decision.state
 
     def _tokens(self, num_rows: int, seq_len: int, known: Known | None) -> Tokens:
-        known = (known or Known()).own_run(self.share, num_rows)
-        assert known.num_tokens is not None
+        known, share = known or Known(), self.share
+        num_tokens = known.own_tokens(share, num_rows)
+        ids_T, places_T = (x if x is None else share.own_run(x, num_tokens) for x in known[:2])
         return Tokens(
-            num_tokens=known.num_tokens,
-            seq_len=seq_len,
-            ids_T=known.ids_U,
-            places_T=known.places_U,
-            share=self.share,
+            num_tokens=num_tokens,
+            seq_len=seq_len if known.pieces is None else None,
+            ids_T=ids_T,
+            places_T=places_T,
+            share=share,
+            pieces=known.pieces,
         )
 
     def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:

@@ -93,6 +93,8 @@ class Router(Protocol):
 
     - `state_dim`: the numbers per token of the state that it hands on; a pipeline's stages are told it
     - `over_depth`: names of its submodules that are one for all layers, the first layer's
+    - `needs_whole_sequences`: True = its forward looks at whole sequences, of which all have equal length (`tokens.by_sequence`); of
+      the class, so that a configuration which cuts them in pieces is refused
     - `end_step`, as FollowsLoad has it
     - a buffer `selection_bias_E`, which `balance.bias_update_rate` moves
     """

@@ -62,6 +62,14 @@ class Ring:
         ]
         return _Transfer(tensors, received, dist.batch_isend_irecv(moves) if moves else [])
 
+    def total(self, x_N: Tensor) -> Tensor:
+        """The sum of the peers' x, of whole numbers: each adds them up in an order of its own. Collective over the peers."""
+        total_N, block = x_N.clone(), x_N.clone()
+        for _ in range(1, self.size):
+            (block,) = self.shift([block.view(1, 1, 1, -1)], rows=1).wait()
+            total_N += block.flatten()
+        return total_N
+
 
 class Round(NamedTuple):
     """A sequence, or several of one length, on its way around a ring."""

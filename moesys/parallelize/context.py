@@ -27,10 +27,13 @@ def shard_context(part: Transformer, meshes: Meshes, attention: Literal["ring", 
 
 
 def share_pieces(part: Transformer, meshes: Meshes) -> None:
-    """Let the part's attention work on pieces of sequences, each across the data ranks that a plan shares it out over."""
+    """Let the part's attention work on pieces of sequences, each across the data ranks that a plan shares it out over, and its MoE
+    layers count what whole ones have."""
     core = PieceAttention(meshes.replica_group)
     for block in part.blocks():
         block.attn.core = core
+    for layer in part.moe_layers():
+        layer.share = layer.share._replace(data_group=meshes.replica_group)
 
 
 def slice_positions(rank: int, size: int) -> Callable[[int, torch.device], Tensor]:

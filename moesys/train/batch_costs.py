@@ -9,7 +9,7 @@ Shapes: N query heads, M key/value heads, T tokens, H head dim.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -141,6 +141,8 @@ def _rehearsed(run: Run, train_step: TrainStep, lengths: np.ndarray) -> float:
     rng = np.random.default_rng(run.process.rank)
     tokens_S = [rng.integers(0, vocab_size, length + 1) for length in everyone.tolist()]
     batch = rank_batch(micro_step, everyone, dp_rank, tokens_S, run.config.model.mtp_depth, dims.tp)
+    # A router that replays a recorded step may know of fewer places than a rehearsal has.
+    batch = replace(batch, places_BS=torch.zeros_like(batch.places_BS))
     pipeline = train_step.parallel.pipeline
     number = 1 if pipeline is None else pipeline.with_empty(1)
     step = StepBatch(micro_batches=[batch] * number, lengths_L=np.tile(everyone, number))

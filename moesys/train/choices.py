@@ -40,13 +40,13 @@ class ChoiceRecorder:
         self._heard.clear()
         return self._listening if step <= self._steps else nullcontext()
 
-    def write(self, step: int) -> None:
-        """Collective. What was chosen in `step`, which has moved weights."""
+    def write(self, step: int, num_tokens: int) -> None:
+        """Collective. What was chosen in `step` of so many tokens, which has moved weights."""
         if step > self._steps:
             return
         choices: list[np.ndarray] = []
         for layer in range(len(self._config.model.moe_layers)):
-            chosen_NK = self._of_all_ranks(layer)
+            chosen_NK = self._of_all_ranks(layer, num_tokens)
             if dist.get_rank() == 0:
                 choices.append((chosen_NK - 1).to("cpu", torch.int16).numpy())
         if choices:
@@ -54,9 +54,9 @@ class ChoiceRecorder:
             with may_fail(run_dir, f"the choices of step {step} are not recorded"):
                 write_choices(run_dir, step, np.stack(choices))
 
-    def _of_all_ranks(self, layer: int) -> Tensor:
+    def _of_all_ranks(self, layer: int, num_tokens: int) -> Tensor:
         """int32 [N, K] on global rank 0; experts count from 1, so that a sum over ranks joins what each has."""
-        shape = (self._config.train.global_batch_tokens, self._config.model.moe.top_k)
+        shape = (num_tokens, self._config.model.moe.top_k)
         chosen_NK = torch.zeros(shape, dtype=torch.int32, device=self._device)
         for at, places_T, ids_TK in self._heard:
             if at == layer:

@@ -95,6 +95,7 @@ class Placements:
             for layers in layers_of_ranks(config.model, config.parallel, config.data.seq_len)
         ]
         """Of each pipeline rank, places of its MoE layers."""
+        # The same for all steps, also where these differ: a resume makes the plan in force again.
         micro_steps = config.train.micro_steps(meshes.dims.dp)
         self._rows_per_copy = copy_in_rows(config, micro_steps) * meshes.dims.edp
         """Of a step's loads, which are of all groups."""

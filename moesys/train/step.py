@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moesys.config.schema import RunConfig
 from moesys.data.loader import MicroBatch
-from moesys.data.step_batch import RankBatch, StepBatch, empty_batch
+from moesys.data.step_batch import RankBatch, StepBatch
 from moesys.models.mtp import targets_ahead
 from moesys.moe.balance import updated_bias
 from moesys.moe.layer import MoELayer
@@ -149,7 +149,7 @@ class TrainStep:
         `batch` is what the loader gives: a data rank's samples, or this rank's pieces of sequences.
         The host waits for the device once: at the end, or with a `judge` before the update, which then runs on.
         """
-        self.batch = batch if isinstance(batch, StepBatch) else self._of_samples(batch)
+        self.batch = self._filled(batch)
         self.model.train()
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # loss, balance, z, mtp
         self.compresses = step > self.config.dispatch.warmup_steps
@@ -182,7 +182,7 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=True)
             self._end_balance(load_MX, step, is_applied=rate is not None)
         if rate is not None:
-            self._recorder.write(step)
+            self._recorder.write(step, self.batch.num_tokens)
         sums = sums or self._read_sums(norm, load_MX, stop_requested)
         self.placements.observe(step, [row[:-1] for row in sums.expert_load_MX], sums.placed)
         return self._result(sums, is_applied=rate is not None)
@@ -200,15 +200,20 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         for layer in self.model.moe_layers():
             layer.balance.end_step()
-            layer.load.take(self.device)
-            layer.load.take_entropy(self.device)
-        self.read_exchange_meters()
+        self._read_sums(self.sums.new_zeros(()), self._sum_load(), stop_requested=False)
         self.timer.read()
         return seconds
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def _filled(self, batch: Sequence[MicroBatch] | StepBatch) -> StepBatch:
+        """This rank's, with what a pipeline needs beside the micro-batches of a plan."""
+        batch = batch if isinstance(batch, StepBatch) else self._of_samples(batch)
+        pipeline, number = self.parallel.pipeline, len(batch.micro_batches)
+        number = number if pipeline is None else pipeline.with_empty(number)
+        return batch.filled(number, self.config.model.mtp_depth)
 
     def _of_samples(self, micro_batches: Sequence[MicroBatch]) -> StepBatch:
         """This rank's positions of samples of equal length."""
@@ -299,12 +304,8 @@ class TrainStep:
 
     def _run_pipeline(self, pipeline: Pipeline) -> None:
         """All micro-batches forward and backward; their sections interleave, so the time is all the forward's."""
-        micro_batches = [*self.batch.micro_batches]
-        if self.config.batch.is_planned:
-            missing = pipeline.with_empty(len(micro_batches)) - len(micro_batches)
-            micro_batches += [empty_batch(self.config.model.mtp_depth)] * missing
         with self.timer.section("forward"):
-            pipeline.step([batch.fed(self.device) for batch in micro_batches])
+            pipeline.step([batch.fed(self.device) for batch in self.batch.micro_batches])
 
     def _begin_micro_step(self, is_last: bool) -> None:
         for part in self.parallel.parts:

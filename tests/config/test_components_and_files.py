@@ -29,6 +29,10 @@ class Open(nn.Module):
 class Narrow(nn.Module):
     def __init__(self, d_model: int):
         super().__init__()
+
+
+class Whole(Open):
+    needs_whole_sequences = True
 """
 
 
@@ -41,8 +45,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def router_problems(target: str, *options: str) -> list[str]:
-    overrides = [f"model.moe.router.{option}" for option in options]
+def router_problems(target: str, *options: str, batch: str = "samples") -> list[str]:
+    overrides = [f"model.moe.router.{option}" for option in options] + [f"batch={batch}"]
     # The options of the default router go, those of the user's come.
     gone = [f"~model.moe.router.{name}" for name in ("normalize_weights", "scaling_factor")]
     gone.append("~model.moe.router.score_function")
@@ -52,6 +56,22 @@ def router_problems(target: str, *options: str) -> list[str]:
     except ConfigError as error:
         return [str(problem) for problem in error.problems]
     return []
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    "target",
+    [
+        "moesys.moe.routers.ExpertChoiceRouter",
+        "moesys.moe.routers.SoftRouter",
+        "users_routers.Whole",
+    ],
+)
+def test_a_router_of_whole_sequences_is_refused_where_ranks_have_pieces(target: str) -> None:
+    (problem,) = router_problems(target, batch="hdp")
+    assert problem.startswith(f"model.moe.router._target_={target!r} looks at whole sequences")
+    assert problem.endswith("use another router, e.g. router=topk_softmax, or batch.policy=samples")
+    assert router_problems(target) == router_problems("users_routers.Open", batch="hdp") == []
 
 
 @pytest.mark.usefixtures("folder")

@@ -257,6 +257,21 @@ def test_micro_steps_without_tokens_are_left_out_where_that_is_asked(
     assert empty > 0
 
 
+def test_a_micro_step_in_which_a_rank_only_passes_keys_on_is_not_left_out(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = make(documents(tmp_path, [2, 2]), dp_rank=1, global_batch_tokens=2, skips_empty=True)
+    right = loader._request.plan
+
+    def one_token_on_four(_: PlanRequest, lengths_S: np.ndarray) -> PlannedStep:
+        steps = tuple((Piece(sequence, (0, 1, 2, 3)),) for sequence in (0, 1))
+        plan = BatchPlan(lengths_S=lengths_S, num_ranks=4, micro_steps=steps)
+        return PlannedStep(plan, right(lengths_S).figures)
+
+    monkeypatch.setattr(PlanRequest, "plan", one_token_on_four)
+    assert [batch.input_ids_BS.numel() for batch in loader.next_step().micro_batches] == [0, 0]
+
+
 def test_a_plan_that_cannot_be_executed_is_refused(
     tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from moesys.parallel import ring as ring_module
 from moesys.parallel.context import local_positions
-from moesys.parallel.ring import RingAttention
+from moesys.parallel.ring import Ring, RingAttention
 from moesys.parallel.tile import reference_attention
 from moesys.profile.traffic import TrafficCounter
 from moesys.testing.ranks import run_ranks
@@ -152,3 +152,22 @@ def _refused(rank, size):
 
 def test_lengths_and_documents_that_do_not_fit_are_refused_before_anything_is_sent():
     assert run_ranks(_refused, 2) == [0, 0]
+
+
+def _totals(rank: int, size: int) -> dict[str, list[float]]:
+    own = torch.tensor([2.0**rank, 100.0 * rank])
+    rings = {"all": range(size), "some": (3, 0, 4), "alone": (rank,)}
+    return {
+        name: Ring(dist.group.WORLD, peers, peers.index(rank)).total(own).tolist()
+        for name, peers in rings.items()
+        if rank in peers
+    }
+
+
+def test_a_ring_adds_up_what_its_ranks_have() -> None:
+    found = run_ranks(_totals, 5)
+    assert all(totals["all"] == [31.0, 1000.0] for totals in found)
+    assert [totals.get("some") for totals in found] == [[25.0, 700.0], None, None] + [
+        [25.0, 700.0]
+    ] * 2
+    assert [totals["alone"][0] for totals in found] == [1.0, 2.0, 4.0, 8.0, 16.0]

@@ -1,6 +1,7 @@
 """The contract passes our routers and catches each way of breaking it."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from moesys.moe.contract import ContractError
 from moesys.moe.routers import TopKRouter
+from moesys.moe.tokens import Tokens
 from moesys.testing import router_contract
 from tests.train.recurrent_router import RecurrentRouter
 
@@ -44,6 +46,39 @@ class Stateless(TopKRouter):
 def test_a_state_is_what_the_class_says(router, rule):
     with pytest.raises(ContractError, match=rule):
         router_contract.check(router)
+
+
+class Asking(TopKRouter):
+    """Asks something of its tokens, as the class says."""
+
+    ask: Callable[[Tokens], object]
+
+    def forward(self, x_TD, state=None, tokens=None):
+        assert tokens is not None
+        type(self).ask(tokens)
+        return super().forward(x_TD, state)
+
+
+def test_a_router_of_whole_sequences_says_so():
+    """Its class: one whose sequences may be of any length need not."""
+    for ask, why in (
+        (lambda tokens: tokens.by_sequence(torch.device("cpu")), "whole sequences are asked for"),
+        (lambda tokens: tokens.gathered(torch.zeros(tokens.num_tokens)), "are asked for"),
+        (lambda tokens: tokens.num_tokens // tokens.seq_len, "TypeError"),
+    ):
+        asking = type("Asking", (Asking,), {"ask": staticmethod(ask)})
+        with pytest.raises(ContractError, match=f"needs_whole_sequences must be True.*{why}"):
+            router_contract.check(asking)
+        router_contract.check(type("Whole", (asking,), {"needs_whole_sequences": True}))
+    whose: list[list[int]] = []
+    per_token = type(
+        "PerToken",
+        (Asking,),
+        {"ask": lambda tokens: whose.append(tokens.sequence_T(torch.device("cpu")).tolist())},
+    )
+    router_contract.check(per_token)
+    assert [0] * 5 + [1] * 11 in whose
+    assert [0] * 16 in whose
 
 
 class Broken(TopKRouter):

@@ -17,6 +17,7 @@ from moesys.testing.ranks import run_ranks
 from moesys.testing.small_run import SmallRun, with_micro_steps
 from moesys.train.step import StepResult
 from tests.train.launched import records
+from tests.train.test_pieces import PIECES
 
 STEPS = 3
 TOKENS = BASE.train.global_batch_tokens
@@ -38,22 +39,24 @@ def ran(config: RunConfig, layout: str = "") -> list[StepResult]:
     return run_ranks(train, world_size, config)[0]
 
 
-def recording(folder: Path, steps: int = STEPS, **model) -> RunConfig:
+def recording(folder: Path, steps: int = STEPS, config: RunConfig = BASE, **model) -> RunConfig:
     return replace(
-        BASE,
-        model=replace(BASE.model, **model),
-        run=replace(BASE.run, dir=str(folder)),
-        metrics=replace(BASE.metrics, record_choices_steps=steps),
+        config,
+        model=replace(config.model, **model),
+        run=replace(config.run, dir=str(folder)),
+        metrics=replace(config.metrics, record_choices_steps=steps),
     )
 
 
-def replaying(folder: Path, seed: int = BASE.run.seed, **model) -> RunConfig:
-    options = {**BASE.model.moe.router.options, "run": str(folder)}
+def replaying(
+    folder: Path, seed: int = BASE.run.seed, config: RunConfig = BASE, **model
+) -> RunConfig:
+    options = {**config.model.moe.router.options, "run": str(folder)}
     router = ComponentConfig(target="moesys.moe.routers.ReplayRouter", options=options)
-    base = replace(BASE.model, **model)
+    base = replace(config.model, **model)
     return replace(
-        BASE,
-        run=replace(BASE.run, seed=seed),
+        config,
+        run=replace(config.run, seed=seed),
         model=replace(base, moe=replace(base.moe, router=router)),
     )
 
@@ -106,6 +109,22 @@ def test_other_layouts_record_and_replay_the_same(layout: str, recorded, tmp_pat
     for ours, again in zip(results, replayed, strict=True):
         assert again.loss == pytest.approx(ours.loss, rel=1e-5)
         assert again.grad_norm == pytest.approx(ours.grad_norm, rel=1e-4)
+
+
+def test_documents_as_sequences_record_and_replay_the_same(tmp_path) -> None:
+    """Steps have different numbers of tokens, and so have ranks in a micro-step."""
+    results = run_ranks(
+        train, 2, with_micro_steps(recording(tmp_path, config=PIECES), 2, MICRO_STEPS)
+    )[0]
+    for choices_MNK, result in zip(choices(tmp_path), results, strict=True):
+        assert choices_MNK.shape[1] == result.num_tokens
+        assert counted(choices_MNK) == result.expert_load_ME
+    assert len({result.num_tokens for result in results}) > 1
+    spread = replace(
+        replaying(tmp_path, PIECES.run.seed, PIECES), parallel=ParallelConfig(tp=2, ep=4)
+    )
+    again = run_ranks(train, 4, with_micro_steps(spread, 4, MICRO_STEPS))[0]
+    assert loads(again) == loads(results)
 
 
 PYRAMID = replace(BASE.model.moe, num_experts=12, experts_by_layer=(4, 12, 8))

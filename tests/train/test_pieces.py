@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 
 from moesys.config.batch_schema import BatchConfig
-from moesys.config.schema import ComponentConfig, MemoryLayersConfig, ParallelConfig, RunConfig
+from moesys.config.schema import (
+    BalanceConfig,
+    ComponentConfig,
+    MemoryLayersConfig,
+    ParallelConfig,
+    Recompute,
+    RunConfig,
+)
 from moesys.testing.layouts import BASE, LAYOUTS, MAX_ERROR, MAX_WEIGHT_ERROR, MICRO_STEPS
 from moesys.testing.parity import Numbers, compare, parity
+from moesys.testing.ranks import run_ranks
+from moesys.testing.small_run import SmallRun, sequences_of_step, with_micro_steps
+from moesys.train.step import StepResult
 
 PIECES = replace(
     BASE,
@@ -100,6 +110,57 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parity
 def test_model(name: str, layout: str) -> None:
     assert_as_one(replace(PIECES, model=replace(PIECES.model, **MODELS[name])), layout)
+
+
+SEQUENCE_LOSS = replace(
+    PIECES,
+    model=replace(
+        PIECES.model,
+        moe=replace(PIECES.model.moe, balance=BalanceConfig(sequence_loss_coef=0.1)),
+    ),
+)
+"""Of which ranks without a piece in common have nothing to wait for."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute"),
+    [
+        (layout, recompute)
+        if (layout, recompute) == ("dp+tp without sequence parallelism", "layer")
+        else pytest.param(layout, recompute, marks=pytest.mark.parity)
+        for recompute in ("none", "layer")
+        for layout in (
+            *("2 ranks", "8 ranks", "dp+ep", "dp+tp+ep", "dp+pp+tp", "zero", "dp+dualpipev"),
+            *("dp+tp without sequence parallelism", "dp+etp", "pp+tp+ep+zero"),
+        )
+    ],
+)
+def test_balance_of_each_sequence(layout: str, recompute: Recompute) -> None:
+    train = replace(SEQUENCE_LOSS.train, recompute=recompute)
+    assert_as_one(replace(SEQUENCE_LOSS, train=train), layout)
+
+
+def _without_empty(rank: int, size: int, config: RunConfig) -> tuple[list[int], list[StepResult]]:
+    """Micro-steps, and the results, of steps in which a rank leaves out what it has no piece of."""
+    run = SmallRun(with_micro_steps(config, size, MICRO_STEPS), size)
+    numbers, results = [], []
+    for step in range(config.train.steps):
+        batch = sequences_of_step(run.config, step, run.meshes.dp_rank, run.dims.dp)
+        own = [b for b in batch.micro_batches if b.pieces is not None and b.pieces.pieces]
+        numbers.append(len(own))
+        results.append(run.train_step(replace(batch, micro_batches=own), lr=1e-3, step=step + 1))
+    return numbers, results
+
+
+@pytest.mark.parity
+def test_balance_of_each_sequence_waits_for_those_alone_that_share_it() -> None:
+    """So ranks may have different numbers of micro-steps."""
+    expected = parity(SEQUENCE_LOSS, 8, MICRO_STEPS)[0].results
+    found = run_ranks(_without_empty, 8, SEQUENCE_LOSS)
+    assert len({sum(numbers) for numbers, _ in found}) > 1
+    for _, results in found:
+        for ours, theirs in zip(results, expected, strict=True):
+            assert (ours.loss, ours.balance_loss) == (theirs.loss, theirs.balance_loss)
 
 
 @pytest.mark.parametrize("layout", ["dp+ep", "dp+pp+tp", "zero"])

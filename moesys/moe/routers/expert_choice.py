@@ -22,6 +22,8 @@ class ExpertChoiceRouter(TopKRouter):
     on later ones of the sequence: a model that generates text token by token cannot choose as it did in training.
     """
 
+    needs_whole_sequences = True
+
     def __init__(self, **options: Any) -> None:
         super().__init__(score_function="softmax", normalize_weights=False, **options)
 

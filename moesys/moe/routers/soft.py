@@ -25,6 +25,8 @@ class SoftRouter(nn.Module):
     ahead. Memory grows with S * n per sequence. Nothing is dropped, and load is even.
     """
 
+    needs_whole_sequences = True
+
     def __init__(
         self, *, d_model: int, num_experts: int, top_k: int, slots_per_expert: int = 1
     ) -> None:

@@ -79,3 +79,10 @@ class LocalPieces:
             positions_T[at : at + len(chunk)] = chunk
             at += len(chunk)
         return positions_T
+
+    def piece_ids_T(self) -> Integers:
+        """int64: of which of the pieces each token is; -1 of a row without."""
+        ids_T = np.full(self.num_rows, -1, dtype=np.int64)
+        for index, rows in enumerate(self.rows):
+            ids_T[rows] = index
+        return ids_T
