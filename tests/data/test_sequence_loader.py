@@ -187,8 +187,11 @@ def test_plans_made_ahead_are_those_made_in_time(
             steps = [one.next_step() for one in (ahead, alone)]
             assert ahead.plan_fields() == alone.plan_fields()
             assert_equal(*(step.micro_batches for step in steps))
+        assert ahead._ahead is not None
+        for _, planned in ahead._ahead._plans.values():
+            planned.result()
     assert counts == [5 + 2, 5], "each step once, two ahead of the last"
-    process = ahead._ahead and ahead._ahead._process
+    process = ahead._ahead._process
     assert process is not None
     ahead.close()
     assert process.returncode == 0

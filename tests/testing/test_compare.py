@@ -9,6 +9,8 @@ from moesys.testing.parity import Numbers, compare
 from moesys.train.step import StepResult
 
 RESULT = StepResult(
+    num_tokens=64,
+    mean_length_tokens=16.0,
     loss=2.0,
     balance_loss=1.0,
     z_loss=0.5,
