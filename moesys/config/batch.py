@@ -23,7 +23,7 @@ def find_batch_problems(config: RunConfig, world_size: int) -> Iterator[Problem]
             rule=f"must be at least data.seq_len={longest}: with batch.policy={batch.policy} a step has whole sequences",
             fix=f"use {longest} or more, or a smaller data.seq_len",
         )
-    yield from _what_it_does_not_go_with(config)
+    yield from _context(config)
     try:
         dims = parallel_dims(config.parallel, world_size)
     except ValueError:
@@ -45,31 +45,14 @@ def _memory(config: RunConfig, dims: ParallelDims) -> Iterator[Problem]:
         )
 
 
-def _what_it_does_not_go_with(config: RunConfig) -> Iterator[Problem]:
-    given, moe = config.batch.policy, config.model.moe
-    refused = [
-        (
-            config.parallel.cp > 1,
-            f"lays a sequence over any number of data ranks, and parallel.cp={config.parallel.cp} over a fixed one",
-            "use parallel.cp=1",
-        ),
-        (
-            bool(config.model.memory_layers.layers) and config.parallel.ep > 1,
-            f"gives ranks different numbers of tokens, and those of parallel.ep={config.parallel.ep} read "
-            f"model.memory_layers.layers={[*config.model.memory_layers.layers]} together",
-            "use parallel.ep=1",
-        ),
-        (
-            moe.capacity_factor is not None and moe.capacity_policy == "pad",
-            "gives ranks different numbers of tokens, and model.moe.capacity_policy=pad wants as many rows of each",
-            "use model.moe.capacity_policy=drop",
-        ),
-    ]
-    for is_so, rule, fix in refused:
-        if is_so:
-            yield Problem(
-                key="batch.policy", given=given, rule=rule, fix=f"{fix}, or batch.policy=samples"
-            )
+def _context(config: RunConfig) -> Iterator[Problem]:
+    if config.parallel.cp > 1:
+        yield Problem(
+            key="batch.policy",
+            given=config.batch.policy,
+            rule=f"lays a sequence over any number of data ranks, and parallel.cp={config.parallel.cp} over a fixed one",
+            fix="use parallel.cp=1, or batch.policy=samples",
+        )
 
 
 def batch_warnings(config: RunConfig) -> Iterator[str]:

@@ -25,13 +25,18 @@ from moesys.config.schema import MemoryLayersConfig, ModelConfig
 from moesys.models.norm import RMSNorm
 from moesys.ops.autocast import compute_type
 from moesys.ops.shard import local_tensor
+from moesys.plan.batch.local import LocalPieces
 
 _SQUARINGS = 6
 """The leading singular pair is what 2^6 steps of power iteration give."""
 
 
 class Columns(Protocol):
-    """How tokens move between the ranks that share out the columns of a table; differentiable."""
+    """How tokens move between the ranks that share out the columns of a table, each of as many; differentiable."""
+
+    def num_rows(self, own: int, pieces: LocalPieces | None, /) -> int:
+        """To which each rank fills up its own tokens, of these pieces of sequences; None = all have as many."""
+        ...
 
     def all_tokens(self, x: Tensor, /) -> Tensor:
         """[U, ...] from each rank's [T, ...]."""
@@ -52,6 +57,9 @@ class Columns(Protocol):
 
 class AllColumns:
     """One rank has them all, and only its own tokens to serve."""
+
+    def num_rows(self, own: int, pieces: LocalPieces | None) -> int:
+        return own
 
     def _same(self, x: Tensor) -> Tensor:
         return x
@@ -74,8 +82,8 @@ class MemoryLayer(nn.Module):
         self.table = MemoryTable(memory)
         self.down = nn.Parameter(torch.empty(d_model, memory.d_value))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """[T, D] in the compute type."""
+    def forward(self, x_TD: Tensor, pieces: LocalPieces | None = None) -> Tensor:
+        """[T, D] in the compute type. `pieces`: of sequences, of which ranks have different numbers of tokens."""
         with torch.autocast(x_TD.device.type, enabled=False):
             row_TRN, column_TRN = self.key_scores(x_TD.float())
             with torch.no_grad():
@@ -83,7 +91,7 @@ class MemoryLayer(nn.Module):
             scores_TKH = self.value_scores(row_TRN, column_TRN, ids_TK)
         x_TD = compute_type(x_TD)
         asked_TP = None if self.pre is None else F.linear(x_TD, compute_type(self.pre))
-        y_TV = self.table(ids_TK, scores_TKH, asked_TP)
+        y_TV = self.table(ids_TK, scores_TKH, asked_TP, pieces)
         return F.linear(y_TV, compute_type(self.down))
 
     def key_scores(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,9 +137,19 @@ class MemoryTable(nn.Module):
         self.columns: Columns = AllColumns()
         """`parallelize` swaps it where ranks share out the columns."""
 
-    def forward(self, ids_TK: Tensor, scores_TKH: Tensor, asked_TP: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        ids_TK: Tensor,
+        scores_TKH: Tensor,
+        asked_TP: Tensor | None,
+        pieces: LocalPieces | None = None,
+    ) -> Tensor:
         """y [T, V] in the compute type, before W_down; `asked_TP` is W_pre x."""
-        columns = self.columns
+        columns, num_tokens = self.columns, len(ids_TK)
+        # Rows that fill up read value 0 with score 0.
+        missing = columns.num_rows(num_tokens, pieces) - num_tokens
+        ids_TK, scores_TKH = with_rows(ids_TK, missing), with_rows(scores_TKH, missing)
+        asked_TP = None if asked_TP is None else with_rows(asked_TP, missing)
         ids_UK = columns.all_tokens(ids_TK)
         if asked_TP is not None:
             assert self.pre_values is not None, "what is asked for is there"
@@ -141,7 +159,12 @@ class MemoryTable(nn.Module):
             scores_TKH = scores_TKH * F.gelu(columns.own_tokens(gate_UK))[..., None]
         scores_UKH = columns.all_tokens(scores_TKH)
         y_UHw = compute_type(_sums(ids_UK, scores_UKH, local_tensor(self.values)))
-        return columns.from_columns(y_UHw).flatten(1)
+        return columns.from_columns(y_UHw).flatten(1)[:num_tokens]
+
+
+def with_rows(x: Tensor, number: int) -> Tensor:
+    """So many of zeros more along the first dim."""
+    return torch.cat([x, x.new_zeros(number, *x.shape[1:])]) if number else x
 
 
 def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,8 @@ class MemoryBlock(DenseBlock):
     ) -> Tensor:
         x_TD = x_TD + self.attn(self.attn_norm(x_TD), rope_SH, within)
         normed_TD = self.ffn_norm(x_TD)
-        read_TD = self.memory(
-            normed_TD
-        )  # first: a recomputation then ends before the feed-forward's sum
+        # First: a recomputation then ends before the feed-forward's sum.
+        read_TD = self.memory(normed_TD, within if isinstance(within, LocalPieces) else None)
         return x_TD + self.ffn(normed_TD) + read_TD
 
 

@@ -156,7 +156,7 @@ class MoELayer(nn.Module):
     def _decide(self, x_TD: Tensor, state: Tensor | None, tokens: Tokens) -> Decision:
         """Route, limit, plan, and count once what was routed: for the losses, the load and the bias."""
         routed = self._route(x_TD, state, tokens)
-        limited, padded_rows = self._limit(routed)
+        limited, padded_rows = self._limit(routed, tokens)
         kept = with_rows(limited, x_TD.shape[0])
         has_null = self.null_experts is not None
         sent_ids_TK = self._with_rows(kept.topk_ids_TK) if has_null else kept.topk_ids_TK
@@ -204,7 +204,7 @@ class MoELayer(nn.Module):
         """-1 in the place of experts that have no feed-forward."""
         return ids_TK.masked_fill(ids_TK >= self.config.num_experts, -1)
 
-    def _limit(self, routed: RoutingResult) -> tuple[RoutingResult, int | None]:
+    def _limit(self, routed: RoutingResult, tokens: Tokens) -> tuple[RoutingResult, int | None]:
         """Apply the expert capacity, if any; return the routing and the rows per expert if padded.
 
         Evaluation is dropless: what a model is worth does not depend on how its text was batched.
@@ -212,9 +212,10 @@ class MoELayer(nn.Module):
         config = self.config
         if config.capacity_factor is None or not self.training:
             return routed, None
-        num_tokens = routed.logits_TE.shape[0]
-        capacity = capacity_rows(
-            num_tokens, config.top_k, config.num_experts, config.capacity_factor
+        # All ranks pad to the capacity of the one with the most tokens.
+        own, most = (
+            capacity_rows(number, config.top_k, config.num_experts, config.capacity_factor)
+            for number in (tokens.num_tokens, tokens.most_tokens)
         )
-        kept = within_capacity(routed, config.num_experts, capacity, config.capacity_priority)
-        return kept, capacity if config.capacity_policy == "pad" else None
+        kept = within_capacity(routed, config.num_experts, own, config.capacity_priority)
+        return kept, most if config.capacity_policy == "pad" else None

@@ -83,6 +83,12 @@ class Tokens:
     """Of sequences of any length, one behind the other, which this rank has, together with those of the same data rank."""
 
     @property
+    def most_tokens(self) -> int:
+        """That any rank has in this forward, or a few more."""
+        most_rows = None if self.pieces is None else self.pieces.most_rows
+        return self.num_tokens if most_rows is None else most_rows // self.share.tp_size
+
+    @property
     def num_sequences(self) -> int:
         """B, of which this rank has all tokens or some; of a piece it may have none."""
         if self.pieces is not None:

@@ -10,15 +10,21 @@ from torch import Tensor
 
 from moesys.parallel.exchange import swap
 from moesys.parallel.tensor import TensorParallel
+from moesys.plan.batch.local import LocalPieces
 
 
 class ColumnParallel:
     """The moves of one group; all are collectives, and differentiable where x has a gradient. Ranks have equal T."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, tp_size: int = 1) -> None:
+        """`tp_size` ranks each have an equal run of a data rank's rows."""
+        self.group, self.tp_size = group, tp_size
         self.size = dist.get_world_size(group)
         self._tokens = TensorParallel(group)
+
+    def num_rows(self, own: int, pieces: LocalPieces | None) -> int:
+        """To which each rank fills up its own tokens."""
+        return own if pieces is None else pieces.most_rows // self.tp_size
 
     def all_tokens(self, x: Tensor) -> Tensor:
         """[U, ...] from each rank's [T, ...]."""

@@ -128,7 +128,7 @@ def shard_memory(table: MemoryTable, meshes: Meshes) -> None:
     ep, mesh = meshes.dims.ep, meshes.expert["ep"]
     if ep == 1:
         return
-    table.columns = ColumnParallel(meshes.ep_group)
+    table.columns = ColumnParallel(meshes.ep_group, meshes.dims.tp)
     for name, whole in list(table.named_parameters()):
         last = whole.ndim - 1
         local = whole.chunk(ep, last)[mesh.get_local_rank()].contiguous()

@@ -59,7 +59,7 @@ def _share_tokens(block: DenseBlock | MoEBlock, tp: TensorParallel) -> None:
         def join(_module: nn.Module, _args: Any, y_TD: Tensor) -> Tensor:
             return tp.join(y_TD)
 
-        block.memory.register_forward_pre_hook(lambda _, args: (tp.split(args[0]),))
+        block.memory.register_forward_pre_hook(lambda _, args: (tp.split(args[0]), *args[1:]))
         block.memory.register_forward_hook(join)
 
 

@@ -87,6 +87,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "what layers share": {"share_depth": "all", "num_dense_layers": 0},
     "tied": {"tie_embeddings": True},
     "capacity": {"moe": replace(PIECES.model.moe, capacity_factor=8.0)},
+    "padded": {"moe": replace(PIECES.model.moe, capacity_factor=8.0, capacity_policy="pad")},
     "null experts": {"moe": replace(PIECES.model.moe, zero_experts=1, constant_experts=2)},
     "a router's state": {
         "moe": replace(
@@ -101,10 +102,8 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        (name, layout)
-        for name in MODELS
-        for layout in ("dp+ep", "dp+pp+tp", "dp+zbv")
-        if (name, layout) != ("memory", "dp+ep")  # refused
+        *((name, layout) for name in MODELS for layout in ("dp+ep", "dp+pp+tp", "dp+zbv")),
+        *(("memory", layout) for layout in ("dp+tp+ep", "dp+pp+ep", "pp+tp+ep+zero")),
     ],
 )
 @pytest.mark.parity

@@ -91,13 +91,19 @@ LOSSY: dict[str, dict[str, Any]] = {
     "tree, hierarchical": {"dispatch": replace(BY_NODE["hierarchical"], codec=TREE)},
     "tree, int8": {"dispatch": DispatchConfig(codec=TREE, wire=INT8)},
     **{
-        f"drop by {priority}": {
+        f"drop by {priority}, {policy}": {
             "model": replace(
                 PIECES.model,
-                moe=replace(PIECES.model.moe, capacity_factor=0.4, capacity_priority=priority),
+                moe=replace(
+                    PIECES.model.moe,
+                    capacity_factor=0.4,
+                    capacity_priority=priority,
+                    capacity_policy=policy,
+                ),
             )
         }
         for priority in ("weight", "order", "random")
+        for policy in ("drop", "pad")
     },
 }
 """What changes numbers, and by ranks' own tokens, so that other layouts have other ones."""

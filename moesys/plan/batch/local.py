@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from moesys.plan.batch.plan import MicroStep
+from moesys.plan.batch.plan import MicroStep, tokens_of_ranks
 from moesys.plan.placement import Integers
 from moesys.plan.zigzag import local_chunks
 
@@ -44,10 +44,13 @@ class LocalPieces:
     pieces: tuple[LocalPiece, ...]
     multiple_of: int = 1
     """Rows behind the tokens, which are of no sequence and count nowhere, fill them up to a multiple of this."""
+    most_tokens: int = 0
+    """Of any rank in this micro-step; 0 = no other has more than this one."""
 
     @classmethod
     def of_plan(cls, step: MicroStep, lengths_S: Integers, rank: int, multiple_of: int = 1) -> Self:
         """Of `rank`; a sequence shorter than its ring may leave it a piece without tokens."""
+        num_ranks = 1 + max((max(piece.ranks) for piece in step), default=-1)
         return cls(
             tuple(
                 LocalPiece(int(lengths_S[piece.sequence]), piece.ranks, piece.ranks.index(rank))
@@ -55,6 +58,7 @@ class LocalPieces:
                 if rank in piece.ranks
             ),
             multiple_of,
+            int(tokens_of_ranks(step, lengths_S, num_ranks).max(initial=0)),
         )
 
     @cached_property
@@ -70,7 +74,15 @@ class LocalPieces:
     @property
     def num_rows(self) -> int:
         """T: of tokens, and behind them of none."""
-        return -(-self.num_tokens // self.multiple_of) * self.multiple_of
+        return self._filled(self.num_tokens)
+
+    @property
+    def most_rows(self) -> int:
+        """T of the rank with the most."""
+        return self._filled(max(self.num_tokens, self.most_tokens))
+
+    def _filled(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.multiple_of) * self.multiple_of
 
     def positions_T(self) -> Integers:
         """int64: of each token in its own sequence; 0 of a row without."""

@@ -46,9 +46,8 @@ class BatchPlan:
     def tokens_MR(self) -> Integers:
         """Of each rank in each micro-step."""
         tokens_MR = np.zeros((len(self.micro_steps), self.num_ranks), dtype=np.int64)
-        for index, piece in self.pieces():
-            length = int(self.lengths_S[piece.sequence])
-            tokens_MR[index, list(piece.ranks)] += ring_tokens(length, len(piece.ranks))
+        for tokens_R, step in zip(tokens_MR, self.micro_steps, strict=True):
+            tokens_R += tokens_of_ranks(step, self.lengths_S, self.num_ranks)
         return tokens_MR
 
     def pieces(self) -> Iterator[tuple[int, Piece]]:
@@ -87,6 +86,18 @@ class BatchPlan:
                 for step in told["micro_steps"]
             ),
         )
+
+
+def tokens_of_ranks(step: MicroStep, lengths_S: Integers, num_ranks: int) -> Integers:
+    """int64 [R]: of each in a micro-step."""
+    tokens_R = np.zeros(num_ranks, dtype=np.int64)
+    whole = np.array([(p.sequence, *p.ranks) for p in step if len(p.ranks) == 1], dtype=np.int64)
+    sequences, ranks = whole.reshape(-1, 2).T
+    np.add.at(tokens_R, ranks, lengths_S[sequences])
+    for sequence, ring in step:
+        if len(ring) > 1:
+            tokens_R[list(ring)] += ring_tokens(int(lengths_S[sequence]), len(ring))
+    return tokens_R
 
 
 def problems(plan: BatchPlan, capacity_tokens: int) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from moesys.plan.batch.local import LocalPieces
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan, problems
 
 LENGTHS_S = np.array([10, 0, 3, 7])
@@ -32,6 +33,14 @@ def test_tokens_and_pieces_of_ranks() -> None:
     assert plan.tokens_MR().tolist() == [[5, 3, 5], [7, 0, 0]]
     assert plan.of_rank(0) == [[STEPS[0][0]], [STEPS[1][0]]]
     assert plan.of_rank(1) == [[STEPS[0][1]], []]
+
+
+def test_all_ranks_know_how_many_rows_the_fullest_has() -> None:
+    """Filled up; also those that have nothing."""
+    for step, most in zip(STEPS, (6, 8), strict=True):
+        local = [LocalPieces.of_plan(step, LENGTHS_S, rank, multiple_of=2) for rank in range(3)]
+        assert [pieces.most_rows for pieces in local] == [most] * 3
+        assert max(pieces.num_rows for pieces in local) == most
 
 
 @pytest.mark.parametrize(
