@@ -157,11 +157,13 @@ def test_lengths_and_documents_that_do_not_fit_are_refused_before_anything_is_se
 def _totals(rank: int, size: int) -> dict[str, list[float]]:
     own = torch.tensor([2.0**rank, 100.0 * rank])
     rings = {"all": range(size), "some": (3, 0, 4), "alone": (rank,)}
-    return {
-        name: Ring(dist.group.WORLD, peers, peers.index(rank)).total(own).tolist()
-        for name, peers in rings.items()
-        if rank in peers
-    }
+    found = {}
+    for name, peers in rings.items():
+        if rank in peers:
+            with TrafficCounter() as counter:
+                found[name] = Ring(dist.group.WORLD, peers, peers.index(rank)).total(own).tolist()
+            assert counter.total_bytes == (len(peers) - 1) * own.nbytes
+    return found
 
 
 def test_a_ring_adds_up_what_its_ranks_have() -> None:
