@@ -148,8 +148,8 @@ class MemoryTable(nn.Module):
         columns, num_tokens = self.columns, len(ids_TK)
         # Rows that fill up read value 0 with score 0.
         missing = columns.num_rows(num_tokens, pieces) - num_tokens
-        ids_TK, scores_TKH = with_rows(ids_TK, missing), with_rows(scores_TKH, missing)
-        asked_TP = None if asked_TP is None else with_rows(asked_TP, missing)
+        ids_TK, scores_TKH = _with_rows(ids_TK, missing), _with_rows(scores_TKH, missing)
+        asked_TP = None if asked_TP is None else _with_rows(asked_TP, missing)
         ids_UK = columns.all_tokens(ids_TK)
         if asked_TP is not None:
             assert self.pre_values is not None, "what is asked for is there"
@@ -160,11 +160,6 @@ class MemoryTable(nn.Module):
         scores_UKH = columns.all_tokens(scores_TKH)
         y_UHw = compute_type(_sums(ids_UK, scores_UKH, local_tensor(self.values)))
         return columns.from_columns(y_UHw).flatten(1)[:num_tokens]
-
-
-def with_rows(x: Tensor, number: int) -> Tensor:
-    """So many of zeros more along the first dim."""
-    return torch.cat([x, x.new_zeros(number, *x.shape[1:])]) if number else x
 
 
 def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,6 +173,11 @@ def leading_pair(core_RR: Tensor) -> tuple[Tensor, Tensor]:
     right_R = F.normalize(gram_RR.index_select(1, largest)[:, 0], dim=0)
     right_R = torch.where(right_R.sum() < 0, -right_R, right_R)
     return F.normalize(core_RR @ right_R, dim=0), right_R
+
+
+def _with_rows(x: Tensor, number: int) -> Tensor:
+    """So many of zeros more along the first dim."""
+    return torch.cat([x, x.new_zeros(number, *x.shape[1:])]) if number else x
 
 
 def _of_keys(scores_TRN: Tensor, keys_TK: Tensor) -> Tensor:
