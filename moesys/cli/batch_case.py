@@ -103,7 +103,7 @@ def read_case(args: argparse.Namespace) -> BatchCase:
         num_ranks=num_ranks,
         stages=parallel.pp,
         capacity_tokens=capacity,
-        meets=bool(model.moe_layers) and parallel.ep > 1,
+        meets=bool(model.moe_layers or model.memory_layers.layers) and parallel.exchanges_over_data,
         costs=costs,
         block_token_bytes=block_token_bytes(model, config.train.compute_bytes),
         activation_token_bytes=token_bytes(config) / parallel.pp,

@@ -265,6 +265,11 @@ class ParallelConfig:
     dp_shard: int | None = None
     """With zero: data ranks that share one copy; divides dp. null = all of dp."""
 
+    @property
+    def exchanges_over_data(self) -> bool:
+        """Whether data ranks have experts, or slices of them, for each other: those of etp are neighbours, as those of tp are."""
+        return self.ep > 1 or self.tp % self.etp > 0
+
 
 Recompute = Literal["none", "moe", "attention", "selective", "layer"]
 

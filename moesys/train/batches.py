@@ -91,7 +91,7 @@ def _request(config: RunConfig, dp_size: int) -> PlanRequest:
         num_ranks=dp_size,
         capacity_tokens=config.train.micro_batch_tokens,
         costs=costs_of(config.model, flops_per_s=1e12),
-        meets=parallel.ep > 1 or parallel.zero > 1,
+        meets=parallel.exchanges_over_data or parallel.zero > 1,
         longest_tokens=config.data.seq_len,
         stages=parallel.pp,
         block_token_bytes=block_token_bytes(config.model, config.train.compute_bytes),
@@ -102,4 +102,5 @@ def _skips_empty(config: RunConfig) -> bool:
     """Whether nothing that a rank does in a micro-step waits for the ranks that are in no ring with it."""
     parallel, balance = config.parallel, config.model.moe.balance
     counts = (balance.global_loss_coef, balance.device_loss_coef, balance.width_loss_coef)
-    return parallel.ep == parallel.pp == 1 and not parallel.zero and not any(counts)
+    waits = parallel.exchanges_over_data or parallel.pp > 1 or parallel.zero or any(counts)
+    return not waits

@@ -49,15 +49,16 @@ def expected_costs(tp: int = 1) -> BatchCosts:
 
 
 @pytest.mark.parametrize(
-    ("pp", "tp", "ep"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 4), (2, 1, 4)]
+    ("pp", "tp", "ep", "etp"),
+    [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 2), (1, 1, 4, 1), (2, 1, 4, 1), (1, 1, 1, 2)],
 )
 def test_figures_are_those_of_the_plans(
-    capsys: pytest.CaptureFixture[str], pp: int, tp: int, ep: int
+    capsys: pytest.CaptureFixture[str], pp: int, tp: int, ep: int, etp: int
 ) -> None:
-    """Ranks of experts meet in every layer."""
-    layout = [f"parallel.tp={tp}", f"parallel.ep={ep}"]
+    """Data ranks of experts, and of slices of them, meet in every layer."""
+    layout = [f"parallel.tp={tp}", f"parallel.ep={ep}", f"parallel.etp={etp}"]
     told = facts(capsys, *BATCH, *RATES, "--pp", str(pp), *layout)
-    meets = ep > 1
+    meets = ep > 1 or etp > tp
     assert [row["policy"] for row in told["policies"]] == list(POLICIES)
     assert (told["ranks"], told["pp"], told["meets_in_every_layer"]) == (4, pp, meets)
     config, costs = compose(layout), expected_costs(tp)

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 
+from moesys.config.compose import compose
+from moesys.train.batches import build_loader
 from tests.train.launched import (
     SAME_ON_ANY_RANKS,
     STEPS,
@@ -89,6 +91,29 @@ def test_other_ranks_and_policies_train_on_the_same(tiny_data, tmp_path, policy)
     assert [r["tokens"] for r in ours] == [r["tokens"] for r in theirs]
     assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-4)
     assert [r["micro_steps"] for r in ours] != [r["micro_steps"] for r in theirs]
+
+
+@pytest.mark.parametrize(
+    ("words", "waits"),
+    [
+        ("", False),
+        ("parallel.tp=2 parallel.etp=2", False),
+        ("balance=aux_sequence", False),
+        ("parallel.ep=2", True),
+        ("parallel.etp=2", True),
+        ("parallel.pp=2", True),
+        ("parallel.zero=1", True),
+        ("balance=aux_global", True),
+    ],
+)
+def test_ranks_leave_out_micro_steps_where_none_waits_for_them(
+    tiny_data, tmp_path, words, waits
+) -> None:
+    own = ["parallel.ep=1", "balance=none", "batch.policy=naive", "batch.plan_ahead_steps=0"]
+    config = compose(overrides(tmp_path, tiny_data, *PLANNED, *own, *words.split()))
+    loaders = [build_loader(config, rank, 4) for rank in range(4)]
+    steps = [[len(loader.next_step().micro_batches) for loader in loaders] for _ in range(8)]
+    assert all(len(set(numbers)) == 1 for numbers in steps) == waits
 
 
 def test_what_does_not_go_is_refused_before_it_costs(tiny_data, tmp_path):
