@@ -49,6 +49,7 @@ OVER_DATA_RANKS: dict[str, tuple[int, dict[str, Any]]] = {
     },
     **{name: LAYOUTS[name] for name in ("zero", "zero 1", "zero 2", "experts over two copies")},
     **{name: LAYOUTS[name] for name in ("two copies of two shards", "pp+tp+ep+zero")},
+    "tp+ep without sequence parallelism": LAYOUTS["tp+ep without sequence parallelism"],
 }
 QUICK = ("dp+ep", "dp+pp+tp")
 
@@ -104,6 +105,8 @@ MODELS: dict[str, dict[str, Any]] = {
     [
         *((name, layout) for name in MODELS for layout in ("dp+ep", "dp+pp+tp", "dp+zbv")),
         *(("memory", layout) for layout in ("dp+tp+ep", "dp+pp+ep", "pp+tp+ep+zero")),
+        *((name, "tp+ep without sequence parallelism") for name in ("memory", "padded")),
+        ("padded", "dp+etp"),
     ],
 )
 @pytest.mark.parity
@@ -167,6 +170,12 @@ def test_balance_of_each_sequence_waits_for_those_alone_that_share_it() -> None:
 @pytest.mark.parity
 def test_recomputation(recompute: Any, layout: str) -> None:
     assert_as_one(replace(PIECES, train=replace(PIECES.train, recompute=recompute)), layout)
+
+
+@pytest.mark.parity
+def test_memories_are_read_again() -> None:
+    config = replace(PIECES, train=replace(PIECES.train, recompute="layer"))
+    assert_as_one(replace(config, model=replace(PIECES.model, **MODELS["memory"])), "dp+tp+ep")
 
 
 @pytest.mark.parametrize("layout", ["8 ranks", "dp+ep", "dp+pp+tp"])

@@ -25,6 +25,7 @@ BY_NODE = {
     name: DispatchConfig(exchange=name, ranks_per_node=2)
     for name in ("hierarchical", "deduplicated")
 }
+PADDED = replace(PIECES.model.moe, capacity_factor=8.0, capacity_policy="pad")
 ROWS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "hierarchical": (4, {"ep": 4}, {"dispatch": BY_NODE["hierarchical"]}),
     "deduplicated": (4, {"ep": 4}, {"dispatch": BY_NODE["deduplicated"]}),
@@ -32,6 +33,11 @@ ROWS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "deduplicated, tp": (4, {"tp": 2, "ep": 4}, {"dispatch": BY_NODE["deduplicated"]}),
     "deduplicated, etp": (8, {"ep": 4, "etp": 2}, {"dispatch": BY_NODE["deduplicated"]}),
     "etp, tp": (4, {"tp": 2, "ep": 2, "etp": 2}, {}),
+    "padded, hierarchical": (
+        4,
+        {"ep": 4},
+        {"dispatch": BY_NODE["hierarchical"], "model": replace(PIECES.model, moe=PADDED)},
+    ),
 }
 """World size, degrees, what the configuration has beside."""
 WIDTHS = replace(PIECES.model.moe, num_experts=12, expert_widths=(8, 24, 40))
@@ -68,7 +74,9 @@ def test_rows_by_another_way(one_process: Numbers, name: str, recompute: Recompu
 
 
 @pytest.mark.parametrize(
-    "moe", [WIDTHS, PYRAMID, LATENT], ids=["widths", "pyramid", "latent, weighed"]
+    "moe",
+    [WIDTHS, PYRAMID, LATENT, replace(PADDED, num_experts=12, expert_widths=(8, 24, 40))],
+    ids=["widths", "pyramid", "latent, weighed", "widths, padded"],
 )
 @pytest.mark.parametrize(
     "degrees", [{"ep": 4}, {"tp": 2, "ep": 2}, {}], ids=["ep", "tp+ep", "all on each"]
