@@ -288,6 +288,9 @@ class TrainConfig:
     """Compute type. Parameters, gradients, optimizer state, routing and loss stay fp32."""
     recompute: Recompute = "none"
     """Made again in backward: the experts (no row travels again), attention, both (selective), or a layer but for its routing."""
+    offload_ratio: float | None = 0.0
+    """Of what blocks keep for their backward, the share that waits in host memory, 0 to 1 (ByteScale, 2502.21231). null = of each
+    micro-batch as much as is not waited for, by what the way to the host and a product take at the start."""
     compile: bool = False
     """torch.compile for the element-wise work on queries and keys; some seconds of the first step. Measure: `moesys bench compile`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -20,6 +20,7 @@ from moesys.config.memory_layers import (
     memory_layer_warnings,
 )
 from moesys.config.nodes import node_warnings
+from moesys.config.offload import find_offload_problems, offload_warnings
 from moesys.config.pipeline import find_pipeline_problems, pipeline_warnings
 from moesys.config.placement import find_placement_problems, placement_warnings
 from moesys.config.schema import (
@@ -159,6 +160,7 @@ def warnings(config: RunConfig, world_size: int, ranks_per_node: int | None = No
     found += dispatch_warnings(config, world_size, ranks_per_node)
     found += placement_warnings(config)
     found += batch_warnings(config)
+    found += offload_warnings(config)
     found += layout_warnings(config, world_size)
     found += pipeline_warnings(config.parallel)
     if ranks_per_node is not None:
@@ -197,6 +199,7 @@ def _find_problems(
     yield from find_dispatch_problems(config, world_size, ranks_per_node)
     yield from find_placement_problems(config, world_size, ranks_per_node)
     yield from find_batch_problems(config, world_size)
+    yield from find_offload_problems(config)
     yield from _optim(config)
     yield from _schedule(config)
     yield from _anomaly(config)

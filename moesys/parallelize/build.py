@@ -1,5 +1,5 @@
 """From a configuration to a model on this rank. The one place that fixes the order in which axes are applied:
-pipeline cut, experts, tensors, context, compilation, recompute, data; then storage and weights.
+pipeline cut, experts, tensors, context, compilation, recompute, offload, data; then storage and weights.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ from moesys.parallelize.experts import (
     shard_memory,
 )
 from moesys.parallelize.gradients import gradient_sums
+from moesys.parallelize.offload import Offload
 from moesys.parallelize.pipeline import Pipeline
 from moesys.parallelize.recompute import apply_recompute
 from moesys.parallelize.tensor import shard_tensors
@@ -47,6 +48,8 @@ class ParallelModel:
     pipeline: Pipeline | None = None
     copies: set[nn.Parameter] = field(default_factory=set)
     """Parameters that a rank of another stage has too, which counts them in the gradient norm."""
+    offload: Offload | None = None
+    """What has activations wait in host memory; with train.offload_ratio=null none, until it is told how many."""
 
 
 def build_model(
@@ -96,6 +99,7 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         if config.train.compile:
             compile_blocks(part)
         apply_recompute(part, config.train.recompute)
+    offload = _offload(config, parts, device)
     if parallel.zero:
         for part in parts:
             shard_data(part, meshes, parallel.zero)
@@ -119,8 +123,23 @@ def build_parallel_model(config: RunConfig, meshes: Meshes, device: torch.device
         sums.append((meshes.ends_group, [table]))
         copies |= set() if parts[0].is_first else {table}
     return ParallelModel(
-        whole=whole, parts=parts, gradient_sums=sums, pipeline=pipeline, copies=copies
+        whole=whole,
+        parts=parts,
+        gradient_sums=sums,
+        pipeline=pipeline,
+        copies=copies,
+        offload=offload,
     )
+
+
+def _offload(config: RunConfig, parts: list[Transformer], device: torch.device) -> Offload | None:
+    ratio = config.train.offload_ratio
+    if ratio == 0:
+        return None
+    offload = Offload(device, lambda _: ratio or 0.0)
+    for part in parts:
+        offload.wrap(part)
+    return offload
 
 
 def _shard_with_experts(

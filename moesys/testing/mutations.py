@@ -57,6 +57,7 @@ run.name=${now:%H} | run.name | must be the same on every rank | write the value
 run.name=${oc.env:NOT_SET_ANYWHERE} | run.name | could not be resolved | refer to an existing key
 # Bounds.
 optim.lr=0 | optim.lr=0.0 | must be above 0 | use a value above 0
+train.offload_ratio=1.5 | train.offload_ratio=1.5 | must be at least 0.0 and at most 1.0 | at most 1.0
 optim.beta2=1 | optim.beta2=1.0 | must be at least 0.0 and below 1.0 | below 1.0
 train.grace_s=-1 | train.grace_s=-1.0 | must be | use a value
 train.start_timeout_s=0 | train.start_timeout_s=0.0 | must be above 0 | above 0
@@ -103,6 +104,7 @@ parallel.tp=2 model.vocab_size=4097 | model.vocab_size=4097 | must be a multiple
 parallel.tp=2 model.d_ffn=255 | model.d_ffn=255 | must be a multiple of parallel.tp=2 | use 254 or 256
 model.num_kv_heads=3 | model.num_kv_heads=3 | must divide model.num_heads=4 | use 2 or 4
 parallel.pp=2 parallel.pp_schedule=zbv model.num_layers=8 model.share_depth=all | model.share_depth='all' | layers of a stage one set of parameters | use parallel.pp_schedule=1f1b or interleaved
+parallel.pp=2 parallel.pp_schedule=zbv model.num_layers=8 train.offload_ratio=0.5 | train.offload_ratio=0.5 | does half of it much later | use parallel.pp_schedule=1f1b, interleaved or gpipe
 parallel.pp=2 parallel.pp_schedule=dualpipev model.num_layers=8 router=rmoe | model.moe.router._target_='moesys.moe.routers.RecurrentRouter' | layers of a stage one set of parameters | use parallel.pp_schedule=1f1b or interleaved
 parallel.pp=2 parallel.pp_schedule=zbv parallel.zero=1 model.num_layers=4 router=rmoe | model.moe.router._target_='moesys.moe.routers.RecurrentRouter' | which parallel.zero=1 cannot share out | use parallel.zero=0
 router=hash model.share_depth=moe | model.moe.router._target_='moesys.moe.routers.HashRouter' | is another router in each layer | use model.share_depth=none

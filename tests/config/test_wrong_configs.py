@@ -114,6 +114,13 @@ WRONG = [
         "train.steps=0 schedule=constant schedule.warmup_steps=0", "train.steps", "at least 1", "1"
     ),
     Wrong("train.timeout_s=0", "train.timeout_s", "must be above 0", "above 0"),
+    Wrong("train.offload_ratio=2", "train.offload_ratio", "0.0 and at most 1.0", "at most 1.0"),
+    Wrong(
+        "train.offload_ratio=null placement=balanced placement.copies=2 parallel.ep=2",
+        "train.offload_ratio",
+        "placement.policy=balanced has some that come and go",
+        "use placement=fixed, or train.offload_ratio=0",
+    ),
     Wrong("train.start_timeout_s=0", "train.start_timeout_s", "must be above 0", "above 0"),
     Wrong("run.seed=-1", "run.seed", "at least 0", "at least 0"),
     Wrong("run.name=a/b run.dir=build/x", "run.name", "name a folder", "run.dir"),
@@ -452,6 +459,7 @@ def test_rules_components_and_files_are_listed_together(data: Path) -> None:
         ),
         ("schedule.power_a=3", "only with power"),
         ("model.num_dense_layers=2", "leaves no MoE layer"),
+        ("train.offload_ratio=null", "offload_ratio=null saves no memory with 2 layers"),
         ("parallel.sequence_parallel=false", "no effect with parallel.tp=1"),
         ("parallel.cp_attention=ulysses", "no effect with parallel.cp=1"),
         ("parallel.tp=2 parallel.zero=3", "dp_shard=1 * cp=1 = 1 rank"),

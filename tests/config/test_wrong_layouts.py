@@ -34,6 +34,12 @@ WRONG = [
         "use parallel.zero=0, or parallel.pp_schedule=1f1b, or model.share_depth=none",
     ),
     Wrong(
+        "parallel.pp=2 parallel.ep=1 parallel.pp_schedule=zbv model.num_layers=4 train.global_batch_tokens=8192 train.offload_ratio=0.5",
+        "train.offload_ratio",
+        "brings back what a backward reads until that is through, and parallel.pp_schedule=zbv does half of it much later",
+        "use parallel.pp_schedule=1f1b, interleaved or gpipe, or train.offload_ratio=0",
+    ),
+    Wrong(
         "parallel.pp=2 parallel.ep=1 train.micro_batch_tokens=2048 train.global_batch_tokens=2048",
         "train.global_batch_tokens",
         "makes 1 micro-batches of a data rank, whose number must be at least the number of stages 2",
