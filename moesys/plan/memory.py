@@ -10,6 +10,7 @@ from fractions import Fraction
 
 from moesys.config.schema import Recompute, RunConfig
 from moesys.plan.memory_case import FP32, MemoryCase
+from moesys.plan.offload import away_bytes
 from moesys.plan.parameters import Parameter
 
 BF16 = 2
@@ -60,7 +61,7 @@ class RankMemory:
     allowance: int
     """CONTEXT_BYTES and FRAGMENTED; 0 on a CPU."""
     host: int
-    """Host memory: the copy that an asynchronous checkpoint is written from."""
+    """Host memory: the copy that an asynchronous checkpoint is written from, and activations that wait there."""
 
     @property
     def terms(self) -> dict[str, int]:
@@ -232,10 +233,31 @@ def _own_kinds(case: MemoryCase) -> set[int]:
 def _activations(case: MemoryCase) -> int:
     recompute = case.config.train.recompute
     of_kind = {kind: case.block_bytes(kind, recompute) for kind in _own_kinds(case)}
-    return sum(
+    kept = sum(
         in_flight * sum(count * of_kind[kind] for kind, count in case.kinds(stage).items())
         for stage, in_flight in _by_stage(case)
     )
+    # Of short sequences nothing leaves, where each micro-batch has its own ratio.
+    ratio = case.config.train.offload_ratio or 0.0
+    return kept - round(away_bytes(_may_leave(case), ratio))
+
+
+def _may_leave(case: MemoryCase) -> list[tuple[list[float], int]]:
+    """(of each block, micro-batches in flight) of each stage: what a block keeps, but for decisions, where these are all that is
+    kept beside its input, and for what another stage sent."""
+    recompute = case.config.train.recompute
+    stages = []
+    for stage, in_flight in _by_stage(case):
+        kinds = [case.first_alike[layer] for layer in case.stages[stage]]
+        if recompute == "layer":
+            blocks = [float(case.residual_bytes)] * len(kinds)
+        else:
+            of_kind = {kind: case.block_bytes(kind, recompute) for kind in set(kinds)}
+            blocks = [float(of_kind[kind]) for kind in kinds]
+        if stage:
+            blocks[0] -= case.residual_bytes
+        stages.append((blocks, in_flight))
+    return stages
 
 
 def _casts(case: MemoryCase) -> int:
@@ -375,6 +397,13 @@ def _memory_work(case: MemoryCase) -> int:
 
 
 def _host(case: MemoryCase) -> int:
+    """What is copied to be saved, and of all that may leave the share that does: of long sequences all, where each has its own."""
+    ratio = case.config.train.offload_ratio
+    in_flight = sum(number * sum(blocks) for blocks, number in _may_leave(case))
+    return _saved(case) + round((1.0 if ratio is None else ratio) * in_flight)
+
+
+def _saved(case: MemoryCase) -> int:
     """Parameters and moments, each element written by one of the ranks that hold it."""
     if not case.config.checkpoint.asynchronous:
         return 0

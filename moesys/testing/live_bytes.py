@@ -55,12 +55,15 @@ class PeakBytes(LiveBytes):
 
 
 def peak_of_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: Callable[[], object]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], object],
+    known: Iterable[torch.Tensor] = (),
 ) -> int:
-    """The most that lives while `step` runs, parameters and the optimizer's states among it."""
+    """The most that lives while `step` runs, parameters and the optimizer's states among it, `known` tensors not."""
     gc.collect()
     tensors = (*model.parameters(), *state_tensors(optimizer))
-    with PeakBytes(counted=[local_tensor(tensor.detach()) for tensor in tensors]) as live:
+    with PeakBytes(known, counted=[local_tensor(tensor.detach()) for tensor in tensors]) as live:
         step()
     return live.peak
 

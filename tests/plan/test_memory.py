@@ -179,10 +179,14 @@ def test_variants_are_weighed(name, changes):
 
 
 def peak(rank: int, size: int, config: RunConfig) -> int:
-    """The most that lives in a second step."""
+    """The most that lives in a second step, on the device."""
     run = SmallRun(config, size)
     run.step()
-    return peak_of_step(run.model, run.optimizer, run.step)
+    offload = run.train_step.parallel.offload
+    pages = [] if offload is None else [offload.pages.take() for _ in range(offload.pages.made)]
+    if offload is not None:
+        offload.pages.give(pages)
+    return peak_of_step(run.model, run.optimizer, run.step, known=pages)
 
 
 PEAKS = [
@@ -232,6 +236,34 @@ def test_the_peak_of_variants(name, dtype, changes):
     """The gradients that layers share grow while activations go, and the formula adds the most of both."""
     bound = 1.4 if name == "zero" else 1.15
     assert_peak(replace(WIDE, model=replace(WIDE.model, **changes)), name, dtype, "none", bound)
+
+
+QUICK_OFFLOADED = (("one rank", "fp32", "none", 1.0),)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "recompute", "ratio"),
+    [
+        case if case in QUICK_OFFLOADED else pytest.param(*case, marks=pytest.mark.parity)
+        for case in (
+            ("one rank", "fp32", "none", 1.0),
+            ("one rank", "fp32", "none", 0.5),
+            ("one rank", "bf16", "selective", 1.0),
+            ("one rank", "fp32", "layer", 1.0),
+            ("tp", "bf16", "none", 0.5),
+            ("zero", "fp32", "none", 1.0),
+            ("pp", "fp32", "none", 0.5),
+            ("pp", "fp32", "none", 1.0),
+            ("pp", "bf16", "selective", 1.0),
+            ("pp", "fp32", "layer", 1.0),
+            ("interleaved", "fp32", "none", 1.0),
+        )
+    ],
+)
+def test_the_peak_with_activations_on_the_host(name, dtype, recompute, ratio):
+    model = replace(WIDE.model, num_layers=8)
+    train = replace(WIDE.train, offload_ratio=ratio)
+    assert_peak(replace(WIDE, model=model, train=train), name, dtype, recompute)
 
 
 AHEAD = replace(BASE, model=replace(BASE.model, mtp_depth=2))
@@ -324,6 +356,48 @@ def test_making_more_again_never_keeps_more(changes):
     for activations in kept:
         assert activations == sorted(activations, reverse=True)
         assert activations[0] > activations[-1]
+
+
+@settings(max_examples=20)
+@given(layouts)
+def test_more_on_the_host_is_less_on_the_device(changes):
+    """By at most as many bytes: while a block computes, two or three are on the device whole."""
+
+    def planned(ratio: float | None) -> list[RankMemory]:
+        degrees = {k: v for k, v in changes.items() if k != "dtype"}
+        config = replace(
+            LARGE,
+            model=replace(LARGE.model, num_layers=8),
+            parallel=replace(LARGE.parallel, **degrees),
+            train=replace(LARGE.train, dtype=changes["dtype"], offload_ratio=ratio),
+        )
+        return plan_memory(config, parallel_dims(config.parallel, 8))
+
+    ratios = 0.0, 0.5, 1.0, None
+    for stays, half, away, own in zip(*map(planned, ratios), strict=True):
+        assert stays.activations > half.activations > away.activations > 0
+        saved, left = stays.activations - away.activations, away.host - stays.host
+        assert stays.activations - half.activations == pytest.approx(saved / 2, abs=1)
+        assert half.host - stays.host == pytest.approx(left / 2, abs=1)
+        assert left / 3 < saved < left
+        # Of short sequences nothing leaves, of long ones all.
+        assert (own.activations, own.host) == (stays.activations, away.host)
+
+
+def test_what_another_stage_sent_does_not_leave():
+    """Of layers that are made again their inputs do, but not that of a stage's first, which the pipeline holds."""
+    parallel = replace(LARGE.parallel, pp=2)
+    model = replace(LARGE.model, num_layers=8)
+    stages = layers_of_stages(model, parallel, SEQ_LEN)
+    dims = parallel_dims(parallel, 2)
+    hosts = []
+    for ratio in (0.0, 1.0):
+        train = replace(LARGE.train, recompute="layer", offload_ratio=ratio)
+        config = replace(LARGE, model=model, parallel=parallel, train=train)
+        hosts.append([stage.host for stage in plan_memory(config, dims)])
+    input_bytes = 4 * LARGE.train.micro_batch_tokens * model.d_model
+    left = [(away - stays) / input_bytes for stays, away in zip(*hosts, strict=True)]
+    assert left == [2 * len(stages[0]), len(stages[1]) - 1]
 
 
 @settings(max_examples=20)
