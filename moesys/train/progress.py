@@ -271,6 +271,9 @@ def banner(run_name: str, start: Mapping[str, Any]) -> str:
             if f"{kind}_gbit_per_s" in links
         )
         lines.append(("links", ", ".join(told)))
+    if offload := start.get("offload"):
+        rates = (number(offload.get(f"{way}_gbytes_per_s"), ".3g") for way in ("out", "back"))
+        lines.append(("offload", "{} GB/s to the host, {} back".format(*rates)))
     if sources := start.get("sources"):
         told = (
             f"{name} {number(of.get('weight'), '.1%')}, {number(of.get('epochs'), '.2f')} epochs"
