@@ -3,6 +3,7 @@
 Shapes: S sequences, R ranks, M micro-steps.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,14 +122,27 @@ def in_step_s(busy_MR: Amounts) -> float:
 
 
 def free_s(plan: BatchPlan, costs: BatchCosts) -> float:
-    """Of a batch whose ranks meet in rings alone: a piece begins when all of its ranks have ended those before it."""
-    free_at_R = np.zeros(plan.num_ranks)
-    for step in plan.micro_steps:
-        has_R = np.zeros(plan.num_ranks, dtype=np.bool_)
-        for piece in step:
-            has_R[list(piece.ranks)] = True
-        free_at_R += costs.micro_step_s * has_R
-        for piece, piece_s in zip(step, _piece_seconds(plan, step, costs), strict=True):
-            ranks = list(piece.ranks)
-            free_at_R[ranks] = free_at_R[ranks].max() + piece_s
-    return float(free_at_R.max()) if plan.num_ranks else 0.0
+    """Of a batch whose ranks meet in rings alone."""
+    pieces = (
+        zip((piece.ranks for piece in step), _piece_seconds(plan, step, costs), strict=True)
+        for step in plan.micro_steps
+    )
+    return free_pieces_s(pieces, plan.num_ranks, costs.micro_step_s)
+
+
+def free_pieces_s(
+    micro_steps: Iterable[Iterable[tuple[Sequence[int], float]]],
+    num_ranks: int,
+    micro_step_s: float,
+) -> float:
+    """The same of the ranks and the seconds of pieces: one begins when all of its ranks have ended those before it."""
+    free_at = [0.0] * num_ranks
+    for step in micro_steps:
+        pieces = list(step)
+        for rank in {rank for ranks, _ in pieces for rank in ranks}:
+            free_at[rank] += micro_step_s
+        for ranks, piece_s in pieces:
+            end_s = max([free_at[rank] for rank in ranks]) + piece_s
+            for rank in ranks:
+                free_at[rank] = end_s
+    return max(free_at, default=0.0)

@@ -4,77 +4,78 @@ Any number of ranks may share a sequence, and ranks may run different numbers of
 done all of its work: sequences go, the longest first, to the ranks that have the least so far. So those that work on long
 sequences do so at the same time, and short ones fill up what is left.
 
-Shapes: S sequences, R ranks, M micro-steps.
+Shapes: S sequences.
 """
 
-import heapq
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from moesys.plan.batch.cost import BatchCosts
-from moesys.plan.batch.fit import best_fit, check_fits
+from moesys.plan.batch.cost import BatchCosts, free_pieces_s
+from moesys.plan.batch.exchange import ENOUGH, Exchange
+from moesys.plan.batch.filling import GOOD, Fillings
+from moesys.plan.batch.fit import best_fit
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
-from moesys.plan.batch.ring_sizes import ring_sizes
+from moesys.plan.batch.row import Row
+from moesys.plan.batch.ways import Batch
 from moesys.plan.placement import Integers
 from moesys.plan.zigzag import ring_tokens
 
 
 def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts) -> BatchPlan:
     """Raises ValueError for a sequence that does not fit."""
-    check_fits(lengths_S.tolist(), num_ranks, capacity_tokens)
-    mean_s = float(costs.work_s(lengths_S).sum()) / num_ranks
-    sizes_S = ring_sizes(lengths_S, num_ranks, capacity_tokens, costs, mean_s)
-    steps = _Steps(num_ranks, capacity_tokens)
-    busy = [(0.0, rank) for rank in range(num_ranks)]
-    by_length = np.argsort(-lengths_S, kind="stable")
-    for sequence in by_length[sizes_S[by_length] > 1].tolist():
-        length, size = int(lengths_S[sequence]), int(sizes_S[sequence])
-        least = [heapq.heappop(busy) for _ in range(size)]
-        end_s = least[-1][0] + float(costs.rank_s(length, size))
-        ranks = sorted(rank for _, rank in least)
-        for rank in ranks:
-            heapq.heappush(busy, (end_s, rank))
-        steps.share(sequence, ranks, ring_tokens(length, size))
-    short = by_length[sizes_S[by_length] == 1].tolist()
-    seconds = costs.rank_s(lengths_S, 1).tolist()
-    of_rank: list[list[int]] = [[] for _ in range(num_ranks)]
-    for sequence in short:
-        busy_s, rank = busy[0]
-        of_rank[rank].append(sequence)
-        heapq.heapreplace(busy, (busy_s + seconds[sequence], rank))
-    steps.pack(lengths_S.tolist(), of_rank)
-    return batch_plan(lengths_S, num_ranks, steps.pieces)
+    share_s = costs.micro_step_s / capacity_tokens
+    batch = Batch(
+        lengths_S, num_ranks, capacity_tokens, replace(costs, token_s=costs.token_s + share_s)
+    )
+    if not batch.by_length:
+        return batch_plan(lengths_S, num_ranks, [])
+    even_s = math.fsum(batch.areas_s) / num_ranks
+    least_s = max(even_s, batch.ways(batch.by_length[0]).least_s)
+    fillings = Fillings(batch, [[least_s]], 0.0, waits=True)
+    fillings.search(GOOD * least_s)
 
+    def piece_s(sequence: int, size: int) -> float:
+        return batch.piece_s(sequence, size) - share_s * batch.lengths[sequence] / size
 
-class _Steps:
-    """Micro-steps as they fill."""
-
-    def __init__(self, num_ranks: int, capacity_tokens: int) -> None:
-        self.pieces: list[list[Piece]] = []
-        self._room_MR: list[Integers] = []
-        self._num_ranks, self._capacity = num_ranks, capacity_tokens
-
-    def share(self, sequence: int, ranks: Sequence[int], tokens: Integers) -> None:
-        """In the first micro-step in which all of these ranks have room."""
-        at = list(ranks)
-        fitting = (i for i, room_R in enumerate(self._room_MR) if (room_R[at] >= tokens).all())
-        index = next(fitting, len(self.pieces))
-        if index == len(self.pieces):
-            self.pieces.append([])
-            self._room_MR.append(np.full(self._num_ranks, self._capacity))
-        self.pieces[index].append(Piece(sequence, tuple(ranks)))
-        self._room_MR[index][at] -= tokens
-
-    def pack(self, lengths: Sequence[int], of_rank: Sequence[Sequence[int]]) -> None:
-        """Each rank's own sequences where it has room, and behind."""
-        room_RM = (
-            np.stack(self._room_MR, axis=1)
-            if self._room_MR
-            else np.zeros((len(of_rank), 0), dtype=np.int64)
+    def seconds(rows: Sequence[Row]) -> float:
+        timed = (
+            [(ranks, piece_s(sequence, len(ranks))) for sequence, ranks in step]
+            for step in _micro_steps(batch, rows[0].pieces)
         )
-        for rank, (sequences, rooms) in enumerate(zip(of_rank, room_RM.tolist(), strict=True)):
-            packs = best_fit(lengths, sequences, self._capacity, rooms)
-            self.pieces += [[] for _ in range(len(packs) - len(self.pieces))]
-            for index, pack in enumerate(packs):
-                self.pieces[index] += [Piece(sequence, (rank,)) for sequence in pack]
+        return free_pieces_s(timed, num_ranks, costs.micro_step_s)
+
+    (row,) = Exchange(batch, seconds, waits=True).better(fillings.best, ENOUGH * least_s)
+    return batch_plan(lengths_S, num_ranks, _micro_steps(batch, row.pieces))
+
+
+def _micro_steps(batch: Batch, pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Each rank's pieces in this order, up to its last ring; behind that its own sequences where they fit best."""
+    last_ring = {
+        rank: at for at, piece in enumerate(pieces) if len(piece.ranks) > 1 for rank in piece.ranks
+    }
+    steps: list[list[Piece]] = []
+    number = [0] * batch.num_ranks
+    room = [batch.capacity_tokens] * batch.num_ranks
+    alone: list[list[int]] = [[] for _ in range(batch.num_ranks)]
+    for at, (sequence, ranks) in enumerate(pieces):
+        if at > last_ring.get(ranks[0], -1):
+            alone[ranks[0]].append(sequence)
+            continue
+        tokens = ring_tokens(batch.lengths[sequence], len(ranks)).tolist()
+        full = (
+            number[rank] + (room[rank] < count) for rank, count in zip(ranks, tokens, strict=True)
+        )
+        step = max(full)
+        for rank, count in zip(ranks, tokens, strict=True):
+            if number[rank] < step:
+                number[rank], room[rank] = step, batch.capacity_tokens
+            room[rank] -= count
+        steps += [[] for _ in range(step + 1 - len(steps))]
+        steps[step].append(Piece(sequence, ranks))
+    for rank, sequences in enumerate(alone):
+        packs = best_fit(batch.lengths, sequences, batch.capacity_tokens, [room[rank]])
+        steps += [[] for _ in range(number[rank] + len(packs) - len(steps))]
+        for step, pack in enumerate(packs, start=number[rank]):
+            steps[step] += [Piece(sequence, (rank,)) for sequence in pack]
+    return steps
