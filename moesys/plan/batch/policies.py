@@ -3,6 +3,8 @@
 Shapes: S sequences.
 """
 
+from functools import partial
+
 import numpy as np
 
 from moesys.plan.batch.cost import BatchCosts, free_s, in_step_s, rank_seconds
@@ -12,10 +14,15 @@ from moesys.plan.batch.in_step import hdp_in_step
 from moesys.plan.batch.naive import naive
 from moesys.plan.batch.partition import karmarkar_karp, sorted_greedy
 from moesys.plan.batch.plan import BatchPlan
-from moesys.plan.batch.static import balanced, context_size, packed
+from moesys.plan.batch.static import balanced, context_size, context_sizes, packed
 from moesys.plan.placement import Integers
 
 POLICIES = ("naive", "static", "sorted", "karmarkar_karp", "flexsp", "hdp")
+
+LEVEL = 1.02
+"""A plan that takes no longer than so many times even work is not compared with others."""
+FEW = 1 << 18
+"""Nor are plans of more sequences times ranks."""
 
 
 def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool) -> float:
@@ -55,5 +62,24 @@ def planned(
     if policy == "flexsp":
         return flexsp(*budget, costs)
     assert policy == "hdp", policy
+    return _levelled(*budget, costs, meets)
+
+
+def _levelled(
+    lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts, meets: bool
+) -> BatchPlan:
+    """Hybrid data parallelism's, or a simpler one where that leaves gaps and a simpler one does not.
+
+    In rings alone those are between long rings of any size, which level micro-steps, or rings of one size, lay side by side.
+    """
+    budget = lengths_S, num_ranks, capacity_tokens
     plans = [naive(*budget), (hdp_in_step if meets else hdp)(*budget, costs)]
-    return min(plans, key=lambda plan: batch_seconds(plan, costs, meets=meets))
+    seconds = partial(batch_seconds, costs=costs, meets=meets)
+    even_s = float(costs.work_s(lengths_S).sum()) / num_ranks
+    if min(map(seconds, plans)) > LEVEL * even_s and len(lengths_S) * num_ranks <= FEW:
+        if not meets:
+            plans.append(hdp_in_step(*budget, costs))
+        sizes = context_sizes(*budget)
+        plans += [packed(*budget, size) for size in sorted({*sizes[:1], *sizes[-1:]})]
+        plans += [balanced(*budget, size, costs, karmarkar_karp) for size in sizes[:1]]
+    return min(plans, key=seconds)

@@ -21,20 +21,29 @@ Partition = Callable[[Amounts, int], list[list[int]]]
 
 
 def context_size(lengths_S: Integers, num_ranks: int, capacity_tokens: int) -> int:
-    """The least divisor of the ranks with which the longest sequence fits a context group.
+    """The least of `context_sizes`.
 
     Raises:
-        ValueError: none of them does.
+        ValueError: there is none.
     """
     check_fits(lengths_S.tolist(), num_ranks, capacity_tokens)
-    longest = int(lengths_S.max(initial=0))
-    for size in (size for size in range(1, num_ranks + 1) if num_ranks % size == 0):
-        if most_ring_tokens(longest, size) <= capacity_tokens:
-            return size
+    sizes = context_sizes(lengths_S, num_ranks, capacity_tokens)
+    if sizes:
+        return sizes[0]
     raise ValueError(
-        f"a sequence of {longest} tokens fits no group of ranks of {capacity_tokens} tokens that {num_ranks} ranks share out "
-        "in: give ranks more memory"
+        f"a sequence of {lengths_S.max()} tokens fits no group of ranks of {capacity_tokens} tokens that {num_ranks} ranks "
+        "share out in: give ranks more memory"
     )
+
+
+def context_sizes(lengths_S: Integers, num_ranks: int, capacity_tokens: int) -> list[int]:
+    """Divisors of the ranks, ascending, with which the longest sequence fits a context group."""
+    longest = int(lengths_S.max(initial=0))
+    return [
+        size
+        for size in range(1, num_ranks + 1)
+        if num_ranks % size == 0 and most_ring_tokens(longest, size) <= capacity_tokens
+    ]
 
 
 def packed(lengths_S: Integers, num_ranks: int, capacity_tokens: int, size: int) -> BatchPlan:

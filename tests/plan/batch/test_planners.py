@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moesys.plan.batch.cost import AttentionKind, BatchCosts
 from moesys.plan.batch.plan import problems
-from moesys.plan.batch.policies import POLICIES, batch_seconds, planned
+from moesys.plan.batch.policies import LEVEL, POLICIES, batch_seconds, planned
 from moesys.plan.placement import Integers
 from tests.plan.placements import seeds
 
@@ -44,15 +44,18 @@ def test_each_sequence_once_within_memory_the_same_every_time(
 
 
 @given(seeds(), st.integers(1, 9), st.booleans())
-def test_never_worse_than_naive(rng: np.random.Generator, num_ranks: int, meets: bool) -> None:
+def test_never_worse_than_naive_nor_much_worse_than_groups_of_one_size(
+    rng: np.random.Generator, num_ranks: int, meets: bool
+) -> None:
     lengths_S = random_lengths(rng, num_ranks)
     seconds = {
         policy: batch_seconds(
             planned(policy, lengths_S, num_ranks, CAPACITY, COSTS, meets=meets), COSTS, meets=meets
         )
-        for policy in ("naive", "hdp")
+        for policy in ("naive", "static", "karmarkar_karp", "hdp")
     }
     assert seconds["hdp"] <= seconds["naive"] * (1 + 1e-9)
+    assert seconds["hdp"] <= LEVEL * min(seconds.values())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
