@@ -141,6 +141,7 @@ def _plans(case: "BatchCase") -> "tuple[dict[str, tuple[BatchPlan, float | None]
                 case.capacity_tokens,
                 case.costs,
                 meets=case.meets,
+                stages=case.stages,
             )
         except ValueError as error:
             refused[policy] = str(error)

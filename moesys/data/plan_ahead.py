@@ -20,7 +20,6 @@ from moesys.plan.batch.cost import AttentionKind, BatchCosts
 from moesys.plan.batch.figures import BatchFigures, figures
 from moesys.plan.batch.plan import BatchPlan
 from moesys.plan.batch.policies import batch_seconds, planned
-from moesys.plan.batch.timeline import timeline
 from moesys.plan.placement import Integers
 
 
@@ -68,13 +67,10 @@ class PlanRequest:
             self.capacity_tokens,
             self.costs,
             meets=self.meets,
+            stages=self.stages,
             longest_tokens=self.longest_tokens,
         )
-        if self.stages == 1:
-            step_s = batch_seconds(plan, self.costs, meets=self.meets)
-        else:
-            walked = timeline(plan, self.costs, stages=self.stages, meets=self.meets, ranks=())
-            step_s = walked.step_s
+        step_s = batch_seconds(plan, self.costs, meets=self.meets, stages=self.stages)
         found = figures(
             plan,
             self.costs,

@@ -64,7 +64,7 @@ def test_figures_are_those_of_the_plans(
     config, costs = compose(layout), expected_costs(tp)
     moved = block_token_bytes(config.model, 4)
     for row in told["policies"]:
-        plan = planned(row["policy"], np.array(LENGTHS), 4, 1024, costs, meets=meets)
+        plan = planned(row["policy"], np.array(LENGTHS), 4, 1024, costs, meets=meets, stages=pp)
         found = timeline(plan, costs, stages=pp, meets=meets)
         wanted = figures(plan, costs, found.step_s, stages=pp, block_token_bytes=moved)
         assert {key: row[key] for key in vars(wanted)} == vars(wanted)

@@ -6,7 +6,7 @@ This is MULTIFIT (Coffman, Garey and Johnson, 1978) for tasks that may be cut, a
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from moesys.plan.batch.row import Row
@@ -63,11 +63,6 @@ class Filling:
         self._capacity = sum(batch.lengths) if waits else batch.capacity_tokens
         self.rows = [self._row(level_s) for level_s in levels_s]
         self.laid = len(batch.by_length)
-
-    @property
-    def seconds(self) -> float:
-        """Of all micro-steps, without what each takes to start."""
-        return sum(row.most_busy_s for row in self.rows)
 
     def fill(self, below_s: float) -> bool:
         """Whether the levels stay below so much together; if not, sequences are left over."""
@@ -152,18 +147,24 @@ class Fillings:
     """What was tried with the levels of each of `tried`, of which like ones are next to each other."""
 
     def __init__(
-        self, batch: Batch, tried: Sequence[Sequence[float]], micro_step_s: float, *, waits: bool
+        self,
+        batch: Batch,
+        tried: Sequence[Sequence[float]],
+        seconds: Callable[[Sequence[Row]], float],
+        *,
+        waits: bool,
     ) -> None:
-        self._batch, self._tried = batch, tried
-        self._micro_step_s, self._waits = micro_step_s, waits
+        """`seconds` is what all micro-steps take, no less than the sum of their levels."""
+        self._batch, self._tried, self._seconds, self._waits = batch, tried, seconds, waits
         self._seen: set[_Place] = set()
-        self._laid = 0
+        self._laid = self._most_laid = 0
         self._best_at = _Place(0, FIRST, 0)
         self.best: list[Row] = []
         self.best_s = math.inf
 
-    def search(self, good_s: float) -> None:
-        """Until a plan takes no longer than `good_s`, or no other is near the best; a batch of many sequences a while."""
+    def search(self, good_s: float, most_laid: int) -> None:
+        """Until a plan takes no longer than `good_s`, no other is near the best, or so many sequences were laid."""
+        self._most_laid = most_laid
         slacks = range(len(SLACKS)) if len(self._batch.by_length) <= FEW else (FIRST,)
         for cut in range(len(CUTS)):
             for levels, slack in itertools.product(range(len(self._tried)), slacks):
@@ -175,15 +176,14 @@ class Fillings:
         sizes = _Place(len(self._tried), len(SLACKS), len(CUTS))
         if at in self._seen or not all(0 <= i < size for i, size in zip(at, sizes, strict=True)):
             return False
-        if self.best_s <= good_s or (self.best and self._laid >= MOST_LAID):
+        if self.best_s <= good_s or (self.best and self._laid >= self._most_laid):
             return False
         self._seen.add(at)
         levels_s = [level_s * (1 + SLACKS[at.slack]) for level_s in self._tried[at.levels]]
         filling = Filling(self._batch, levels_s, CUTS[at.cut], waits=self._waits)
         complete = filling.fill(self.best_s)
         self._laid += filling.laid
-        seconds = filling.seconds + self._micro_step_s * len(filling.rows)
-        if not complete or seconds >= self.best_s:
+        if not complete or (seconds := self._seconds(filling.rows)) >= self.best_s:
             return False
         self._best_at, self.best, self.best_s = at, filling.rows, seconds
         return True

@@ -5,6 +5,9 @@ rank is what counts (`cost.in_step_s`). So every micro-step has a level of its o
 sequences, of which a token is more work, share the first ones, where levels are high; short ones fill what is left of these, and
 then micro-steps of their own.
 
+In a pipeline the longest micro-step counts once more for each stage but one, while it fills and drains: more, shorter ones of
+like length take less (ByteScale's PP-balance, 2502.21231, section 5).
+
 Shapes: S sequences.
 """
 
@@ -15,7 +18,7 @@ import numpy as np
 
 from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.exchange import ENOUGH, Exchange
-from moesys.plan.batch.filling import GOOD, Fillings
+from moesys.plan.batch.filling import GOOD, MOST_LAID, Fillings
 from moesys.plan.batch.plan import BatchPlan, batch_plan
 from moesys.plan.batch.row import Row
 from moesys.plan.batch.ways import Batch
@@ -23,14 +26,25 @@ from moesys.plan.placement import Integers
 
 TIMES_TRIED = (1.0, 1.03, 1.1, 1.25, 1.5, 2.0)
 """So many times the fewest micro-steps, also with a part of one, that have memory for all tokens."""
+TIMES_TRIED_IN_PIPELINES = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+LAID_IN_PIPELINES = 2 * MOST_LAID
 MEMORY_TRIED = (0.86, 0.9, 0.94, 0.97, 1.0)
 """Parts of all ranks' memory that a micro-step fills, if each takes the longest sequences there are."""
 
 
 def hdp_in_step(
-    lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts
+    lengths_S: Integers,
+    num_ranks: int,
+    capacity_tokens: int,
+    costs: BatchCosts,
+    *,
+    stages: int = 1,
 ) -> BatchPlan:
     """The best of several numbers of micro-steps and levels.
+
+    Args:
+        costs: of a rank with all layers, or a part of them.
+        stages: of each rank's pipeline.
 
     Raises:
         ValueError: a sequence that does not fit.
@@ -40,22 +54,26 @@ def hdp_in_step(
         return batch_plan(lengths_S, num_ranks, [])
     even_s = math.fsum(batch.areas_s) / num_ranks
     fewest = float(lengths_S.sum()) / (num_ranks * capacity_tokens)
-    numbers = sorted({times * fewest for times in TIMES_TRIED} | {float(math.ceil(fewest))})
+    if stages == 1:
+        numbers = sorted({each * fewest for each in TIMES_TRIED} | {float(math.ceil(fewest))})
+    else:
+        numbers = [each * fewest for each in TIMES_TRIED_IN_PIPELINES]
     tried: list[list[float]] = []
     for memory, most_s in [
-        *((memory, math.inf) for memory in MEMORY_TRIED),
+        *((memory, math.inf) for memory in MEMORY_TRIED if stages == 1),
         *((1.0, even_s / number) for number in numbers),
     ]:
         levels = natural_levels(batch, memory, most_s)
         if levels not in tried:
             tried.append(levels)
-    fillings = Fillings(batch, tried, costs.micro_step_s, waits=False)
-    least_s = even_s + costs.micro_step_s * math.ceil(fewest)
-    fillings.search(GOOD * least_s)
 
     def seconds(rows: Sequence[Row]) -> float:
-        return sum(row.most_busy_s + costs.micro_step_s for row in rows)
+        each_s = [row.most_busy_s + costs.micro_step_s for row in rows]
+        return sum(each_s) + (stages - 1) * max(each_s)
 
+    least_s = even_s + costs.micro_step_s * math.ceil(fewest)
+    fillings = Fillings(batch, tried, seconds, waits=False)
+    fillings.search(GOOD * least_s, MOST_LAID if stages == 1 else LAID_IN_PIPELINES)
     rows = Exchange(batch, seconds, waits=False).better(fillings.best, ENOUGH * least_s)
     return batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])
 

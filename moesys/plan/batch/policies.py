@@ -15,6 +15,7 @@ from moesys.plan.batch.naive import naive
 from moesys.plan.batch.partition import karmarkar_karp, sorted_greedy
 from moesys.plan.batch.plan import BatchPlan
 from moesys.plan.batch.static import balanced, context_size, context_sizes, packed
+from moesys.plan.batch.timeline import timeline
 from moesys.plan.placement import Integers
 
 POLICIES = ("naive", "static", "sorted", "karmarkar_karp", "flexsp", "hdp")
@@ -25,8 +26,10 @@ FEW = 1 << 18
 """Nor are plans of more sequences times ranks."""
 
 
-def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool) -> float:
+def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool, stages: int = 1) -> float:
     """Until the last rank has done its last micro-step."""
+    if stages > 1:
+        return timeline(plan, costs, stages=stages, meets=meets, ranks=()).step_s
     return in_step_s(rank_seconds(plan, costs)) if meets else free_s(plan, costs)
 
 
@@ -38,6 +41,7 @@ def planned(
     costs: BatchCosts,
     *,
     meets: bool,
+    stages: int = 1,
     longest_tokens: int = 0,
 ) -> BatchPlan:
     """By the planner of that name.
@@ -45,6 +49,7 @@ def planned(
     Args:
         capacity_tokens: for which a rank has memory in a micro-step.
         meets: ranks do in every layer, for experts.
+        stages: of each rank's pipeline, which only `hdp` looks at.
         longest_tokens: of a sequence of any batch, which a static mesh has memory for; at least that of this one.
 
     Raises:
@@ -62,23 +67,34 @@ def planned(
     if policy == "flexsp":
         return flexsp(*budget, costs)
     assert policy == "hdp", policy
-    return _levelled(*budget, costs, meets)
+    return _levelled(*budget, costs, meets, stages)
 
 
 def _levelled(
-    lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts, meets: bool
+    lengths_S: Integers,
+    num_ranks: int,
+    capacity_tokens: int,
+    costs: BatchCosts,
+    meets: bool,
+    stages: int,
 ) -> BatchPlan:
     """Hybrid data parallelism's, or a simpler one where that leaves gaps and a simpler one does not.
 
     In rings alone those are between long rings of any size, which level micro-steps, or rings of one size, lay side by side.
     """
     budget = lengths_S, num_ranks, capacity_tokens
-    plans = [naive(*budget), (hdp_in_step if meets else hdp)(*budget, costs)]
-    seconds = partial(batch_seconds, costs=costs, meets=meets)
-    even_s = float(costs.work_s(lengths_S).sum()) / num_ranks
+    in_step = partial(hdp_in_step, *budget, costs, stages=stages)
+    in_rings = partial(hdp, *budget, costs)
+    # Micro-steps of a pipeline go through it in order: they had better be level wherever ranks meet.
+    first, second = (in_step, in_rings) if meets or stages > 1 else (in_rings, in_step)
+    plans = [naive(*budget), first()]
+    seconds = partial(batch_seconds, costs=costs, meets=meets, stages=stages)
+    even_s = float(costs.work_s(lengths_S).sum()) / (num_ranks * stages)
     if min(map(seconds, plans)) > LEVEL * even_s and len(lengths_S) * num_ranks <= FEW:
-        if not meets:
+        if stages > 1:
             plans.append(hdp_in_step(*budget, costs))
+        if not meets:
+            plans.append(second())
         sizes = context_sizes(*budget)
         plans += [packed(*budget, size) for size in sorted({*sizes[:1], *sizes[-1:]})]
         plans += [balanced(*budget, size, costs, karmarkar_karp) for size in sizes[:1]]

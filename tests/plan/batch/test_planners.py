@@ -32,25 +32,31 @@ def random_lengths(rng: np.random.Generator, num_ranks: int) -> Integers:
     return np.minimum(lengths, num_ranks * (CAPACITY - 2)).astype(np.int64)
 
 
-@given(seeds(), st.sampled_from(POLICIES), st.integers(1, 9), st.booleans())
+@given(
+    seeds(), st.sampled_from(POLICIES), st.integers(1, 9), st.booleans(), st.sampled_from([1, 3])
+)
 def test_each_sequence_once_within_memory_the_same_every_time(
-    rng: np.random.Generator, policy: str, num_ranks: int, meets: bool
+    rng: np.random.Generator, policy: str, num_ranks: int, meets: bool, stages: int
 ) -> None:
     lengths_S = random_lengths(rng, num_ranks)
-    plans = [planned(policy, lengths_S, num_ranks, CAPACITY, COSTS, meets=meets) for _ in range(2)]
+    plans = [
+        planned(policy, lengths_S, num_ranks, CAPACITY, COSTS, meets=meets, stages=stages)
+        for _ in range(2)
+    ]
     assert problems(plans[0], CAPACITY) == []
     assert plans[0].tokens_MR().sum() == lengths_S.sum()
     assert plans[0].micro_steps == plans[1].micro_steps
 
 
-@given(seeds(), st.integers(1, 9), st.booleans())
+@given(seeds(), st.integers(1, 9), st.booleans(), st.sampled_from([1, 3]))
 def test_never_worse_than_naive_nor_much_worse_than_groups_of_one_size(
-    rng: np.random.Generator, num_ranks: int, meets: bool
+    rng: np.random.Generator, num_ranks: int, meets: bool, stages: int
 ) -> None:
     lengths_S = random_lengths(rng, num_ranks)
+    where = {"meets": meets, "stages": stages}
     seconds = {
         policy: batch_seconds(
-            planned(policy, lengths_S, num_ranks, CAPACITY, COSTS, meets=meets), COSTS, meets=meets
+            planned(policy, lengths_S, num_ranks, CAPACITY, COSTS, **where), COSTS, **where
         )
         for policy in ("naive", "static", "karmarkar_karp", "hdp")
     }
@@ -86,6 +92,23 @@ def test_a_heavy_tail_is_levelled(meets: bool) -> None:
     assert seconds["hdp"] < 1.1 * even_s
     assert seconds["hdp"] < seconds["naive"] / 1.2
     assert seconds["hdp"] < seconds["karmarkar_karp"]
+
+
+@pytest.mark.parametrize("meets", [False, True])
+def test_pipelines_have_more_micro_steps_of_like_length(meets: bool) -> None:
+    """That fill them: with as few as memory allows, four stages are idle for half of the time."""
+    lengths_S = np.random.default_rng(0).integers(32, 64, 8 * 3 * 5)
+
+    def over_even(planned_for: int) -> tuple[int, float]:
+        plan = planned("hdp", lengths_S, 8, CAPACITY, COSTS, meets=meets, stages=planned_for)
+        even_s = float(COSTS.work_s(lengths_S).sum()) / (8 * 4)
+        return len(plan.micro_steps), batch_seconds(plan, COSTS, meets=meets, stages=4) / even_s
+
+    fewest, unaware = over_even(1)
+    number, aware = over_even(4)
+    assert number >= 3 * fewest
+    assert unaware > 2.1
+    assert aware < 1.55
 
 
 def test_a_static_mesh_is_made_for_the_longest_of_all_batches() -> None:
