@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moesys.plan.placement import Integers
 
 _RANKS_OF_LONGEST = 8
+_ANY_LENGTH = 1 << 40
 _SAID_BY_A_PLAN = ("lengths", "batch_tokens", "longest_tokens", "ranks")
 
 _T = TypeVar("_T")
@@ -223,7 +224,7 @@ def _lengths(
         lengths_S = _given(args.lengths)
         lengths_S = lengths_S if args.batch_tokens is None else first(lengths_S, tokens)
     else:
-        lengths_S = _documents(config, tokens)
+        lengths_S = _documents(config, tokens, args.longest_tokens)
     if args.longest_tokens is not None:
         lengths_S = cut(lengths_S, args.longest_tokens)
     try:
@@ -257,15 +258,23 @@ def _given(what: str) -> "Integers":
     return np.array([int(word) for word in words], dtype=np.int64)
 
 
-def _documents(config: "RunConfig", tokens: int) -> "Integers":
-    """Of the run's data."""
-    from moesys.data.documents import document_lengths
+def _documents(config: "RunConfig", tokens: int, longest: int | None) -> "Integers":
+    """Of the run's data, as its first step has them."""
+    from moesys.data.indexed import IndexedTokens
+    from moesys.data.sequence_order import SequenceOrder
+    from moesys.data.source import Source
 
-    data = config.data
-    return document_lengths(
-        {name: Path(folder) / "train" for name, folder in data.folders.items()},
-        dict(zip(data.folders, data.weights, strict=True)),
-        tokens,
+    data, batch = config.data, config.batch
+    order = SequenceOrder(
+        [
+            Source(name=name, tokens=IndexedTokens(Path(folder) / "train"), weight=weight)
+            for (name, folder), weight in zip(data.folders.items(), data.weights, strict=True)
+        ],
+        longest_tokens=longest or (data.seq_len if batch.is_planned else _ANY_LENGTH),
+        global_batch_tokens=tokens,
         seed=config.run.seed,
         shuffle=data.shuffle,
+        long_documents=batch.long_documents,
+        empty_documents=batch.empty_documents,
     )
+    return order.step_from(0).lengths_S

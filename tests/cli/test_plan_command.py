@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 
 from moesys.cli import main
 from moesys.config.compose import compose
+from moesys.data.sequence_loader import SequenceLoader
 from moesys.plan.activations import token_bytes
 from moesys.plan.batch.cost import BatchCosts, block_token_bytes, costs_of
 from moesys.plan.batch.figures import figures
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
 from moesys.plan.batch.policies import POLICIES, planned
 from moesys.plan.batch.timeline import timeline
+from moesys.train.batches import build_loader
 from tests.data.files import write_tokens
 
 LENGTHS = [900, 40, 300, 7, 7, 220, 2000, 64, 510, 33]
@@ -188,7 +191,7 @@ def test_documents_of_the_data_folder_without_torch(tmp_path: Path) -> None:
     write_tokens(tmp_path / "train", [[0] * length for length in (9, 1, 101, 31)])
     code = (
         "import sys\nfrom moesys.cli import main\n"
-        f"assert main(['plan', 'batch', '--json', '--ranks', '2', 'data.path={tmp_path}', "
+        f"assert main(['plan', 'batch', '--json', '--ranks', '2', '--batch-tokens', '138', 'data.path={tmp_path}', "
         f"'--html', '{tmp_path}/plans.html']) == 0\n"
         "assert 'torch' not in sys.modules"
     )
@@ -258,3 +261,21 @@ def test_a_saved_plan_that_cannot_be_is_refused(
     path.write_text("{}")
     (told,) = refused(capsys, "--load", str(path))
     assert "is no batch plan: ValueError: a batch plan of version None" in told
+
+
+def test_documents_are_those_of_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    write_tokens(tmp_path / "train", [[0] * int(n) for n in rng.integers(1, 90, 60)])
+    words = [f"data.path={tmp_path}", "data.seq_len=64", "train.global_batch_tokens=512"]
+    path = tmp_path / "plan.json"
+    assert main(["plan", "batch", "--ranks", "2", "--batch-tokens", "512", "--policy", "naive", "--capacity-tokens", "64",
+                 "--save", str(path), "batch=naive", *words]) == 0  # fmt: skip
+    capsys.readouterr()
+    config = compose(["batch=naive", "train.micro_batch_tokens=64", *words])
+    loader = build_loader(config, 0, 2)
+    assert isinstance(loader, SequenceLoader)
+    with closing(loader):
+        trained_S = loader.next_step().lengths_L
+    assert json.loads(path.read_text())["lengths"] == trained_S.tolist()

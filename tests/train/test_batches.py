@@ -4,10 +4,12 @@ import json
 import signal
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from moesys.config.compose import compose
 from moesys.train.batches import build_loader
+from tests.data.files import write_tokens
 from tests.train.launched import (
     SAME_ON_ANY_RANKS,
     STEPS,
@@ -106,11 +108,16 @@ def test_other_ranks_and_policies_train_on_the_same(tiny_data, tmp_path, policy)
         ("balance=aux_global", True),
     ],
 )
-def test_ranks_leave_out_micro_steps_where_none_waits_for_them(
-    tiny_data, tmp_path, words, waits
-) -> None:
+def test_ranks_leave_out_micro_steps_where_none_waits_for_them(tmp_path, words, waits) -> None:
+    lengths = np.random.default_rng(0).integers(2, 250, 100).tolist()
+    data = tmp_path / "data"
+    data.mkdir()
+    write_tokens(data / "train", [[0] * length for length in lengths])
     own = ["parallel.ep=1", "balance=none", "batch.policy=naive", "batch.plan_ahead_steps=0"]
-    config = compose(overrides(tmp_path, tiny_data, *PLANNED, *own, *words.split()))
+    sizes = ["train.micro_batch_tokens=128", f"data.path={data}"]
+    config = compose(
+        ["experiment=quickstart", "model=tiny", *sizes, *PLANNED, *own, *words.split()]
+    )
     loaders = [build_loader(config, rank, 4) for rank in range(4)]
     steps = [[len(loader.next_step().micro_batches) for loader in loaders] for _ in range(8)]
     assert all(len(set(numbers)) == 1 for numbers in steps) == waits
