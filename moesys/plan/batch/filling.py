@@ -12,27 +12,7 @@ from typing import NamedTuple
 from moesys.plan.batch.row import Row
 from moesys.plan.batch.ways import Batch
 
-SLACKS = (
-    0.002,
-    0.004,
-    0.008,
-    0.015,
-    0.022,
-    0.03,
-    0.04,
-    0.05,
-    0.07,
-    0.1,
-    0.14,
-    0.2,
-    0.27,
-    0.35,
-    0.45,
-    0.6,
-    0.8,
-    1.1,
-    1.5,
-)
+SLACKS = (0.002, 0.004, 0.008, 0.015, 0.022, 0.03, 0.04, 0.05, 0.07, 0.1, 0.14, 0.2, 0.27, 0.35, 0.45, 0.6, 0.8, 1.1, 1.5)  # fmt: skip
 """By so much of them levels are raised, since neither time nor memory can be filled to the last."""
 FIRST = SLACKS.index(0.03)
 CUTS = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1)
@@ -46,10 +26,10 @@ NEAR = (
 GOOD = 1.003
 """So many times what is the least possible, or what was taken for it, is good enough."""
 MOST_LAID = 150_000
-"""Sequences, in all that is tried; a ring takes as long to lay as so many:"""
-RING = 32
+"""Sequences, in all that is tried; a ring takes as long as so many, and as so many for each micro-step that is looked at:"""
+RING, ROW = 32, 2
 FEW = 16
-"""Sequences for which all slacks are tried."""
+"""Sequences for which all levels are tried with all slacks and cuts."""
 TINY = 0.005
 """A sequence that takes less of a level is not cut."""
 
@@ -82,7 +62,7 @@ class Filling:
                 for row in sorted(rows, key=lambda row: row.least_busy_s - row.level_s)
             ):
                 continue
-            self.laid += RING
+            self.laid += RING + ROW * len(rows)
             self._cut_up(place)
             if sum(row.level_s for row in rows) >= below_s:
                 return False
@@ -165,9 +145,11 @@ class Fillings:
     def search(self, good_s: float, most_laid: int) -> None:
         """Until a plan takes no longer than `good_s`, no other is near the best, or so many sequences were laid."""
         self._most_laid = most_laid
-        slacks = range(len(SLACKS)) if len(self._batch.by_length) <= FEW else (FIRST,)
+        is_few = len(self._batch.by_length) <= FEW
+        slacks = range(len(SLACKS)) if is_few else (FIRST,)
         for cut in range(len(CUTS)):
-            for levels, slack in itertools.product(range(len(self._tried)), slacks):
+            of_tried = range(len(self._tried)) if is_few or not cut else (self._best_at.levels,)
+            for levels, slack in itertools.product(of_tried, slacks):
                 self._improves(_Place(levels, slack, cut), good_s)
             while any(self._improves(self._best_at.after(step), good_s) for step in NEAR):
                 pass
