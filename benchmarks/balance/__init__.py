@@ -41,7 +41,7 @@ MODELS = {
     ],
 }
 HEAVY, SHORT, REAL = "heavy tail, 37 % long", "uniform short", "standard library"
-LONGEST_TOKENS, BATCH_TOKENS, ROUNDS = 16_384, 49_152, 6
+LONGEST_TOKENS, BATCH_TOKENS, ROUNDS = 16_384, 49_152, 4
 TEXT, LIBRARY = ROOT / "build" / "bench-text", ROOT / "build" / "bench-library"
 
 
