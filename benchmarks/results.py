@@ -102,6 +102,22 @@ def check_parts(only: Sequence[str], parts: Mapping[str, Any]) -> None:
         raise ValueError(f"--only: no part {', '.join(unknown)}; there are {', '.join(parts)}")
 
 
+def rows_of_other_parts(
+    name: str, parts: Mapping[str, Sequence[str]], only: Sequence[str], quick: bool
+) -> tuple[list[dict[str, Any]], Sources]:
+    """`rows_of_before` of the parts of a benchmark that are not run again; none of a quick run.
+
+    Args:
+        parts: with the first columns of their rows.
+
+    Raises:
+        ValueError: `only` has a part that there is not.
+    """
+    check_parts(only, parts)
+    others = [column for part in parts if part not in only for column in parts[part]]
+    return rows_of_before(RESULTS / f"{name}.json", [] if quick else others)
+
+
 def rows_of_before(path: Path, columns: Iterable[str]) -> tuple[list[dict[str, Any]], Sources]:
     """Of the result in this file, if there is one, the rows that have any of the columns, and what gave them."""
     if not path.exists():

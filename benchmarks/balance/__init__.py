@@ -15,7 +15,7 @@ from benchmarks.balance.simulated import CLUSTER_RANKS, paper_costs, simulated_r
 from benchmarks.balance.speed import OURS, RANKS, Case, speed_rows
 from benchmarks.kept import KeptParts
 from benchmarks.own_text import VOCAB_SIZE, prepared, prepared_library
-from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
+from benchmarks.results import ROOT, Cell, Result, rows_of_other_parts
 from moesys.plan.batch.lengths import drawn
 from moesys.plan.batch.partition import karmarkar_karp
 from moesys.plan.batch.policies import planned
@@ -50,9 +50,7 @@ def run(quick: bool, progress: Callable[[str], None], only: Sequence[str] = tupl
 
     With `only` some parts, the rows of the others are those of the result that is there.
     """
-    check_parts(only, PARTS)
-    others = [column for name in PARTS if name not in only for column in PARTS[name]]
-    rows, sources = rows_of_before(RESULTS / f"{RESULT}.json", [] if quick else others)
+    rows, sources = rows_of_other_parts(RESULT, PARTS, only, quick)
     if "speed" in only:
         rows += _speed(quick, progress)
     if "simulated" in only:

@@ -20,7 +20,7 @@ from benchmarks.compression.quality import (
     train_all,
 )
 from benchmarks.compression.speed import Case, speed_rows
-from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
+from benchmarks.results import ROOT, Cell, Result, rows_of_other_parts
 from benchmarks.shaping import STAYING
 from benchmarks.swept import kept_folder, run_folders, sweep, variants_of
 
@@ -73,10 +73,8 @@ def run(
 
     With `only` some parts, the rows of the others are those of the result that is there.
     """
-    check_parts(only, PARTS)
     seeds = 1 if quick else seeds
-    others = [column for name in PARTS if name not in only for column in PARTS[name]]
-    rows, sources = rows_of_before(RESULTS / f"{RESULT}.json", [] if quick else others)
+    rows, sources = rows_of_other_parts(RESULT, PARTS, only, quick)
     is_whole = seeds >= SEEDS and not quick
     with tempfile.TemporaryDirectory() as scratch:
         if "ratio" in only:

@@ -35,7 +35,7 @@ from benchmarks.fssdp.speed import (
 from benchmarks.fssdp.traces import Loads, recorded, synthetic, write_run
 from benchmarks.kept import KeptParts
 from benchmarks.own_text import VOCAB_SIZE, prepared
-from benchmarks.results import RESULTS, ROOT, Cell, Result, check_parts, rows_of_before
+from benchmarks.results import ROOT, Cell, Result, rows_of_other_parts
 from benchmarks.swept import kept_folder, run_folders, sweep
 from moesys.config.placement_schema import PlacementConfig
 from moesys.plan.expert_copies import planned_placements
@@ -87,9 +87,7 @@ def run(quick: bool, progress: Callable[[str], None], only: Sequence[str] = tupl
 
     With `only` some parts, the rows of the others are those of the result that is there.
     """
-    check_parts(only, PARTS)
-    others = [column for name in PARTS if name not in only for column in PARTS[name]]
-    rows, sources = rows_of_before(RESULTS / f"{RESULT}.json", [] if quick else others)
+    rows, sources = rows_of_other_parts(RESULT, PARTS, only, quick)
     if "speed" in only:
         rows += _speed(quick, progress)
     if "memory" in only:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import compression
+from benchmarks import compression, results
 from benchmarks.compression import at_its_share, headlines, speed, trained_as
 from benchmarks.compression.picture import picture
 from benchmarks.compression.quality import loss_rows, mean_curve, ratio_rows, steps_to, trained
@@ -168,7 +168,7 @@ def test_one_part_keeps_the_rows_of_the_others(
 ) -> None:
     before = {"rows": [*LOSS, *SPEED], "command": "moesys bench compression", "env": {"cpu": "old"}}
     (tmp_path / "compression.json").write_text(json.dumps(before))
-    monkeypatch.setattr(compression, "RESULTS", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
     monkeypatch.setattr(compression, "_speed", lambda *_: SPEED[:2])
     result = compression.run(False, lambda line: None, only=["speed"])
     assert result.rows == [*LOSS, *SPEED[:2]]

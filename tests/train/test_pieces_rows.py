@@ -2,7 +2,9 @@
 tokens and in some micro-steps none.
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +47,12 @@ PYRAMID = replace(PIECES.model.moe, num_experts=12, experts_by_layer=(4, 12, 8))
 LATENT = replace(PIECES.model.moe, d_latent=12, shared_gate="softmax")
 
 
+def recomputed(names: Iterable[str], always: tuple[str, Recompute]) -> list[Any]:
+    """Each name with and without recomputation; all but one pair for `make parity`."""
+    pairs = itertools.product(names, ("none", "layer"))
+    return [p if p == always else pytest.param(*p, marks=pytest.mark.parity) for p in pairs]
+
+
 @pytest.fixture(scope="module")
 def one_process() -> Numbers:
     return parity(PIECES, 1, MICRO_STEPS)[0]
@@ -58,13 +66,7 @@ def assert_same(found: list[Numbers], reference: Numbers) -> None:
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [
-        (name, recompute)
-        if (name, recompute) == ("deduplicated, tp", "layer")
-        else pytest.param(name, recompute, marks=pytest.mark.parity)
-        for name in ROWS
-        for recompute in ("none", "layer")
-    ],
+    recomputed(ROWS, ("deduplicated, tp", "layer")),
 )
 def test_rows_by_another_way(one_process: Numbers, name: str, recompute: Recompute) -> None:
     world_size, degrees, changes = ROWS[name]
@@ -164,13 +166,7 @@ PLACED: dict[str, tuple[int, dict[str, Any], PlacementConfig]] = {
 
 @pytest.mark.parametrize(
     ("name", "recompute"),
-    [
-        (name, recompute)
-        if (name, recompute) == ("added", "none")
-        else pytest.param(name, recompute, marks=pytest.mark.parity)
-        for name in PLACED
-        for recompute in ("none", "layer")
-    ],
+    recomputed(PLACED, ("added", "none")),
 )
 def test_copies_of_experts(one_process: Numbers, name: str, recompute: Recompute) -> None:
     world_size, degrees, placement = PLACED[name]

@@ -39,10 +39,8 @@ class Exchange:
     def __init__(
         self, batch: Batch, seconds: Callable[[Sequence[Row]], float], *, waits: bool
     ) -> None:
-        """`seconds` is of all micro-steps. With `waits` ranks do for the others of a ring, and all is one micro-step that memory is
-        left out of."""
+        """`seconds` is of all micro-steps; with `waits` (as Row's) there is one."""
         self._batch, self._seconds, self._waits = batch, seconds, waits
-        self._capacity = sum(batch.lengths) if waits else batch.capacity_tokens
         self._left = MOST_LAID
         self._known: dict[Order, Row | None] = {}
 
@@ -97,7 +95,7 @@ class Exchange:
 
     def _row(self, order: Order) -> Row | None:
         self._left -= len(order)
-        row = Row(self._batch.num_ranks, self._capacity, math.inf, waits=self._waits)
+        row = Row(self._batch, math.inf, waits=self._waits)
         for sequence, way in order:
             length, ways = self._batch.lengths[sequence], self._batch.ways(sequence)
             if ways.sizes[way] == 1:

@@ -38,9 +38,8 @@ class Filling:
     """Micro-steps as they fill up to their levels; more of them where memory is short."""
 
     def __init__(self, batch: Batch, levels_s: Sequence[float], cut: float, *, waits: bool) -> None:
-        """With `waits` ranks do for the others of a ring, and all is one micro-step that memory is left out of."""
+        """With `waits` (as Row's) there is one level."""
         self._batch, self._cut, self._waits = batch, cut, waits
-        self._capacity = sum(batch.lengths) if waits else batch.capacity_tokens
         self.rows = [self._row(level_s) for level_s in levels_s]
         self.laid = len(batch.by_length)
 
@@ -69,7 +68,7 @@ class Filling:
         return True
 
     def _row(self, level_s: float) -> Row:
-        return Row(self._batch.num_ranks, self._capacity, level_s, waits=self._waits)
+        return Row(self._batch, level_s, waits=self._waits)
 
     def _cut_up(self, place: int) -> None:
         """The sequence under the level of a micro-step, else where it goes over it the least, else in a micro-step of its own."""
@@ -132,40 +131,47 @@ class Fillings:
         tried: Sequence[Sequence[float]],
         seconds: Callable[[Sequence[Row]], float],
         *,
+        good_s: float,
+        most_laid: int = MOST_LAID,
         waits: bool,
     ) -> None:
-        """`seconds` is what all micro-steps take, no less than the sum of their levels."""
+        """
+        Args:
+            seconds: of all micro-steps, no less than the sum of their levels.
+            good_s: of a plan that is not looked at further.
+            most_laid: sequences, in all that is tried.
+        """
         self._batch, self._tried, self._seconds, self._waits = batch, tried, seconds, waits
         self._seen: set[_Place] = set()
-        self._laid = self._most_laid = 0
+        self._good_s, self._left = good_s, most_laid
         self._best_at = _Place(0, FIRST, 0)
-        self.best: list[Row] = []
-        self.best_s = math.inf
+        self._best: list[Row] = []
+        self._best_s = math.inf
 
-    def search(self, good_s: float, most_laid: int) -> None:
-        """Until a plan takes no longer than `good_s`, no other is near the best, or so many sequences were laid."""
-        self._most_laid = most_laid
+    def search(self) -> list[Row]:
+        """The best, once one is good, no other is near it, or enough was laid."""
         is_few = len(self._batch.by_length) <= FEW
         slacks = range(len(SLACKS)) if is_few else (FIRST,)
         for cut in range(len(CUTS)):
             of_tried = range(len(self._tried)) if is_few or not cut else (self._best_at.levels,)
             for levels, slack in itertools.product(of_tried, slacks):
-                self._improves(_Place(levels, slack, cut), good_s)
-            while any(self._improves(self._best_at.after(step), good_s) for step in NEAR):
+                self._improves(_Place(levels, slack, cut))
+            while any(self._improves(self._best_at.after(step)) for step in NEAR):
                 pass
+        return self._best
 
-    def _improves(self, at: _Place, good_s: float) -> bool:
+    def _improves(self, at: _Place) -> bool:
         sizes = _Place(len(self._tried), len(SLACKS), len(CUTS))
         if at in self._seen or not all(0 <= i < size for i, size in zip(at, sizes, strict=True)):
             return False
-        if self.best_s <= good_s or (self.best and self._laid >= self._most_laid):
+        if self._best_s <= self._good_s or (self._best and self._left <= 0):
             return False
         self._seen.add(at)
         levels_s = [level_s * (1 + SLACKS[at.slack]) for level_s in self._tried[at.levels]]
         filling = Filling(self._batch, levels_s, CUTS[at.cut], waits=self._waits)
-        complete = filling.fill(self.best_s)
-        self._laid += filling.laid
-        if not complete or (seconds := self._seconds(filling.rows)) >= self.best_s:
+        complete = filling.fill(self._best_s)
+        self._left -= filling.laid
+        if not complete or (seconds := self._seconds(filling.rows)) >= self._best_s:
             return False
-        self._best_at, self.best, self.best_s = at, filling.rows, seconds
+        self._best_at, self._best, self._best_s = at, filling.rows, seconds
         return True

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from moesys.plan.batch.cost import BatchCosts, free_pieces_s
 from moesys.plan.batch.exchange import ENOUGH, Exchange
-from moesys.plan.batch.filling import GOOD, MOST_LAID, Fillings
+from moesys.plan.batch.filling import GOOD, Fillings
 from moesys.plan.batch.fit import best_fit
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
 from moesys.plan.batch.row import Row
@@ -32,8 +32,9 @@ def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchC
         return batch_plan(lengths_S, num_ranks, [])
     even_s = math.fsum(batch.areas_s) / num_ranks
     least_s = max(even_s, batch.ways(batch.by_length[0]).least_s)
-    fillings = Fillings(batch, [[least_s]], lambda rows: rows[0].most_busy_s, waits=True)
-    fillings.search(GOOD * least_s, MOST_LAID)
+    fillings = Fillings(
+        batch, [[least_s]], lambda rows: rows[0].most_busy_s, good_s=GOOD * least_s, waits=True
+    )
 
     def piece_s(sequence: int, size: int) -> float:
         return batch.piece_s(sequence, size) - share_s * batch.lengths[sequence] / size
@@ -45,7 +46,7 @@ def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchC
         )
         return free_pieces_s(timed, num_ranks, costs.micro_step_s)
 
-    (row,) = Exchange(batch, seconds, waits=True).better(fillings.best, ENOUGH * least_s)
+    (row,) = Exchange(batch, seconds, waits=True).better(fillings.search(), ENOUGH * least_s)
     return batch_plan(lengths_S, num_ranks, _micro_steps(batch, row.pieces))
 
 

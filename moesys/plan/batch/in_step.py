@@ -72,9 +72,15 @@ def hdp_in_step(
         return sum(each_s) + (stages - 1) * max(each_s)
 
     least_s = even_s + costs.micro_step_s * math.ceil(fewest)
-    fillings = Fillings(batch, tried, seconds, waits=False)
-    fillings.search(GOOD * least_s, MOST_LAID if stages == 1 else LAID_IN_PIPELINES)
-    rows = Exchange(batch, seconds, waits=False).better(fillings.best, ENOUGH * least_s)
+    fillings = Fillings(
+        batch,
+        tried,
+        seconds,
+        good_s=GOOD * least_s,
+        most_laid=MOST_LAID if stages == 1 else LAID_IN_PIPELINES,
+        waits=False,
+    )
+    rows = Exchange(batch, seconds, waits=False).better(fillings.search(), ENOUGH * least_s)
     return batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])
 
 

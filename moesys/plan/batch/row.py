@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesys.plan.batch.plan import Piece
-from moesys.plan.batch.ways import Ways
+from moesys.plan.batch.ways import Batch, Ways
 from moesys.plan.placement import Amounts
 from moesys.plan.zigzag import ring_tokens
 
@@ -40,9 +40,10 @@ class Row:
     comes one that it has room for.
     """
 
-    def __init__(
-        self, num_ranks: int, capacity_tokens: int, level_s: float, *, waits: bool
-    ) -> None:
+    def __init__(self, batch: Batch, level_s: float, *, waits: bool) -> None:
+        """With `waits` ranks do for the others of a ring, and memory is left out of it."""
+        num_ranks = batch.num_ranks
+        capacity_tokens = sum(batch.lengths) if waits else batch.capacity_tokens
         self.level_s = level_s
         self.pieces: list[Piece] = []
         self.least_busy_s = 0.0

@@ -29,14 +29,10 @@ class Ways(NamedTuple):
     useful: int
     """So many of the sizes, the first, are not dear."""
 
-    @property
-    def least_s(self) -> float:
-        return min(self.seconds)
-
-    @property
-    def quick_s(self) -> float:
-        """The least of what is not dear."""
-        return min(self.seconds[: self.useful])
+    least_s: float
+    """Of all."""
+    quick_s: float
+    """Of what is not dear."""
 
     def within(self, level_s: float, cut: float) -> range:
         """Those that are looked at: dear ones only if no other is under the level, and only those that take no more than this part
@@ -104,4 +100,5 @@ class Batch:
         area_K = seconds_K * sizes_K
         dear = np.flatnonzero(area_K > DEAR * area_K[0])
         useful = int(dear[0]) if len(dear) else len(sizes)
-        return Ways(sizes, seconds_K.tolist(), tokens_K.tolist(), useful)
+        seconds = seconds_K.tolist()
+        return Ways(sizes, seconds, tokens_K.tolist(), useful, min(seconds), min(seconds[:useful]))
