@@ -16,6 +16,8 @@ from benchmarks.shaping import STAYING
 from moesys.config.compose import compose
 from moesys.config.schema import RunConfig
 from moesys.config.validate import check
+from moesys.data.loader import MicroBatch
+from moesys.data.step_batch import StepBatch
 from moesys.moe.dispatch import ExpertParallelDispatcher
 from moesys.parallel.bootstrap import Process
 from moesys.parallel.dims import parallel_dims
@@ -52,9 +54,15 @@ class Variant:
         )
 
     def step(self) -> StepResult:
-        batches = self.run.loader.next_step()
+        return self.train(self.read())
+
+    def read(self) -> StepBatch | Sequence[MicroBatch]:
+        """This rank's part of the next step."""
+        return self.run.loader.next_step()
+
+    def train(self, batch: StepBatch | Sequence[MicroBatch]) -> StepResult:
         self.steps += 1
-        return self.train_step(batches, self.lr, step=self.steps)
+        return self.train_step(batch, self.lr, step=self.steps)
 
     def timed_step(self) -> tuple[StepResult, float]:
         """And how many milliseconds it took this rank, from when all are ready."""

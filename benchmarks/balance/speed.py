@@ -112,6 +112,7 @@ def _job(
             *case.words,
             *(f"data.path={data}", f"data.seq_len={case.longest_tokens}", "data.shuffle=false"),
             f"train.global_batch_tokens={case.batch_tokens}",
+            "batch.plan_ahead_steps=0",
         ]
         variants = {policy: [*words, "batch=hdp", f"batch.policy={policy}"] for policy in POLICIES}
         module = [sys.executable, "-m", "benchmarks.balance.steps"]

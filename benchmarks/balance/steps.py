@@ -28,10 +28,14 @@ class PlannedVariant(Variant):
         return self.run.loader
 
     def measure(self, cores: float | None) -> dict[str, Any]:
-        """A step. `cores` that a rank has: a rank that works uses all of its share."""
+        """A step, once its batch is planned and read: a rank's share of a core stands for an accelerator, beside which plans are made.
+
+        `cores` that a rank has: a rank that works uses all of its share.
+        """
+        batch = self.read()
         dist.barrier()
         began_s, used_s = time.perf_counter(), _processor_s()
-        result = self.step()
+        result = self.train(batch)
         took_s = time.perf_counter() - began_s
         used = torch.tensor(_processor_s() - used_s)
         dist.all_reduce(used)

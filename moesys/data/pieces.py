@@ -11,7 +11,7 @@ import torch
 from moesys.data.step_batch import RankBatch
 from moesys.ops.cross_entropy import IGNORED_TARGET
 from moesys.plan.batch.local import LocalPieces
-from moesys.plan.batch.plan import MicroStep
+from moesys.plan.batch.plan import MicroStep, of_rank
 from moesys.plan.placement import Integers
 
 
@@ -30,7 +30,7 @@ def rank_batch(
     """
     local = LocalPieces.of_plan(step, lengths_S, rank, multiple_of)
     firsts_S = np.cumsum(lengths_S) - lengths_S
-    own = [piece.sequence for piece in step if rank in piece.ranks]
+    own = [piece.sequence for piece in of_rank(step, rank)]
     num_rows, depth = local.num_rows, 1 + mtp_depth
     ids_T = np.zeros(num_rows, dtype=np.int64)
     targets_TN = np.full((num_rows, depth), IGNORED_TARGET, dtype=np.int64)

@@ -7,7 +7,7 @@ plain causal one; a document-causal mask is cut into such tiles exactly, so no m
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, groupby, pairwise
 
@@ -72,6 +72,14 @@ class Tile:
     def at_keys(self) -> tuple[slice, slice, slice]:
         """Indexes [B, heads, rows, ...] of the source rank."""
         return self.samples, slice(None), self.keys
+
+    def behind(self, queries: int, keys: int) -> "Tile":
+        """Of the same pairs, where so many other rows come before on either side."""
+        return replace(
+            self,
+            queries=slice(self.queries.start + queries, self.queries.stop + queries),
+            keys=slice(self.keys.start + keys, self.keys.stop + keys),
+        )
 
     @property
     def pairs(self) -> int:

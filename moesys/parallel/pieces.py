@@ -1,20 +1,20 @@
 """Attention over pieces of sequences of any length, each on any ranks (hybrid data parallelism, ByteScale, 2502.21231).
 
-Each sequence goes around the ring of its ranks alone; one that a rank has whole is not sent. All rings are in one group, so
-that no plan needs a new one.
+Each sequence goes around the ring of its ranks alone, those on the same ranks as one block; one that a rank has whole is not
+sent. All rings are in one group, so that no plan needs a new one.
 
 Shapes: N query heads, M key/value heads, T rows of this rank, H head dim, L ranks of a ring.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 
 import torch.distributed as dist
 from torch import Tensor
 
 from moesys.parallel.ring import Ring, Round, attend_in_rounds, ring_round
 from moesys.plan.batch.local import LocalPieces
-from moesys.plan.zigzag import ring_tokens
 
 
 class PieceAttention:
@@ -43,12 +43,11 @@ class PieceAttention:
         return attend_in_rounds(q_1NTH, k_1MTH, v_1MTH, self._rounds(pieces))
 
     def _make_rounds(self, pieces: LocalPieces) -> Sequence[Round]:
-        return [
-            ring_round(
-                Ring(self.group, piece.ranks, piece.rank),
-                rows,
-                piece.length,
-                ring_tokens(piece.length, len(piece.ranks)).tolist(),
-            )
-            for piece, rows in zip(pieces.pieces, pieces.rows, strict=True)
-        ]
+        rounds = []
+        both = zip(pieces.pieces, pieces.rows, strict=True)
+        for ranks, alike in groupby(both, key=lambda piece: piece[0].ranks):
+            members, rows = zip(*alike, strict=True)
+            ring = Ring(self.group, ranks, members[0].rank)
+            own = slice(rows[0].start, rows[-1].stop)
+            rounds.append(ring_round(ring, own, [piece.length for piece in members]))
+        return rounds

@@ -5,13 +5,15 @@ queries' tiles with the keys it has at hand, while it already passes these on to
 next ones. The backward pass makes the same round; from the second step on, the gradients of the keys and values
 collected so far follow their keys by one step and so end up at home.
 
-Shapes: B samples, N query heads, M key/value heads, S positions of this rank, H head dim.
+Shapes: B samples, N query heads, M key/value heads, S positions of this rank, H head dim, P sequences that go
+around together, L ranks of a ring.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +26,7 @@ from moesys.parallel.context import (
     ring_tiles,
 )
 from moesys.parallel.tile import attend, attend_backward, merge_
+from moesys.plan.zigzag import ring_tokens
 
 
 @dataclass
@@ -72,13 +75,13 @@ class Ring:
 
 
 class Round(NamedTuple):
-    """A sequence, or several of one length, on its way around a ring."""
+    """Sequences on their way around a ring, together."""
 
     ring: Ring
     rows: slice
     """Of this rank's positions S those that are its own."""
     tokens: Sequence[int]
-    """Of each rank of the ring."""
+    """Of each rank of the ring: the rows of its block."""
     tiles: Sequence[tuple[Tile, ...]]
     """To compute in each step, with the keys of the rank so many places before this one."""
 
@@ -98,12 +101,27 @@ class Round(NamedTuple):
 
 
 def ring_round(
-    ring: Ring, rows: slice, seq_len: int, tokens: Sequence[int], ends: DocumentEnds | None = None
+    ring: Ring, rows: slice, lengths: Sequence[int], ends: DocumentEnds | None = None
 ) -> Round:
-    """Of sequences of `seq_len` tokens, of which each rank of the ring has so many."""
+    """Of sequences of so many tokens, cut by plan.zigzag; each rank has its parts one behind the other, and they go around as one
+    block.
+
+    Args:
+        rows: of this rank.
+        ends: of the documents in the sequence, if it is one.
+    """
+    tokens_PL = [ring_tokens(length, ring.size) for length in lengths]
+    *begins_PL, all_L = np.cumsum([np.zeros_like(tokens_PL[0]), *tokens_PL], axis=0).tolist()
     sources = [(ring.rank - step) % ring.size for step in range(ring.size)]
-    tiles = [ring_tiles(seq_len, ring.rank, source, ring.size, ends) for source in sources]
-    return Round(ring, rows, tokens, tiles)
+    tiles = [
+        tuple(
+            tile.behind(begins_L[ring.rank], begins_L[source])
+            for length, begins_L in zip(lengths, begins_PL, strict=True)
+            for tile in ring_tiles(length, ring.rank, source, ring.size, ends)
+        )
+        for source in sources
+    ]
+    return Round(ring, rows, all_L, tiles)
 
 
 class RingAttention:
@@ -132,7 +150,7 @@ class RingAttention:
         check_equal_chunks(seq_len, self.size)
         if ends is not None:
             check_documents(ends, q_BNSH.shape[0], seq_len)
-        whole = ring_round(self.ring, slice(0, tokens), seq_len, [tokens] * self.size, ends)
+        whole = ring_round(self.ring, slice(0, tokens), [seq_len], ends)
         return attend_in_rounds(q_BNSH, k_BMSH, v_BMSH, [whole])
 
 

@@ -1,14 +1,15 @@
 """What pieces of sequences cost on this machine, by which batches are planned: timed at the start, kept in the run's folder.
 
 Attention is timed alone, on one piece and on many; all else by two rehearsals of a micro-step, of which attention is taken off; what
-rings pass on by the speed of the links.
+rings pass on by a round without work.
 
 Shapes: N query heads, M key/value heads, T tokens, H head dim.
 """
 
 import json
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,22 +21,21 @@ from moesys.data.pieces import rank_batch
 from moesys.data.plan_ahead import costs_from_json
 from moesys.data.sequence_loader import SequenceLoader
 from moesys.data.step_batch import StepBatch
-from moesys.parallel.dims import nodes_and_rails
-from moesys.parallel.links import measured_links
 from moesys.parallel.pieces import PieceAttention
-from moesys.plan.batch.cost import AttentionKind, BatchCosts, block_token_bytes
+from moesys.parallel.ring import Ring
+from moesys.plan.batch.cost import AttentionKind, BatchCosts
 from moesys.plan.batch.local import LocalPiece, LocalPieces
 from moesys.plan.batch.plan import Piece
 from moesys.train.folder import write_text
 from moesys.train.setup import Run
 from moesys.train.step import TrainStep
 
-REPEATS = 3
-"""Of each probe, of which the shortest counts."""
+REPEATS = 5
+"""Of each probe, in turns; the median counts, since steps too are held up by what holds up these."""
 NUM_SHORT = 16
-"""Pieces of the probe with many, and of the larger rehearsal."""
-TRANSFERS = 3
-"""In a layer, from one rank of a ring to the next: keys in forward, keys and their gradients in backward."""
+"""Pieces of the probe with many, and of the rehearsal that fills a rank; the other has one of them."""
+LEAST_S = 1e-12
+"""What is timed takes this at least."""
 
 
 def choose_batch_costs(run: Run, train_step: TrainStep, dtype: torch.dtype) -> dict[str, Any]:
@@ -64,19 +64,16 @@ def measured_costs(run: Run, train_step: TrainStep, dtype: torch.dtype) -> Batch
     capacity = run.config.train.micro_batch_tokens
     pair_s, piece_s = _attention(run, dtype, capacity)
     kinds = (AttentionKind(pair_s=pair_s),)
-    no_rest = BatchCosts(attention=kinds, token_s=0.0, piece_s=piece_s)
-    tokens_of_probes = [
-        np.full(NUM_SHORT, max(1, capacity // (2 * NUM_SHORT))),
-        np.full(1, max(1, capacity // (2 * NUM_SHORT))),
-    ]
-    rest_s = [
-        _rehearsed(run, train_step, lengths) - float(no_rest.rank_s(lengths, 1).sum())
-        for lengths in tokens_of_probes
-    ]
-    many, few = (int(lengths.sum()) for lengths in tokens_of_probes)
-    token_s = max(0.0, rest_s[0] - rest_s[1]) / max(1, many - few)
-    micro_step_s = max(0.0, rest_s[1] - few * token_s)
-    block_token_s, hop_s = _ring(run)
+    attention = BatchCosts(attention=kinds, token_s=0.0, piece_s=piece_s)
+    many_S = np.full(NUM_SHORT, max(1, capacity // NUM_SHORT))
+    probes = [many_S, many_S[:1]]
+    rehearsals = [_rehearsal(run, train_step, lengths_S) for lengths_S in probes]
+    many_s, few_s = (
+        seconds - float(attention.rank_s(lengths_S, 1).sum())
+        for lengths_S, seconds in zip(probes, _medians(run, rehearsals), strict=True)
+    )
+    token_s, micro_step_s = slope(int(many_S.sum()), many_s, int(many_S[0]), few_s)
+    block_token_s, hop_s = _ring(run, dtype, capacity)
     return BatchCosts(
         attention=kinds,
         token_s=token_s,
@@ -87,26 +84,30 @@ def measured_costs(run: Run, train_step: TrainStep, dtype: torch.dtype) -> Batch
     )
 
 
+def slope(many: int, many_s: float, few: int, few_s: float) -> tuple[float, float]:
+    """Seconds of each, and beside them, of so many and of a few; neither is below 0, and where noise says so all are of each."""
+    each_s = (many_s - few_s) / (many - few)
+    if not 0 < each_s <= many_s / many:
+        each_s = max(many_s / many, LEAST_S)
+    return each_s, max(0.0, many_s - many * each_s)
+
+
 def _attention(run: Run, dtype: torch.dtype, num_tokens: int) -> tuple[float, float]:
     """Seconds of a query with a key, and of a piece, in all layers."""
-    whole, many = (
-        _mean_of_ranks(run, _shortest(run, _attention_probe(run, dtype, [num_tokens // n] * n)))
-        for n in (1, NUM_SHORT)
-    )
-    pairs = [n * _pairs(num_tokens // n) for n in (1, NUM_SHORT)]
-    # whole = pair_s * pairs[0] + piece_s, many = pair_s * pairs[1] + NUM_SHORT * piece_s
-    pair_s = (NUM_SHORT * whole - many) / max(1, NUM_SHORT * pairs[0] - pairs[1])
-    pair_s = min(max(pair_s, 0.0), whole / max(1, pairs[0]))
-    piece_s = max(0.0, many - pair_s * pairs[1]) / NUM_SHORT
+    probes = [_attention_probe(run, dtype, [num_tokens // n] * n) for n in (1, NUM_SHORT)]
+    whole_s, many_s = _medians(run, probes)
+    whole, many = (n * _pairs(num_tokens // n) for n in (1, NUM_SHORT))
+    # whole_s is of whole pairs and of a piece; so many times that is of as many pieces as many_s.
+    pair_s, _ = slope(NUM_SHORT * whole, NUM_SHORT * whole_s, many, many_s)
     layers = run.config.model.total_layers
-    return layers * pair_s, layers * piece_s
+    return layers * pair_s, layers * max(0.0, many_s - pair_s * many) / NUM_SHORT
 
 
 def _pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _attention_probe(run: Run, dtype: torch.dtype, lengths: list[int]) -> Callable[[], object]:
+def _attention_probe(run: Run, dtype: torch.dtype, lengths: list[int]) -> Callable[[], float]:
     """Forward and backward of one layer's attention on one rank."""
     model, device, tp = run.config.model, run.process.device, run.meshes.dims.tp
     pieces = LocalPieces(tuple(LocalPiece(n, (0,), 0) for n in lengths))
@@ -117,24 +118,39 @@ def _attention_probe(run: Run, dtype: torch.dtype, lengths: list[int]) -> Callab
     )
     core = PieceAttention(run.meshes.replica_group)
     grad = torch.randn_like(q)
-    return lambda: torch.autograd.grad(core(q, k, v, pieces), (q, k, v), grad)
+    return _timed(device, lambda: torch.autograd.grad(core(q, k, v, pieces), (q, k, v), grad))
 
 
-def _shortest(run: Run, probe: Callable[[], object]) -> float:
-    """Seconds."""
-    times = []
+def _medians(run: Run, probes: Sequence[Callable[[], float]]) -> list[float]:
+    """Seconds of each, run in turns: the mean over ranks."""
+    device = run.process.device
+    times: list[list[float]] = [[] for _ in probes]
     for _ in range(REPEATS):
-        dist.barrier()
-        began = time.perf_counter()
-        probe()
-        if run.process.device.type == "cuda":
-            torch.cuda.synchronize(run.process.device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+        for of_probe, probe in zip(times, probes, strict=True):
+            dist.barrier()
+            of_probe.append(probe())
+    means = torch.tensor(
+        [statistics.median(of_probe) for of_probe in times], dtype=torch.float64, device=device
+    )
+    dist.all_reduce(means)
+    return (means / run.process.world_size).tolist()
 
 
-def _rehearsed(run: Run, train_step: TrainStep, lengths: np.ndarray) -> float:
-    """Seconds of a micro-step in which every rank has sequences of these lengths, forward and backward."""
+def _timed(device: torch.device, work: Callable[[], object]) -> Callable[[], float]:
+    """Does it, and returns seconds."""
+
+    def seconds() -> float:
+        began_s = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began_s
+
+    return seconds
+
+
+def _rehearsal(run: Run, train_step: TrainStep, lengths: np.ndarray) -> Callable[[], float]:
+    """A micro-step in which every rank has sequences of these lengths, forward and backward."""
     dims, dp_rank, vocab_size = run.meshes.dims, run.meshes.dp_rank, run.config.model.vocab_size
     everyone = np.tile(lengths, dims.dp)
     micro_step = tuple(Piece(s, (s // len(lengths),)) for s in range(len(everyone)))
@@ -146,27 +162,39 @@ def _rehearsed(run: Run, train_step: TrainStep, lengths: np.ndarray) -> float:
     pipeline = train_step.parallel.pipeline
     number = 1 if pipeline is None else pipeline.with_empty(1)
     step = StepBatch(micro_batches=[batch] * number, lengths_L=np.tile(everyone, number))
-    seconds = min(train_step.rehearse(step) for _ in range(REPEATS))
     # A pipeline's micro-steps overlap: each stage has its share of one at a time.
-    return _mean_of_ranks(run, seconds) * dims.pp / (number + dims.pp - 1)
+    share = dims.pp / (number + dims.pp - 1)
+    return lambda: share * train_step.rehearse(step)
 
 
-def _ring(run: Run) -> tuple[float, float]:
-    """Seconds of a token's block from one rank to the next, and of the hop beside it, in all layers."""
-    config, meshes = run.config, run.meshes
-    per_node = meshes.ranks_per_node or meshes.dims.world_size
-    ranks = dist.get_process_group_ranks(meshes.replica_group)
-    if len(ranks) == 1:
+def _ring(run: Run, dtype: torch.dtype, num_tokens: int) -> tuple[float, float]:
+    """Seconds of a token's block from one rank to the next, and of the hop beside it, in all layers.
+
+    A ring over all ranks is timed with blocks of few tokens and of many, without the work that they go beside.
+    """
+    meshes, model = run.meshes, run.config.model
+    size = dist.get_world_size(meshes.replica_group)
+    if size == 1:
         return 0.0, 0.0
-    on_node = len(nodes_and_rails(ranks, per_node)[0][0])
-    links = measured_links(meshes.replica_group, on_node, run.process.device)
-    slowest = max((link for link in links if link is not None), key=lambda link: link.seconds(1e6))
-    layers = config.model.total_layers
-    moved_bytes = block_token_bytes(config.model, config.train.compute_bytes) / meshes.dims.tp
-    return moved_bytes / slowest.bytes_per_s, TRANSFERS * layers * slowest.latency_s
+    ring = Ring(meshes.replica_group, range(size), dist.get_rank(meshes.replica_group))
+    rows = max(NUM_SHORT, num_tokens), 1
+    many_s, few_s = _medians(run, [_round_probe(run, ring, dtype, number) for number in rows])
+    token_s, hop_s = slope(rows[0], many_s, rows[1], few_s)
+    layers_of_hops = model.total_layers / (size - 1)
+    return layers_of_hops * token_s, layers_of_hops * hop_s
 
 
-def _mean_of_ranks(run: Run, seconds: float) -> float:
-    mean = torch.tensor(seconds, dtype=torch.float64, device=run.process.device)
-    dist.all_reduce(mean)
-    return mean.item() / run.process.world_size
+def _round_probe(run: Run, ring: Ring, dtype: torch.dtype, rows: int) -> Callable[[], float]:
+    """What passes around the ring in one layer: keys and values in forward and backward, their gradients in fp32 beside."""
+    model, device, tp = run.config.model, run.process.device, run.meshes.dims.tp
+    shape = 1, model.total_kv_heads // tp, rows, model.resolved_head_dim
+    keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]
+    grads = [torch.zeros(shape, device=device, dtype=torch.float32) for _ in range(2)]
+
+    def passed() -> None:
+        for blocks in ([keys], [keys, grads]):
+            for _ in range(1, ring.size):
+                for transfer in [ring.shift(block, rows) for block in blocks]:
+                    transfer.wait()
+
+    return _timed(device, passed)

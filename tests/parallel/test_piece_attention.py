@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from moesys.parallel.pieces import PieceAttention
 from moesys.plan.batch.local import LocalPiece, LocalPieces
-from moesys.plan.batch.plan import Piece
+from moesys.plan.batch.plan import Piece, of_rank
 from moesys.profile.traffic import TrafficCounter
 from moesys.testing.ranks import run_ranks
 
@@ -19,9 +19,11 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 
 def random_step(seed, size):
-    """Sequences of 1 to some hundred tokens, each on any of the ranks in any order, and one on all of them."""
+    """Sequences of 1 to some hundred tokens, each on any of the ranks in any order, and three on all of them, with others between."""
     rng = np.random.default_rng(seed)
-    lengths_S = np.array([*(rng.exponential(size=7) ** 2 * 40 + 1).astype(np.int64), 301, 3])
+    lengths_S = np.array(
+        [*(rng.exponential(size=7) ** 2 * 40 + 1).astype(np.int64), 301, 3, 77, size - 1 or 1]
+    )
     pieces = [
         Piece(s, tuple(rng.permutation(size)[: rng.integers(1, size + 1)].tolist()))
         for s in rng.permutation(7).tolist()
@@ -31,6 +33,8 @@ def random_step(seed, size):
         Piece(7, tuple(range(size))),
         *pieces[4:],
         Piece(8, (size - 1,)),
+        Piece(9, tuple(range(size))),
+        Piece(10, tuple(range(size))),
     )
 
 
@@ -46,7 +50,7 @@ def held(step, lengths_S, rank):
     """Where a rank's tokens are among those of all sequences."""
     firsts = np.cumsum(lengths_S) - lengths_S
     local = LocalPieces.of_plan(step, lengths_S, rank)
-    mine = [firsts[piece.sequence] for piece in step if rank in piece.ranks]
+    mine = [firsts[piece.sequence] for piece in of_rank(step, rank)]
     sizes = [piece.num_tokens for piece in local.pieces]
     return local, torch.from_numpy(local.positions_T() + np.repeat(mine, sizes).astype(np.int64))
 
@@ -128,6 +132,21 @@ def test_a_rank_may_have_nothing():
     assert run_ranks(_nothing, 2) == shapes
 
 
+def _messages(rank, size, lengths):
+    step = [Piece(sequence, (1, 0, 2)) for sequence in range(len(lengths))]
+    lengths_S = np.array(lengths)
+    local, at_T = held(step, lengths_S, rank)
+    q, k, v, grad = (x[:, :, at_T].requires_grad_() for x in whole(lengths_S, torch.float32))
+    with TrafficCounter() as counter:
+        out = PieceAttention(dist.group.WORLD)(q, k, v, local)
+        torch.autograd.grad(out, (q, k, v), grad)
+    return sum(traffic.calls for traffic in counter.sent.values())
+
+
+def test_sequences_on_the_same_ranks_go_around_as_one():
+    assert run_ranks(_messages, 3, [40, 17, 2, 60]) == run_ranks(_messages, 3, [119])
+
+
 def test_what_a_rank_has_is_in_the_plans_order():
     step = (Piece(1, (1, 0)), Piece(0, (0,)), Piece(2, (2,)))
     local = LocalPieces.of_plan(step, np.array([3, 8, 5]), 0)
@@ -135,3 +154,9 @@ def test_what_a_rank_has_is_in_the_plans_order():
     assert local.rows == [slice(0, 4), slice(4, 7)]
     assert local.num_tokens == 7
     assert local.positions_T().tolist() == [2, 3, 4, 5, 0, 1, 2]
+
+
+def test_what_is_on_the_same_ranks_comes_together():
+    step = (Piece(0, (0,)), Piece(1, (1, 0)), Piece(2, (0, 1)), Piece(3, (0,)), Piece(4, (1, 0)))
+    assert [piece.sequence for piece in of_rank(step, 0)] == [0, 3, 1, 4, 2]
+    assert [piece.sequence for piece in of_rank(step, 1)] == [1, 4, 2]

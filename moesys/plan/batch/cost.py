@@ -1,9 +1,8 @@
 """How long pieces of sequences take on the ranks that share them, and a plan as a whole. Pure.
 
-Shapes: S sequences, R ranks, M micro-steps.
+Shapes: S sequences, P pieces of a micro-step, R ranks, M micro-steps.
 """
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 from moesys.config.schema import ModelConfig
 from moesys.plan.batch.plan import BatchPlan, MicroStep
 from moesys.plan.costs import training_flops_per_token
-from moesys.plan.placement import Amounts
+from moesys.plan.placement import Amounts, Integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +62,16 @@ class BatchCosts:
     def waited_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
         """For keys: a block of them that goes around is under way while the rank works on the one before it, and what it takes
         longer is waited for."""
+        return self._waited_s(lengths, self.attention_s(lengths), sizes)
+
+    def waited_together_s(self, lengths: Integers, size: int) -> float:
+        """The same of several sequences on the same ranks, whose keys go around as one block."""
+        return float(self._waited_s(lengths.sum(), self.attention_s(lengths).sum(), size))
+
+    def _waited_s(self, tokens: ArrayLike, attention_s: ArrayLike, sizes: ArrayLike) -> Amounts:
         size = np.asarray(sizes, dtype=np.float64)
-        block_s = self.block_token_s * np.asarray(lengths) / size + self.hop_s
-        under_s = self.attention_s(lengths) / size**2
-        return (size - 1) * np.maximum(0.0, block_s - under_s)
+        block_s = self.block_token_s * np.asarray(tokens) / size + self.hop_s
+        return (size - 1) * np.maximum(0.0, block_s - np.asarray(attention_s) / size**2)
 
 
 def costs_of(
@@ -100,20 +105,38 @@ def block_token_bytes(model: ModelConfig, key_bytes: int) -> int:
     return model.total_layers * keys * (2 * key_bytes + 4)
 
 
+def piece_seconds(
+    lengths_S: Integers, step: MicroStep, costs: BatchCosts
+) -> tuple[Amounts, Amounts]:
+    """fp64 [P], twice: what each piece of a micro-step takes each of its ranks, and of this what they wait for keys."""
+    lengths_P = lengths_S[[piece.sequence for piece in step]]
+    sizes_P = np.array([len(piece.ranks) for piece in step], dtype=np.int64)
+    waited_P = costs.waited_s(lengths_P, sizes_P)
+    rings: dict[tuple[int, ...], list[int]] = {}
+    for at, piece in enumerate(step):
+        if len(piece.ranks) > 1:
+            rings.setdefault(piece.ranks, []).append(at)
+    for ranks, places in rings.items():
+        if len(places) > 1:
+            lengths = lengths_P[places]
+            waited_P[places] = (
+                costs.waited_together_s(lengths, len(ranks)) * lengths / lengths.sum()
+            )
+    return costs.work_s(lengths_P) / sizes_P + costs.piece_s + waited_P, waited_P
+
+
 def rank_seconds(plan: BatchPlan, costs: BatchCosts) -> Amounts:
     """fp64 [M, R]: seconds of each rank's own work in each micro-step."""
     busy_MR = np.zeros((len(plan.micro_steps), plan.num_ranks))
-    for index, step in enumerate(plan.micro_steps):
-        for piece, piece_s in zip(step, _piece_seconds(plan, step, costs), strict=True):
-            busy_MR[index, list(piece.ranks)] += piece_s
+    for busy_R, step in zip(busy_MR, plan.micro_steps, strict=True):
+        for piece, piece_s in zip(
+            step, piece_seconds(plan.lengths_S, step, costs)[0].tolist(), strict=True
+        ):
+            if len(piece.ranks) == 1:
+                busy_R[piece.ranks[0]] += piece_s
+            else:
+                busy_R[list(piece.ranks)] += piece_s
     return busy_MR + costs.micro_step_s * (busy_MR > 0)
-
-
-def _piece_seconds(plan: BatchPlan, step: MicroStep, costs: BatchCosts) -> list[float]:
-    """Of each piece on each of its ranks."""
-    sequences = [piece.sequence for piece in step]
-    sizes = [len(piece.ranks) for piece in step]
-    return costs.rank_s(plan.lengths_S[sequences], sizes).tolist()
 
 
 def in_step_s(busy_MR: Amounts) -> float:
@@ -122,27 +145,29 @@ def in_step_s(busy_MR: Amounts) -> float:
 
 
 def free_s(plan: BatchPlan, costs: BatchCosts) -> float:
-    """Of a batch whose ranks meet in rings alone."""
-    pieces = (
-        zip((piece.ranks for piece in step), _piece_seconds(plan, step, costs), strict=True)
-        for step in plan.micro_steps
-    )
-    return free_pieces_s(pieces, plan.num_ranks, costs.micro_step_s)
+    """Of a batch whose ranks meet in rings alone: those of a ring in every layer, so that they begin and end a micro-step
+    together, with all that they have in it."""
+    free_R = np.zeros(plan.num_ranks)
+    for step, busy_R in zip(plan.micro_steps, rank_seconds(plan, costs), strict=True):
+        for ranks in meeting(step):
+            free_R[ranks] = free_R[ranks].max()
+            busy_R[ranks] = busy_R[ranks].max()
+        free_R += busy_R
+    return float(free_R.max(initial=0.0))
 
 
-def free_pieces_s(
-    micro_steps: Iterable[Iterable[tuple[Sequence[int], float]]],
-    num_ranks: int,
-    micro_step_s: float,
-) -> float:
-    """The same of the ranks and the seconds of pieces: one begins when all of its ranks have ended those before it."""
-    free_at = [0.0] * num_ranks
-    for step in micro_steps:
-        pieces = list(step)
-        for rank in {rank for ranks, _ in pieces for rank in ranks}:
-            free_at[rank] += micro_step_s
-        for ranks, piece_s in pieces:
-            end_s = max([free_at[rank] for rank in ranks]) + piece_s
-            for rank in ranks:
-                free_at[rank] = end_s
-    return max(free_at, default=0.0)
+def meeting(step: MicroStep) -> list[list[int]]:
+    """Ranks that a micro-step's rings join, in one or over others."""
+    joined: dict[int, list[int]] = {}
+    for _, ranks in step:
+        if len(ranks) > 1:
+            others = {id(group): group for rank in ranks if (group := joined.get(rank))}
+            whole = max(others.values(), key=len, default=[])
+            for group in others.values():
+                if group is not whole:
+                    whole += group
+                    joined.update(dict.fromkeys(group, whole))
+            new = [rank for rank in ranks if rank not in joined]
+            whole += new
+            joined.update(dict.fromkeys(new, whole))
+    return list({id(group): group for group in joined.values()}.values())

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moesys.plan.batch.cost import BatchCosts, free_pieces_s
+from moesys.plan.batch.cost import BatchCosts, free_s
 from moesys.plan.batch.exchange import ENOUGH, Exchange
 from moesys.plan.batch.filling import GOOD, Fillings
 from moesys.plan.batch.fit import best_fit
@@ -36,46 +36,55 @@ def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchC
         batch, [[least_s]], lambda rows: rows[0].most_busy_s, good_s=GOOD * least_s, waits=True
     )
 
-    def piece_s(sequence: int, size: int) -> float:
-        return batch.piece_s(sequence, size) - share_s * batch.lengths[sequence] / size
-
-    def seconds(rows: Sequence[Row]) -> float:
-        timed = (
-            [(ranks, piece_s(sequence, len(ranks))) for sequence, ranks in step]
-            for step in _micro_steps(batch, rows[0].pieces)
+    def plan(rows: Sequence[Row]) -> BatchPlan:
+        plans = (
+            batch_plan(lengths_S, num_ranks, _micro_steps(batch, rows[0].pieces, apart=apart))
+            for apart in (False, True)
         )
-        return free_pieces_s(timed, num_ranks, costs.micro_step_s)
+        return min(plans, key=seconds)
 
-    (row,) = Exchange(batch, seconds, waits=True).better(fillings.search(), ENOUGH * least_s)
-    return batch_plan(lengths_S, num_ranks, _micro_steps(batch, row.pieces))
+    def seconds(plan: BatchPlan) -> float:
+        return free_s(plan, costs)
+
+    exchange = Exchange(batch, lambda rows: seconds(plan(rows)), waits=True)
+    return plan(exchange.better(fillings.search(), ENOUGH * least_s))
 
 
-def _micro_steps(batch: Batch, pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Each rank's pieces in this order, up to its last ring; behind that its own sequences where they fit best."""
+def _micro_steps(batch: Batch, pieces: Sequence[Piece], *, apart: bool) -> list[list[Piece]]:
+    """Each rank's pieces in this order, up to its last ring; behind that its own sequences where they fit best.
+
+    With `apart` no other pieces are in a ring's micro-step, so that its ranks wait for none of them; else as many as fit.
+    """
     last_ring = {
         rank: at for at, piece in enumerate(pieces) if len(piece.ranks) > 1 for rank in piece.ranks
     }
     steps: list[list[Piece]] = []
     number = [0] * batch.num_ranks
     room = [batch.capacity_tokens] * batch.num_ranks
+    last: list[tuple[int, ...]] = [()] * batch.num_ranks
+    """Ranks of the last piece."""
     alone: list[list[int]] = [[] for _ in range(batch.num_ranks)]
     for at, (sequence, ranks) in enumerate(pieces):
         if at > last_ring.get(ranks[0], -1):
             alone[ranks[0]].append(sequence)
             continue
         tokens = ring_tokens(batch.lengths[sequence], len(ranks)).tolist()
-        full = (
-            number[rank] + (room[rank] < count) for rank, count in zip(ranks, tokens, strict=True)
+        step = max(
+            number[rank] + (room[rank] < count or (apart and last[rank] not in ((), ranks)))
+            for rank, count in zip(ranks, tokens, strict=True)
         )
-        step = max(full)
         for rank, count in zip(ranks, tokens, strict=True):
             if number[rank] < step:
                 number[rank], room[rank] = step, batch.capacity_tokens
             room[rank] -= count
+            last[rank] = ranks
         steps += [[] for _ in range(step + 1 - len(steps))]
         steps[step].append(Piece(sequence, ranks))
     for rank, sequences in enumerate(alone):
-        packs = best_fit(batch.lengths, sequences, batch.capacity_tokens, [room[rank]])
+        is_left = not apart or len(last[rank]) < 2
+        packs = best_fit(
+            batch.lengths, sequences, batch.capacity_tokens, [room[rank] if is_left else 0]
+        )
         steps += [[] for _ in range(number[rank] + len(packs) - len(steps))]
         for step, pack in enumerate(packs, start=number[rank]):
             steps[step] += [Piece(sequence, (rank,)) for sequence in pack]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts
+from moesys.plan.batch.cost import BatchCosts, rank_seconds
 from moesys.plan.batch.exchange import ENOUGH, Exchange
 from moesys.plan.batch.filling import GOOD, MOST_LAID, Fillings
 from moesys.plan.batch.plan import BatchPlan, batch_plan
@@ -80,7 +80,13 @@ def hdp_in_step(
         most_laid=MOST_LAID if stages == 1 else LAID_IN_PIPELINES,
         waits=False,
     )
-    rows = Exchange(batch, seconds, waits=False).better(fillings.search(), ENOUGH * least_s)
+
+    def exact_s(rows: Sequence[Row]) -> float:
+        plan = batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])
+        each_s = rank_seconds(plan, costs).max(1)
+        return float(each_s.sum() + (stages - 1) * each_s.max())
+
+    rows = Exchange(batch, exact_s, waits=False).better(fillings.search(), ENOUGH * least_s)
     return batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])
 
 

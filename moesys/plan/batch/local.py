@@ -10,7 +10,7 @@ from typing import Self
 
 import numpy as np
 
-from moesys.plan.batch.plan import MicroStep, tokens_of_ranks
+from moesys.plan.batch.plan import MicroStep, of_rank, tokens_of_ranks
 from moesys.plan.placement import Integers
 from moesys.plan.zigzag import local_chunks
 
@@ -39,7 +39,7 @@ class LocalPiece:
 
 @dataclass(frozen=True, eq=False)
 class LocalPieces:
-    """One behind the other, in the order of the plan."""
+    """One behind the other, in the order of `plan.of_rank`."""
 
     pieces: tuple[LocalPiece, ...]
     multiple_of: int = 1
@@ -54,8 +54,7 @@ class LocalPieces:
         return cls(
             tuple(
                 LocalPiece(int(lengths_S[piece.sequence]), piece.ranks, piece.ranks.index(rank))
-                for piece in step
-                if rank in piece.ranks
+                for piece in of_rank(step, rank)
             ),
             multiple_of,
             int(tokens_of_ranks(step, lengths_S, num_ranks).max(initial=0)),

@@ -1,17 +1,23 @@
 """The best plan of a batch that there is, by branch and bound: a yardstick for six sequences on four ranks or less. Pure.
 
 It is the best of all plans in which `plan.problems` finds nothing wrong: each sequence as a whole in one micro-step, on any
-number of ranks in any order of their ring; any number of micro-steps, and of pieces in any order within each. Best by
-`cost.in_step_s` where ranks meet in every layer, by `cost.free_s` where they do not.
+number of ranks in any order of their ring; any number of micro-steps, and of pieces in each. Best by `cost.in_step_s` where ranks
+meet in every layer, by `cost.free_s` where they do not.
 
-Ranks are alike: what a plan's first pieces leave to those that follow is what ranks have, whichever these are.
+A plan is made of blocks: of what some ranks begin and end together, or all where all meet. A block is made of turns: of what goes
+around a ring together. Every plan is made so. Some of what is made so takes less than its parts say, as two turns have the same
+ring, or not all ranks of a block meet; that plan is made of other parts too, which say what it takes.
 
-Shapes: S sequences, R ranks.
+Ranks are alike: what a plan's first parts leave to those that follow is what ranks have, whichever these are.
+
+Shapes: S sequences, L ranks of a ring.
 """
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from operator import le
 from typing import NamedTuple
 
 import numpy as np
@@ -20,30 +26,13 @@ from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.fit import check_fits
 from moesys.plan.batch.plan import BatchPlan, MicroStep, Piece, batch_plan
 from moesys.plan.placement import Integers
-from moesys.plan.zigzag import most_ring_tokens, ring_tokens
+from moesys.plan.zigzag import ring_tokens
 
 ROUNDING = 1e-12
 """A plan is better by more than this part, or it is not."""
 
-
-class _Rank(NamedTuple):
-    busy_s: float
-    """Where ranks meet, in this micro-step; else in all."""
-    room: int
-    """Tokens, in this micro-step; as many as all sequences to come have are enough."""
-    used: bool
-    """In this micro-step."""
-    rank: int
-
-
-class _Begun(NamedTuple):
-    """A plan of some of the sequences."""
-
-    to_come: tuple[int, ...]
-    """Sequences, the longest first."""
-    ranks: tuple[_Rank, ...]
-    """In order of what they have."""
-    steps: tuple[MicroStep, ...]
+Sequences = tuple[int, ...]
+"""The longest first."""
 
 
 def optimum(
@@ -53,159 +42,292 @@ def optimum(
     check_fits(lengths_S.tolist(), num_ranks, capacity_tokens)
     by_length = np.argsort(-lengths_S, kind="stable")
     sequences = tuple(by_length[lengths_S[by_length] > 0].tolist())
-    search = _Search(lengths_S, num_ranks, capacity_tokens, costs, meets)
-    _, steps = _best_steps(search, sequences, {(): (0.0, ())}) if meets else search.best(sequences)
-    return batch_plan(lengths_S, num_ranks, steps)
+    search = _BlockSearch(lengths_S, num_ranks, capacity_tokens, costs, sequences)
+    found = _nested(search, sequences, num_ranks, meets=meets)
+    best = found.best[sequences, num_ranks]
+    if not meets:
+        best = _PlanSearch(found.blocks, sequences, num_ranks).best(best)
+    return batch_plan(lengths_S, num_ranks, best.steps)
 
 
-_Best = tuple[float, tuple[MicroStep, ...]]
-"""Seconds, and micro-steps."""
+class _Turn(NamedTuple):
+    """Sequences that go around a ring together, or one on one rank."""
+
+    size: int
+    seconds: float
+    """Of each of its ranks."""
+    tokens_L: tuple[int, ...]
 
 
-def _best_steps(
-    search: "_Search", sequences: tuple[int, ...], known: dict[tuple[int, ...], _Best]
-) -> _Best:
-    """Of ranks that meet: each micro-step for itself, over all ways to share out the sequences."""
-    if sequences not in known:
-        first, *others = sequences
-        best: _Best = math.inf, ()
-        for number in range(len(others), -1, -1):
-            for chosen in itertools.combinations(others, number):
-                rest = tuple(other for other in others if other not in chosen)
-                rest_s, rest_steps = _best_steps(search, rest, known)
-                step_s, step = search.best((first, *chosen), best[0] - rest_s)
-                if step_s + rest_s < best[0] * (1 - ROUNDING):
-                    best = step_s + rest_s, (*step, *rest_steps)
-        known[sequences] = best
-    return known[sequences]
+class _Block(NamedTuple):
+    """Sequences in a micro-step of ranks that begin and end it together."""
+
+    size: int
+    seconds: float
+    step: MicroStep
+    """On the first ranks."""
 
 
-class _Search:
+class _Best(NamedTuple):
+    seconds: float
+    steps: tuple[MicroStep, ...]
+
+
+NONE = _Best(math.inf, ())
+
+
+def _subsets(sequences: Sequences) -> Iterator[Sequences]:
+    """All that have some of them, the smallest first."""
+    for number in range(1, len(sequences) + 1):
+        yield from itertools.combinations(sequences, number)
+
+
+@cache
+def _splits(sequences: Sequences) -> list[tuple[Sequences, Sequences]]:
+    """Subsets with the first of them, and what is left."""
+    first, *others = sequences
+    return [
+        ((first, *chosen), tuple(other for other in others if other not in chosen))
+        for chosen in itertools.chain([()], _subsets(tuple(others)))
+    ]
+
+
+@cache
+def _rings(tokens_L: tuple[int, ...], num_ranks: int) -> list[tuple[int, ...]]:
+    """Of orders in which each rank has as many tokens, one."""
+    told_apart = {
+        tuple(sorted(zip(ring, tokens_L, strict=True))): ring
+        for ring in itertools.permutations(range(num_ranks), len(tokens_L))
+    }
+    return list(told_apart.values())
+
+
+def _turns(
+    lengths: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts
+) -> Iterator[_Turn]:
+    """Of sequences of these lengths, on each number of ranks that have memory; not where they wait as long as one by one."""
+    for size in range(1, num_ranks + 1):
+        tokens_L = np.sum([ring_tokens(length, size) for length in lengths.tolist()], axis=0)
+        waited_s = costs.waited_together_s(lengths, size)
+        one_by_one_s = float(costs.waited_s(lengths, size).sum())
+        if len(lengths) > 1 and waited_s >= one_by_one_s * (1 - ROUNDING):
+            continue
+        if tokens_L.max() <= capacity_tokens:
+            work_s = float(costs.work_s(lengths).sum()) / size + len(lengths) * costs.piece_s
+            yield _Turn(size, work_s + waited_s, tuple(tokens_L.tolist()))
+
+
+class _Bound:
+    """What is made of these parts does not take less."""
+
+    def __init__(
+        self,
+        parts: Mapping[Sequences, Sequence[_Turn | _Block]],
+        sequences: Sequences,
+        num_ranks: int,
+    ) -> None:
+        self._area_s: dict[Sequences, float] = {(): 0.0}
+        """Of all ranks together."""
+        for chosen in _subsets(sequences):
+            self._area_s[chosen] = min(
+                self._area_s[rest]
+                + min((p.size * p.seconds for p in parts[part]), default=math.inf)
+                for part, rest in _splits(chosen)
+            )
+        self._least_s = {each: [math.inf] * num_ranks for each in sequences}
+        """Of any part with a sequence, on so many ranks."""
+        for chosen, of_chosen in parts.items():
+            for each, part in itertools.product(chosen, of_chosen):
+                least_s = self._least_s[each]
+                least_s[part.size - 1] = min(least_s[part.size - 1], part.seconds)
+
+    def seconds(self, begun: "_Begun") -> float:
+        free = [rank.free_s for rank in begun.ranks]
+        area_s = sum(free) + self._area_s[begun.to_come]
+        ends_s = (min(map(float.__add__, free, self._least_s[each])) for each in begun.to_come)
+        return max(area_s / len(free), free[-1], *ends_s)
+
+
+class _Rank(NamedTuple):
+    free_s: float
+    """For what is to come."""
+    room: int
+    """Tokens, in this micro-step; as many as all sequences to come have are enough."""
+    rank: int
+
+
+class _Begun(NamedTuple):
+    """A block or a plan of some of the sequences."""
+
+    to_come: Sequences
+    ranks: tuple[_Rank, ...]
+    """In order of what they have."""
+    parts: tuple[tuple[Piece, ...], ...]
+
+
+def _completed(
+    begun: _Begun,
+    nexts: Callable[[_Begun], Iterator[_Begun]],
+    bound: _Bound,
+    below_s: float,
+) -> _Begun | None:
+    """The best there is; None if it takes `below_s` or more."""
+    best: _Begun | None = None
+    looked_at: dict[Sequences, list[list[float]]] = {}
+
+    def complete(begun: _Begun) -> None:
+        """In every way, the most promising first, but those that cannot be better than the best so far."""
+        nonlocal best, below_s
+        if not begun.to_come:
+            best, below_s = begun, begun.ranks[-1].free_s
+            return
+        ways = list(nexts(begun))
+        for bound_s, index in sorted((bound.seconds(way), at) for at, way in enumerate(ways)):
+            if bound_s >= below_s * (1 - ROUNDING):
+                break
+            if not as_good_was_looked_at(ways[index]):
+                complete(ways[index])
+
+    def as_good_was_looked_at(begun: _Begun) -> bool:
+        """With as much to come, and no rank that has less time or room."""
+        has = [number for rank in begun.ranks for number in (rank.free_s, -rank.room)]
+        others = looked_at.setdefault(begun.to_come, [])
+        if any(all(map(le, other, has)) for other in others):
+            return True
+        others.append(has)
+        return False
+
+    complete(begun)
+    return best
+
+
+class _BlockSearch:
+    """The best block of some sequences on some ranks, over all ways to put them into turns and these on rings."""
+
     def __init__(
         self,
         lengths_S: Integers,
         num_ranks: int,
         capacity_tokens: int,
         costs: BatchCosts,
-        meets: bool,
+        sequences: Sequences,
     ) -> None:
         self._lengths: list[int] = lengths_S.tolist()
-        self._num_ranks, self._capacity, self._meets = num_ranks, capacity_tokens, meets
-        self._start_s = costs.micro_step_s
-        sizes = range(1, num_ranks + 1)
-        most_SR = [[most_ring_tokens(length, size) for size in sizes] for length in self._lengths]
-        seconds_SR = np.where(
-            np.array(most_SR).reshape(-1, num_ranks) <= capacity_tokens,
-            costs.rank_s(lengths_S[:, None], sizes),
-            np.inf,
-        )
-        self._seconds: list[list[float]] = seconds_SR.tolist()
-        self._rings = [
-            [
-                (ring, tokens, seconds)
-                for size in sizes
-                if (seconds := float(seconds_SR[sequence, size - 1])) < math.inf
-                for ring, tokens in _rings(length, size, num_ranks)
-            ]
-            for sequence, length in enumerate(self._lengths)
-        ]
-        self._least_area_s: list[float] = (seconds_SR * sizes).min(1).tolist()
+        self._capacity, self._start_s = capacity_tokens, costs.micro_step_s
+        self._turns = {
+            chosen: list(_turns(lengths_S[[*chosen]], num_ranks, capacity_tokens, costs))
+            for chosen in _subsets(sequences)
+        }
+        self._bound = _Bound(self._turns, sequences, num_ranks)
 
-    def best(self, sequences: tuple[int, ...], below_s: float = math.inf) -> _Best:
-        """In one micro-step if ranks meet, else in any number; inf if none takes less than `below_s`."""
-        self._best: _Best = below_s, ()
-        self._completed: dict[tuple[int, ...], list[list[float]]] = {}
-        start = (self._start_s, self._capacity, True) if self._meets else (0.0, 0, False)
-        ranks = tuple(_Rank(*start, rank) for rank in range(self._num_ranks))
-        self._complete(_Begun(sequences, ranks, ((),) if self._meets else ()))
-        return self._best if self._best[1] else (math.inf, ())
-
-    def _complete(self, begun: _Begun) -> None:
-        """In every way, the most promising first, but those that cannot be better than the best so far."""
-        if not begun.to_come:
-            self._best = self._bound_s(begun), begun.steps
-            return
-        nexts = list(self._nexts(begun))
-        bounds = sorted((self._bound_s(after), index) for index, after in enumerate(nexts))
-        for bound_s, index in bounds:
-            if bound_s >= self._best[0] * (1 - ROUNDING):
-                break
-            if not self._as_good_was_completed(nexts[index]):
-                self._complete(nexts[index])
-
-    def _bound_s(self, begun: _Begun) -> float:
-        """No plan that begins so takes less."""
-        busy = [rank.busy_s for rank in begun.ranks]
-        area_s = sum(busy) + sum(self._least_area_s[sequence] for sequence in begun.to_come)
-        if not self._meets:
-            room = sum(rank.room for rank in begun.ranks if rank.used)
-            tokens = sum(self._lengths[sequence] for sequence in begun.to_come)
-            area_s += self._start_s * max(0, -(-(tokens - room) // self._capacity))
-        ends_s = (
-            min(map(float.__add__, busy, self._seconds[sequence])) for sequence in begun.to_come
-        )
-        return max(area_s / len(busy), busy[-1], *ends_s)
-
-    def _as_good_was_completed(self, begun: _Begun) -> bool:
-        """With as much to come, and no rank that has less time or room."""
-        has = [number for rank in begun.ranks for number in (rank.busy_s, -rank.room, -rank.used)]
-        others = self._completed.setdefault(begun.to_come, [])
-        if others and (np.array(others) <= has).all(1).any():
-            return True
-        others.append(has)
-        return False
+    def best(self, sequences: Sequences, size: int, below_s: float) -> _Block | None:
+        """None if it takes `below_s` or more."""
+        ranks = tuple(_Rank(self._start_s, self._capacity, rank) for rank in range(size))
+        begun = _Begun(sequences, ranks, ())
+        found = _completed(begun, self._nexts, self._bound, below_s)
+        if found is None:
+            return None
+        return _Block(size, found.ranks[-1].free_s, tuple(itertools.chain(*found.parts)))
 
     def _nexts(self, begun: _Begun) -> Iterator[_Begun]:
-        """With one sequence more; of those with as many tokens the first stands for all."""
-        if self._meets:
-            yield from self._with(begun, begun.to_come[0])
-            return
-        first = {self._lengths[sequence]: sequence for sequence in reversed(begun.to_come)}
-        ranks = tuple(rank._replace(room=self._capacity, used=False) for rank in begun.ranks)
-        opened = begun._replace(ranks=ranks, steps=(*begun.steps, ()))
-        for sequence in first.values():
-            if self._start_s:
-                yield from self._with(begun, sequence)
-            yield from self._with(opened, sequence, begun.ranks if self._start_s else None)
-
-    def _with(
-        self, begun: _Begun, sequence: int, before: tuple[_Rank, ...] | None = None
-    ) -> Iterator[_Begun]:
-        """The sequence in the last micro-step, on any ranks that have room; not on ranks that all had it in the micro-step `before`,
-        which took no longer to go on with."""
-        to_come = tuple(other for other in begun.to_come if other != sequence)
-        enough = sum(self._lengths[other] for other in to_come)
-        for ring, tokens, piece_s in self._rings[sequence]:
-            has = [begun.ranks[at] for at in ring]
-            needs = list(zip(ring, tokens, strict=True))
-            if any(begun.ranks[at].room < count for at, count in needs):
-                continue
-            if before and all(before[at].used and before[at].room >= count for at, count in needs):
-                continue
-            if any(
-                at and at - 1 not in ring and begun.ranks[at - 1][:3] == begun.ranks[at][:3]
-                for at in ring
-            ):
-                continue
-            begin_s = [rank.busy_s + (0.0 if rank.used else self._start_s) for rank in has]
-            if not self._meets:
-                begin_s = [max(begin_s)] * len(ring)
-            if max(begin_s) + piece_s >= self._best[0] * (1 - ROUNDING):
-                continue
-            ranks = list(begun.ranks)
-            for (at, count), busy_s in zip(needs, begin_s, strict=True):
-                ranks[at] = _Rank(busy_s + piece_s, ranks[at].room - count, True, ranks[at].rank)
-            kept = sorted(rank._replace(room=min(rank.room, enough)) for rank in ranks)
-            piece = Piece(sequence, tuple(rank.rank for rank in has))
-            yield _Begun(to_come, tuple(kept), (*begun.steps[:-1], (*begun.steps[-1], piece)))
+        """With one turn more, the longest sequence to come in it, on any ranks that have room."""
+        for chosen, to_come in _splits(begun.to_come):
+            enough = sum(self._lengths[each] for each in to_come)
+            for turn in self._turns[chosen]:
+                for ring in _rings(turn.tokens_L, len(begun.ranks)):
+                    ranks = _after_turn(begun.ranks, turn, ring)
+                    if ranks is not None:
+                        kept = sorted(rank._replace(room=min(rank.room, enough)) for rank in ranks)
+                        on = tuple(begun.ranks[at].rank for at in ring)
+                        pieces = tuple(Piece(each, on) for each in chosen)
+                        yield _Begun(to_come, tuple(kept), (*begun.parts, pieces))
 
 
-def _rings(length: int, size: int, num_ranks: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """Rings, and the tokens of each of their ranks; of orders in which each rank has as many, one."""
-    tokens = ring_tokens(length, size).tolist()
-    told_apart = {
-        tuple(sorted(zip(ring, tokens, strict=True))): ring
-        for ring in itertools.permutations(range(num_ranks), size)
-    }
-    for ring in told_apart.values():
-        yield ring, tokens
+def _after_turn(ranks: Sequence[_Rank], turn: _Turn, ring: tuple[int, ...]) -> list[_Rank] | None:
+    """None where room is short, or where ranks that have the same are taken in another order."""
+    after = list(ranks)
+    for at, tokens in zip(ring, turn.tokens_L, strict=True):
+        free_s, room, rank = ranks[at]
+        if room < tokens or (at and at - 1 not in ring and ranks[at - 1][:2] == (free_s, room)):
+            return None
+        after[at] = _Rank(free_s + turn.seconds, room - tokens, rank)
+    return after
+
+
+class _Nested(NamedTuple):
+    best: dict[tuple[Sequences, int], _Best]
+    """Of some sequences on so many ranks."""
+    blocks: dict[Sequences, list[_Block]]
+    """Those that are better than others in their place; the best plan needs no more."""
+
+
+def _nested(search: _BlockSearch, sequences: Sequences, num_ranks: int, *, meets: bool) -> _Nested:
+    """What is best of blocks one after the other and, where not all ranks meet, beside each other."""
+    found = _Nested({((), num_ranks): _Best(0.0, ())}, {})
+    for chosen in _subsets(sequences):
+        found.blocks[chosen] = []
+        for size in [num_ranks] if meets else range(1, num_ranks + 1):
+            best = min(_of_two(found.best, chosen, size), key=lambda two: two.seconds)
+            block = search.best(chosen, size, best.seconds)
+            if block is not None:
+                found.blocks[chosen].append(block)
+                best = _Best(block.seconds, (block.step,))
+            found.best[chosen, size] = best
+    return found
+
+
+def _of_two(
+    known: Mapping[tuple[Sequences, int], _Best], sequences: Sequences, size: int
+) -> Iterator[_Best]:
+    """One after the other, or beside each other."""
+    yield known.get((sequences, size - 1), NONE)
+    for part, rest in _splits(sequences)[:-1]:
+        first, then = known[part, size], known[rest, size]
+        yield _Best(first.seconds + then.seconds, (*first.steps, *then.steps))
+        for own in range(1, size):
+            left, right = known.get((part, own), NONE), known.get((rest, size - own), NONE)
+            moved = (_on(step, range(own, size)) for step in right.steps)
+            yield _Best(max(left.seconds, right.seconds), (*left.steps, *moved))
+
+
+def _on(step: MicroStep, ranks: Sequence[int]) -> MicroStep:
+    """These for the first ones."""
+    return tuple(Piece(each, tuple(ranks[at] for at in ring)) for each, ring in step)
+
+
+class _PlanSearch:
+    """The best plan of ranks that meet in rings alone, over all orders of blocks and all ranks for them.
+
+    Blocks come in the order in which they begin. So what a rank has left before the last of them has begun is lost.
+    """
+
+    def __init__(
+        self, blocks: Mapping[Sequences, Sequence[_Block]], sequences: Sequences, num_ranks: int
+    ) -> None:
+        self._blocks = blocks
+        self._bound = _Bound(blocks, sequences, num_ranks)
+        ranks = tuple(_Rank(0.0, 0, rank) for rank in range(num_ranks))
+        self._begun = _Begun(sequences, ranks, ())
+
+    def best(self, known: _Best) -> _Best:
+        """The one that is known, if none is better."""
+        found = _completed(self._begun, self._nexts, self._bound, known.seconds)
+        return known if found is None else _Best(found.ranks[-1].free_s, found.parts)
+
+    def _nexts(self, begun: _Begun) -> Iterator[_Begun]:
+        """With one block more, once so many ranks are free."""
+        for chosen in _subsets(begun.to_come):
+            to_come = tuple(each for each in begun.to_come if each not in chosen)
+            for block in self._blocks[chosen]:
+                for last in range(block.size - 1, len(begun.ranks)):
+                    begin_s = begun.ranks[last].free_s
+                    if last + 1 < len(begun.ranks) and begun.ranks[last + 1].free_s == begin_s:
+                        continue
+                    first = last + 1 - block.size
+                    ranks = [
+                        rank._replace(free_s=max(rank.free_s, begin_s)) for rank in begun.ranks
+                    ]
+                    for at in range(first, last + 1):
+                        ranks[at] = ranks[at]._replace(free_s=begin_s + block.seconds)
+                    step = _on(block.step, [rank.rank for rank in ranks[first : last + 1]])
+                    yield _Begun(to_come, tuple(sorted(ranks)), (*begun.parts, step))

@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 MicroStep = tuple[Piece, ...]
-"""Ranks that share several of its pieces work on these in this order."""
+"""Ranks that share several of its pieces work on these in the order of `of_rank`."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +41,7 @@ class BatchPlan:
 
     def of_rank(self, rank: int) -> list[list[Piece]]:
         """Its pieces in each micro-step."""
-        return [[piece for piece in step if rank in piece.ranks] for step in self.micro_steps]
+        return [of_rank(step, rank) for step in self.micro_steps]
 
     def tokens_MR(self) -> Integers:
         """Of each rank in each micro-step."""
@@ -86,6 +86,16 @@ class BatchPlan:
                 for step in told["micro_steps"]
             ),
         )
+
+
+def of_rank(step: MicroStep, rank: int) -> list[Piece]:
+    """Its pieces of a micro-step, in the plan's order; but those on the same ranks, whose keys go around as one block, come
+    together, where the first of them is."""
+    alike: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in step:
+        if rank in piece.ranks:
+            alike.setdefault(piece.ranks, []).append(piece)
+    return [piece for pieces in alike.values() for piece in pieces]
 
 
 def tokens_of_ranks(step: MicroStep, lengths_S: Integers, num_ranks: int) -> Integers:

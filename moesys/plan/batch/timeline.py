@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts
+from moesys.plan.batch.cost import BatchCosts, meeting, piece_seconds
 from moesys.plan.batch.plan import BatchPlan
 from moesys.plan.bubble import Action, one_f_one_b, timed
 from moesys.plan.placement import Amounts
@@ -84,15 +84,11 @@ class _Rows:
         self._spans: dict[tuple[int, int], list[Span]] = {
             (rank, stage): [] for rank in sorted(set(ranks)) for stage in range(stages)
         }
-        self._seconds = [self._piece_seconds(index) for index in range(len(plan.micro_steps))]
-
-    def _piece_seconds(self, index: int) -> list[tuple[float, float]]:
-        """Of each piece of a micro-step on each of its ranks: in all, and of these for keys."""
-        step = self._plan.micro_steps[index]
-        lengths = self._plan.lengths_S[[piece.sequence for piece in step]]
-        sizes = [len(piece.ranks) for piece in step]
-        both = (self._costs.rank_s(lengths, sizes), self._costs.waited_s(lengths, sizes))
-        return list(zip(*(seconds.tolist() for seconds in both), strict=True))
+        self._seconds = [
+            [tuple(seconds.tolist()) for seconds in piece_seconds(plan.lengths_S, step, costs)]
+            for step in plan.micro_steps
+        ]
+        """Of each piece of each micro-step on each of its ranks: in all, and of these for keys."""
 
     def end_of(self, action: Action, start_R: Amounts) -> Amounts:
         """Lays the pieces of a micro-step at one stage, where data ranks are ready at these times."""
@@ -101,20 +97,20 @@ class _Rows:
             phases = ("forward", "backward")
         order = 1 if action.kind == "F" else -1
         index, stage = action.micro_batch, action.stage
-        pieces = list(zip(self._plan.micro_steps[index], self._seconds[index], strict=True))
-        free = np.full_like(start_R, start_R.max()).tolist() if self._meets else start_R.tolist()
+        step = self._plan.micro_steps[index]
+        pieces = list(zip(step, *self._seconds[index], strict=True))
+        groups = [list(range(self._plan.num_ranks))] if self._meets else meeting(step)
+        free = _levelled(start_R, groups).tolist()
         if beside_s := self._costs.micro_step_s:
-            for rank in sorted({rank for piece, _ in pieces for rank in piece.ranks}):
+            for rank in sorted({rank for piece in step for rank in piece.ranks}):
                 free[rank] = self._lay(
                     (rank, stage), phases, free[rank], (index, None), beside_s, 0.0
                 )
-        for piece, (piece_s, keys_s) in pieces[::order]:
-            together_s = max(free[rank] for rank in piece.ranks)
+        for piece, piece_s, keys_s in pieces[::order]:
             for rank in piece.ranks:
-                begin_s = free[rank] if self._meets else together_s
                 what = index, piece.sequence
-                free[rank] = self._lay((rank, stage), phases, begin_s, what, piece_s, keys_s)
-        return np.array(free)
+                free[rank] = self._lay((rank, stage), phases, free[rank], what, piece_s, keys_s)
+        return _levelled(np.array(free), groups)
 
     def _lay(
         self,
@@ -143,6 +139,14 @@ class _Rows:
         return {
             place: tuple(_with_idle(place, spans, step_s)) for place, spans in self._spans.items()
         }
+
+
+def _levelled(times_R: Amounts, groups: Iterable[list[int]]) -> Amounts:
+    """Those of each group are its last."""
+    levelled_R = times_R.copy()
+    for ranks in groups:
+        levelled_R[ranks] = times_R[ranks].max()
+    return levelled_R
 
 
 def _with_idle(place: tuple[int, int], spans: Sequence[Span], step_s: float) -> Iterable[Span]:

@@ -5,14 +5,14 @@ Shapes: S sequences.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from moesys.plan.batch.cost import AttentionKind, BatchCosts
 from moesys.plan.batch.optimum import optimum
-from moesys.plan.batch.plan import MicroStep, Piece, batch_plan, problems
+from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan, problems
 from moesys.plan.batch.policies import batch_seconds, planned
 from moesys.plan.placement import Integers
 
@@ -50,37 +50,60 @@ def case(seed: int, most_sequences: int, most_ranks: int) -> Case:
     )
 
 
-def all_micro_steps(sequences: Sequence[int], num_ranks: int) -> Iterator[tuple[MicroStep, ...]]:
-    """Every plan of these: in any order, in any rings, with a new micro-step wherever one may begin."""
+def all_plans(lengths_S: Integers, num_ranks: int) -> Iterator[BatchPlan]:
+    """Each sequence on any ranks, in any order of their ring, and in any of as many micro-steps as there are sequences."""
+    number = len(lengths_S)
     rings = [
         ring
         for size in range(1, num_ranks + 1)
         for ring in itertools.permutations(range(num_ranks), size)
     ]
-    for order in itertools.permutations(sequences):
-        for chosen in itertools.product(rings, repeat=len(order)):
-            pieces = [Piece(sequence, ring) for sequence, ring in zip(order, chosen, strict=True)]
-            for begins in itertools.product((False, True), repeat=len(order) - 1):
-                steps: list[list[Piece]] = [[pieces[0]]]
-                for piece, begin in zip(pieces[1:], begins, strict=True):
-                    steps += [[piece]] if begin else []
-                    if not begin:
-                        steps[-1].append(piece)
-                yield tuple(map(tuple, steps))
+    for chosen in itertools.product(rings, repeat=number):
+        for indexes in itertools.product(range(number), repeat=number):
+            steps: list[list[Piece]] = [[] for _ in range(number)]
+            for sequence, (ring, index) in enumerate(zip(chosen, indexes, strict=True)):
+                steps[index].append(Piece(sequence, ring))
+            yield batch_plan(lengths_S, num_ranks, steps)
 
 
 @pytest.mark.parametrize("meets", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_plan_is_better(seed: int, meets: bool) -> None:
-    lengths_S, num_ranks, capacity, costs = case(seed, 2, 3)
+def test_no_plan_is_better(seed: int, sizes: tuple[int, int], meets: bool) -> None:
+    lengths_S, num_ranks, capacity, costs = case(seed, *sizes)
     best_s = math.inf
-    for steps in all_micro_steps(range(len(lengths_S)), num_ranks):
-        plan = batch_plan(lengths_S, num_ranks, steps)
-        if not problems(plan, capacity):
-            best_s = min(best_s, batch_seconds(plan, costs, meets=meets))
+    for plan in all_plans(lengths_S, num_ranks):
+        plan_s = batch_seconds(plan, costs, meets=meets)
+        if plan_s < best_s and not problems(plan, capacity):
+            best_s = plan_s
     found = optimum(lengths_S, num_ranks, capacity, costs, meets=meets)
     assert problems(found, capacity) == []
     assert batch_seconds(found, costs, meets=meets) == pytest.approx(best_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("meets", [False, True])
+def test_a_ring_goes_the_other_way_where_memory_is_short(meets: bool) -> None:
+    """Ranks have 5 and 6 tokens of one sequence, 3 and 4 of the other: 9 and 9 if their rings are not the same."""
+    costs = BatchCosts(attention=(AttentionKind(pair_s=0.0),), token_s=1.0, micro_step_s=100.0)
+    (step,) = optimum(np.array([11, 7]), 2, 9, costs, meets=meets).micro_steps
+    assert {step[0].ranks, step[1].ranks} == {(0, 1), (1, 0)}
+
+
+def test_blocks_need_not_be_nested() -> None:
+    """Of 12 tokens a rank has no memory; on two they take 6 and a hop. No rank is ever idle, and at no time do all ranks end.
+
+    rank 0: 10 tokens 0-10, 12 tokens 10-18
+    rank 1: 12 tokens 0-8, 2 tokens 8-10, 12 tokens 10-18
+    rank 2: 12 tokens 0-8, 10 tokens 8-18
+    """
+    costs = BatchCosts(attention=(AttentionKind(pair_s=0.0),), token_s=1.0, hop_s=2.0)
+    plan = optimum(np.array([12, 12, 10, 10, 2]), 3, 10, costs, meets=False)
+    assert batch_seconds(plan, costs, meets=False) == pytest.approx(18)
+
+
+@pytest.mark.parametrize("meets", [False, True])
+def test_a_batch_without_tokens_has_no_micro_steps(meets: bool) -> None:
+    assert optimum(np.array([0, 0]), 2, 5, case(0, 2, 3)[3], meets=meets).micro_steps == ()
 
 
 def over_optimum(made: Case, meets: bool) -> float:
@@ -93,8 +116,9 @@ def over_optimum(made: Case, meets: bool) -> float:
 @pytest.mark.parametrize("meets", [False, True])
 def test_hdp_is_within_a_twentieth_of_the_best_plan(meets: bool) -> None:
     over = [over_optimum(case(seed, 4, 4), meets) for seed in range(100)]
+    assert min(over) >= 1 - 1e-9, "better than the best"
     assert max(over) <= 1.05
-    assert np.mean(over) <= 1.002
+    assert np.mean(over) <= 1.001
 
 
 @pytest.mark.oracle
@@ -104,4 +128,4 @@ def test_hdp_is_within_a_twentieth_of_the_best_plan_of_more_sequences(
     seed: int, meets: bool
 ) -> None:
     made = case(seed, 6, 3)
-    assert over_optimum(made, meets) <= 1.05
+    assert 1 - 1e-9 <= over_optimum(made, meets) <= 1.05

@@ -49,9 +49,11 @@ def test_rows_are_whole_and_add_up(
     found = timeline(plan, COSTS, stages=stages, meets=meets)
     assert list(found.spans) == [*itertools.product(range(num_ranks), range(stages))]
     cost_R, keys_R = rank_seconds(plan, COSTS).sum(0), np.zeros(num_ranks)
-    for _, piece in plan.pieces():
-        length, size = int(plan.lengths_S[piece.sequence]), len(piece.ranks)
-        keys_R[list(piece.ranks)] += COSTS.waited_s(length, size)
+    around: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    for index, piece in plan.pieces():
+        around.setdefault((index, piece.ranks), []).append(piece.sequence)
+    for (_, ranks), together in around.items():
+        keys_R[list(ranks)] += COSTS.waited_together_s(plan.lengths_S[together], len(ranks))
     close = 1e-8 * found.step_s
     for (rank, stage), row in found.spans.items():
         if found.step_s:
@@ -93,18 +95,31 @@ def test_pipelines_keep_their_order(
 
 
 @given(*PLANS, st.integers(1, 4))
-def test_ranks_of_a_ring_begin_together(
+def test_ranks_of_a_ring_begin_and_end_a_micro_step_together(
     rng: np.random.Generator, policy: str, num_ranks: int, meets: bool, stages: int
 ) -> None:
-    plan = any_plan(rng, policy, num_ranks, False)
+    """None of them goes on with what follows before the last of them has ended; with one stage forward and backward of a
+    micro-step are one."""
+    plan = any_plan(rng, policy, num_ranks, meets)
     found = timeline(plan, COSTS, stages=stages, meets=False)
-    begins: dict[tuple, set[float]] = {}
-    for span in busy(found):
-        if span.kind == "compute" and span.sequence is not None:
-            at = (span.sequence, span.phase, span.stage)
-            begins.setdefault(at, set()).add(span.begin_s)
-    assert all(len(times) == 1 for times in begins.values())
-    assert len(begins) == 2 * stages * sum(1 for _ in plan.pieces())
+
+    def part(span: Span) -> tuple:
+        return span.rank, span.stage, span.micro_step, span.phase if stages > 1 else None
+
+    times: dict[tuple, tuple[float, float, float]] = {}
+    for row in found.spans.values():
+        works = [span for span in row if span.kind != "idle"]
+        parts = [list(spans) for _, spans in itertools.groupby(works, part)]
+        for spans, after in itertools.zip_longest(parts, parts[1:]):
+            goes_on_s = after[0].begin_s if after else np.inf
+            times[part(spans[0])] = spans[0].begin_s, spans[-1].end_s, goes_on_s
+    phases = ("forward", "backward") if stages > 1 else (None,)
+    for index, piece in plan.pieces():
+        for stage, phase in itertools.product(range(stages), phases):
+            of_ring = [times[rank, stage, index, phase] for rank in piece.ranks]
+            begins, ends, goes_on = zip(*of_ring, strict=True)
+            assert len(set(begins)) == 1
+            assert min(goes_on) >= max(ends) - 1e-8 * found.step_s
 
 
 @pytest.mark.parametrize("meets", [False, True])
@@ -140,23 +155,55 @@ def test_a_pipeline_by_hand() -> None:
 
 
 def test_backwards_take_pieces_in_reverse_order() -> None:
-    """So ranks that have come to the end of a ring together begin its backward together."""
+    """As autograd does; and rank 1 of the ring, with less in this micro-step, waits for rank 0 at the end of each phase.
+
+    A forward takes a stage 3 for sequence 0, and 3 on each rank for sequence 1.
+    """
     plan = batch_plan(np.array([18, 36]), 2, [[Piece(0, (0,)), Piece(1, (0, 1))]])
     found = timeline(plan, LINEAR, stages=2, meets=False)
-    order = [(span.phase, span.sequence) for span in found.spans[0, 1] if span.kind == "compute"]
-    assert order == [("forward", 0), ("forward", 1), ("backward", 1), ("backward", 0)]
-    (forward, backward) = (span for span in found.spans[1, 1] if span.kind == "compute")
-    assert forward.end_s == backward.begin_s
+    full, partner = (
+        [
+            (span.phase, span.sequence, pytest.approx(span.begin_s), pytest.approx(span.end_s))
+            for span in found.spans[rank, 1]
+            if span.kind == "compute"
+        ]
+        for rank in (0, 1)
+    )
+    assert full == [
+        ("forward", 0, 6, 9),
+        ("forward", 1, 9, 12),
+        ("backward", 1, 12, 18),
+        ("backward", 0, 18, 24),
+    ]
+    assert partner == [("forward", 1, 6, 9), ("backward", 1, 12, 18)]
 
 
-def test_where_all_meet_no_rank_waits_inside_a_micro_step() -> None:
-    """Rings in a row: rank 1 works on both of its own, the one after the other, and rank 2 on its ring meanwhile."""
+def test_ranks_that_rings_join_wait_for_the_slowest_of_them() -> None:
+    """Rings in a row join ranks 0 to 2, which have 18, 20 and 10 seconds; rank 3 waits only where all meet."""
     plan = batch_plan(
-        np.array([8, 20, 20]), 3, [[Piece(0, (0,)), Piece(1, (0, 1)), Piece(2, (1, 2))]]
+        np.array([8, 20, 20, 4, 5, 12]),
+        4,
+        [
+            [Piece(0, (0,)), Piece(1, (0, 1)), Piece(2, (1, 2)), Piece(3, (3,))],
+            [Piece(4, (2,)), Piece(5, (3,))],
+        ],
     )
     together, apart = (timeline(plan, LINEAR, meets=meets) for meets in (True, False))
-    assert (together.step_s, apart.step_s) == (pytest.approx(20), pytest.approx(28))
-    assert together.spans[2, 0][0].begin_s == 0.0
+    assert (together.step_s, apart.step_s) == (pytest.approx(32), pytest.approx(25))
+
+    def idle(found: BatchTimeline) -> list[list[tuple[float, float]]]:
+        """Of each rank."""
+        return [
+            [
+                (round(span.begin_s, 9), round(span.end_s, 9))
+                for span in found.spans[rank, 0]
+                if span.kind == "idle"
+            ]
+            for rank in range(4)
+        ]
+
+    assert idle(together) == [[(18, 32)], [(20, 32)], [(10, 20), (25, 32)], [(4, 20)]]
+    assert idle(apart) == [[(18, 25)], [(20, 25)], [(10, 20)], [(16, 25)]]
 
 
 def test_only_some_ranks_are_kept() -> None:
