@@ -10,9 +10,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from moesys.plan.batch.cost import BatchCosts, rank_seconds
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.fit import check_fits
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
+from moesys.plan.batch.seconds import rank_seconds
 from moesys.plan.placement import Integers
 
 with warnings.catch_warnings():

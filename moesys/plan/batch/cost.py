@@ -1,7 +1,4 @@
-"""How long pieces of sequences take on the ranks that share them, and a plan as a whole. Pure.
-
-Shapes: S sequences, P pieces of a micro-step, R ranks, M micro-steps.
-"""
+"""How long pieces of sequences take on the ranks that share them. Pure."""
 
 from dataclasses import dataclass
 
@@ -9,9 +6,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from moesys.config.schema import ModelConfig
-from moesys.plan.batch.plan import BatchPlan, MicroStep
 from moesys.plan.costs import training_flops_per_token
-from moesys.plan.placement import Amounts, Integers
+from moesys.plan.placement import Amounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +34,7 @@ class BatchCosts:
     token_s: float
     """A token, in all that is not attention between tokens."""
     piece_s: float = 0.0
-    """A piece, however short: kernels are started for it."""
+    """A piece with the keys of one rank, however short: kernels are started for it."""
     micro_step_s: float = 0.0
     """A micro-step with tokens, beside its pieces."""
     block_token_s: float = 0.0
@@ -56,22 +52,24 @@ class BatchCosts:
 
     def rank_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
         """Of pieces on each of so many ranks, with what these wait for keys."""
+        return self.own_s(lengths, sizes) + self.waited_s(lengths, sizes)
+
+    def own_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
+        """The same without waits."""
         size = np.asarray(sizes, dtype=np.float64)
-        return self.work_s(lengths) / size + self.piece_s + self.waited_s(lengths, size)
+        return self.work_s(lengths) / size + self.piece_s * np.minimum(size, lengths)
 
     def waited_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
         """For keys: a block of them that goes around is under way while the rank works on the one before it, and what it takes
         longer is waited for."""
-        return self._waited_s(lengths, self.attention_s(lengths), sizes)
-
-    def waited_together_s(self, lengths: Integers, size: int) -> float:
-        """The same of several sequences on the same ranks, whose keys go around as one block."""
-        return float(self._waited_s(lengths.sum(), self.attention_s(lengths).sum(), size))
-
-    def _waited_s(self, tokens: ArrayLike, attention_s: ArrayLike, sizes: ArrayLike) -> Amounts:
         size = np.asarray(sizes, dtype=np.float64)
-        block_s = self.block_token_s * np.asarray(tokens) / size + self.hop_s
-        return (size - 1) * np.maximum(0.0, block_s - np.asarray(attention_s) / size**2)
+        return (size - 1) * np.maximum(0.0, self.hop_s + self.behind_s(lengths, size))
+
+    def behind_s(self, lengths: ArrayLike, sizes: ArrayLike) -> Amounts:
+        """By so much the keys of one rank take longer to move, beside the hop, than to work on; below 0 if less long."""
+        size = np.asarray(sizes, dtype=np.float64)
+        moved_s = self.block_token_s * np.asarray(lengths) / size
+        return moved_s - self.attention_s(lengths) / size**2 - self.piece_s
 
 
 def costs_of(
@@ -103,71 +101,3 @@ def block_token_bytes(model: ModelConfig, key_bytes: int) -> int:
     in fp32 beside."""
     keys = 2 * model.total_kv_heads * model.resolved_head_dim
     return model.total_layers * keys * (2 * key_bytes + 4)
-
-
-def piece_seconds(
-    lengths_S: Integers, step: MicroStep, costs: BatchCosts
-) -> tuple[Amounts, Amounts]:
-    """fp64 [P], twice: what each piece of a micro-step takes each of its ranks, and of this what they wait for keys."""
-    lengths_P = lengths_S[[piece.sequence for piece in step]]
-    sizes_P = np.array([len(piece.ranks) for piece in step], dtype=np.int64)
-    waited_P = costs.waited_s(lengths_P, sizes_P)
-    rings: dict[tuple[int, ...], list[int]] = {}
-    for at, piece in enumerate(step):
-        if len(piece.ranks) > 1:
-            rings.setdefault(piece.ranks, []).append(at)
-    for ranks, places in rings.items():
-        if len(places) > 1:
-            lengths = lengths_P[places]
-            waited_P[places] = (
-                costs.waited_together_s(lengths, len(ranks)) * lengths / lengths.sum()
-            )
-    return costs.work_s(lengths_P) / sizes_P + costs.piece_s + waited_P, waited_P
-
-
-def rank_seconds(plan: BatchPlan, costs: BatchCosts) -> Amounts:
-    """fp64 [M, R]: seconds of each rank's own work in each micro-step."""
-    busy_MR = np.zeros((len(plan.micro_steps), plan.num_ranks))
-    for busy_R, step in zip(busy_MR, plan.micro_steps, strict=True):
-        for piece, piece_s in zip(
-            step, piece_seconds(plan.lengths_S, step, costs)[0].tolist(), strict=True
-        ):
-            if len(piece.ranks) == 1:
-                busy_R[piece.ranks[0]] += piece_s
-            else:
-                busy_R[list(piece.ranks)] += piece_s
-    return busy_MR + costs.micro_step_s * (busy_MR > 0)
-
-
-def in_step_s(busy_MR: Amounts) -> float:
-    """Of a batch whose ranks meet in every layer, as they do for experts: each micro-step takes as long as its slowest rank."""
-    return float(busy_MR.max(1).sum()) if busy_MR.size else 0.0
-
-
-def free_s(plan: BatchPlan, costs: BatchCosts) -> float:
-    """Of a batch whose ranks meet in rings alone: those of a ring in every layer, so that they begin and end a micro-step
-    together, with all that they have in it."""
-    free_R = np.zeros(plan.num_ranks)
-    for step, busy_R in zip(plan.micro_steps, rank_seconds(plan, costs), strict=True):
-        for ranks in meeting(step):
-            free_R[ranks] = free_R[ranks].max()
-            busy_R[ranks] = busy_R[ranks].max()
-        free_R += busy_R
-    return float(free_R.max(initial=0.0))
-
-
-def meeting(step: MicroStep) -> list[list[int]]:
-    """Ranks that a micro-step's rings join, in one or over others."""
-    joined: dict[int, list[int]] = {}
-    for _, ranks in step:
-        if len(ranks) > 1:
-            others = {id(group): group for rank in ranks if (group := joined.get(rank))}
-            whole = max(others.values(), key=len, default=[])
-            for group in others.values():
-                if group is not whole:
-                    whole += group
-                    joined.update(dict.fromkeys(group, whole))
-            new = [rank for rank in ranks if rank not in joined]
-            whole += new
-            joined.update(dict.fromkeys(new, whole))
-    return list({id(group): group for group in joined.values()}.values())

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts, rank_seconds
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.plan import BatchPlan
+from moesys.plan.batch.seconds import BatchSeconds, rank_seconds
 from moesys.plan.placement import Integers
 
 
@@ -41,11 +42,17 @@ def figures(
         block_token_bytes: of a token, from one rank of a ring to the next, in all layers.
     """
     all_s = plan.num_ranks * stages * step_s
-    busy_s, work_s = rank_seconds(plan, costs).sum(), costs.work_s(plan.lengths_S).sum()
+    busy_s = rank_seconds(plan, costs).sum()
+    seconds = BatchSeconds(plan.lengths_S, plan.num_ranks, costs)
+    keys_s = sum(
+        len(piece.ranks) * each_s
+        for step in plan.micro_steps
+        for piece, (_, each_s) in zip(step, seconds.of_pieces(step), strict=True)
+    )
     pieces = [piece for _, piece in plan.pieces()]
     lengths = plan.lengths_S[[piece.sequence for piece in pieces]]
     sizes = np.array([len(piece.ranks) for piece in pieces], dtype=np.int64)
-    keys_s = (sizes * costs.waited_s(lengths, sizes)).sum()
+    work_s = costs.work_s(plan.lengths_S).sum()
     tokens_MR = plan.tokens_MR()
     return BatchFigures(
         step_s=step_s,

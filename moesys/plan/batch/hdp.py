@@ -11,15 +11,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from moesys.plan.batch.cost import BatchCosts, free_s
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.exchange import ENOUGH, Exchange
 from moesys.plan.batch.filling import GOOD, Fillings
 from moesys.plan.batch.fit import best_fit
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
 from moesys.plan.batch.row import Row
+from moesys.plan.batch.seconds import BatchSeconds
 from moesys.plan.batch.ways import Batch
 from moesys.plan.placement import Integers
-from moesys.plan.zigzag import ring_tokens
 
 
 def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchCosts) -> BatchPlan:
@@ -36,18 +36,15 @@ def hdp(lengths_S: Integers, num_ranks: int, capacity_tokens: int, costs: BatchC
         batch, [[least_s]], lambda rows: rows[0].most_busy_s, good_s=GOOD * least_s, waits=True
     )
 
-    def plan(rows: Sequence[Row]) -> BatchPlan:
-        plans = (
-            batch_plan(lengths_S, num_ranks, _micro_steps(batch, rows[0].pieces, apart=apart))
-            for apart in (False, True)
-        )
-        return min(plans, key=seconds)
+    seconds = BatchSeconds(lengths_S, num_ranks, costs)
 
-    def seconds(plan: BatchPlan) -> float:
-        return free_s(plan, costs)
+    def best(rows: Sequence[Row]) -> tuple[float, list[list[Piece]]]:
+        arranged = (_micro_steps(batch, rows[0].pieces, apart=apart) for apart in (False, True))
+        return min(((seconds.free(steps), steps) for steps in arranged), key=lambda each: each[0])
 
-    exchange = Exchange(batch, lambda rows: seconds(plan(rows)), waits=True)
-    return plan(exchange.better(fillings.search(), ENOUGH * least_s))
+    exchange = Exchange(batch, lambda rows: best(rows)[0], waits=True)
+    rows = exchange.better(fillings.search(), ENOUGH * least_s)
+    return batch_plan(lengths_S, num_ranks, best(rows)[1])
 
 
 def _micro_steps(batch: Batch, pieces: Sequence[Piece], *, apart: bool) -> list[list[Piece]]:
@@ -68,7 +65,7 @@ def _micro_steps(batch: Batch, pieces: Sequence[Piece], *, apart: bool) -> list[
         if at > last_ring.get(ranks[0], -1):
             alone[ranks[0]].append(sequence)
             continue
-        tokens = ring_tokens(batch.lengths[sequence], len(ranks)).tolist()
+        tokens = batch.ring_tokens(sequence, len(ranks))
         step = max(
             number[rank] + (room[rank] < count or (apart and last[rank] not in ((), ranks)))
             for rank, count in zip(ranks, tokens, strict=True)

@@ -1,7 +1,7 @@
 """Hybrid data parallelism for ranks that meet in every layer, as those of expert parallelism do. Pure.
 
 Every rank runs as many micro-steps, and each takes as long as its slowest rank: the sum over micro-steps of the most work of a
-rank is what counts (`cost.in_step_s`). So every micro-step has a level of its own that all ranks are filled up to. Long
+rank is what counts (`seconds.in_step`). So every micro-step has a level of its own that all ranks are filled up to. Long
 sequences, of which a token is more work, share the first ones, where levels are high; short ones fill what is left of these, and
 then micro-steps of their own.
 
@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts, rank_seconds
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.exchange import ENOUGH, Exchange
 from moesys.plan.batch.filling import GOOD, MOST_LAID, Fillings
 from moesys.plan.batch.plan import BatchPlan, batch_plan
 from moesys.plan.batch.row import Row
+from moesys.plan.batch.seconds import BatchSeconds
 from moesys.plan.batch.ways import Batch
 from moesys.plan.placement import Integers
 
@@ -81,10 +82,10 @@ def hdp_in_step(
         waits=False,
     )
 
+    exact = BatchSeconds(lengths_S, num_ranks, costs)
+
     def exact_s(rows: Sequence[Row]) -> float:
-        plan = batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])
-        each_s = rank_seconds(plan, costs).max(1)
-        return float(each_s.sum() + (stages - 1) * each_s.max())
+        return exact.in_step([row.pieces for row in rows], stages)
 
     rows = Exchange(batch, exact_s, waits=False).better(fillings.search(), ENOUGH * least_s)
     return batch_plan(lengths_S, num_ranks, [row.pieces for row in rows])

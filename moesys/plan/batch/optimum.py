@@ -1,8 +1,8 @@
 """The best plan of a batch that there is, by branch and bound: a yardstick for six sequences on four ranks or less. Pure.
 
 It is the best of all plans in which `plan.problems` finds nothing wrong: each sequence as a whole in one micro-step, on any
-number of ranks in any order of their ring; any number of micro-steps, and of pieces in each. Best by `cost.in_step_s` where ranks
-meet in every layer, by `cost.free_s` where they do not.
+number of ranks in any order of their ring; any number of micro-steps, and of pieces in each. Best by `seconds.in_step` where
+ranks meet in every layer, by `seconds.free` where they do not.
 
 A plan is made of blocks: of what some ranks begin and end together, or all where all meet. A block is made of turns: of what goes
 around a ring together. Every plan is made so. Some of what is made so takes less than its parts say, as two turns have the same
@@ -108,13 +108,14 @@ def _turns(
     """Of sequences of these lengths, on each number of ranks that have memory; not where they wait as long as one by one."""
     for size in range(1, num_ranks + 1):
         tokens_L = np.sum([ring_tokens(length, size) for length in lengths.tolist()], axis=0)
-        waited_s = costs.waited_together_s(lengths, size)
+        behind_s = float(costs.behind_s(lengths, size).sum())
+        waited_s = (size - 1) * max(0.0, costs.hop_s + behind_s)
         one_by_one_s = float(costs.waited_s(lengths, size).sum())
         if len(lengths) > 1 and waited_s >= one_by_one_s * (1 - ROUNDING):
             continue
         if tokens_L.max() <= capacity_tokens:
-            work_s = float(costs.work_s(lengths).sum()) / size + len(lengths) * costs.piece_s
-            yield _Turn(size, work_s + waited_s, tuple(tokens_L.tolist()))
+            own_s = float(costs.own_s(lengths, size).sum())
+            yield _Turn(size, own_s + waited_s, tuple(tokens_L.tolist()))
 
 
 class _Bound:

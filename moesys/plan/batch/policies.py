@@ -7,13 +7,14 @@ from functools import partial
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts, free_s, in_step_s, rank_seconds
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.flexsp import flexsp
 from moesys.plan.batch.hdp import hdp
 from moesys.plan.batch.in_step import hdp_in_step
 from moesys.plan.batch.naive import naive
 from moesys.plan.batch.partition import karmarkar_karp, sorted_greedy
 from moesys.plan.batch.plan import BatchPlan
+from moesys.plan.batch.seconds import plan_seconds
 from moesys.plan.batch.static import balanced, context_size, context_sizes, packed
 from moesys.plan.batch.timeline import timeline
 from moesys.plan.placement import Integers
@@ -30,7 +31,7 @@ def batch_seconds(plan: BatchPlan, costs: BatchCosts, *, meets: bool, stages: in
     """Until the last rank has done its last micro-step."""
     if stages > 1:
         return timeline(plan, costs, stages=stages, meets=meets, ranks=()).step_s
-    return in_step_s(rank_seconds(plan, costs)) if meets else free_s(plan, costs)
+    return plan_seconds(plan, costs, meets=meets)
 
 
 def planned(

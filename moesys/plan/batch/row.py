@@ -13,7 +13,6 @@ import numpy as np
 from moesys.plan.batch.plan import Piece
 from moesys.plan.batch.ways import Batch, Ways
 from moesys.plan.placement import Amounts
-from moesys.plan.zigzag import ring_tokens
 
 MOST_TRIED = 8
 """Sizes of a ring, one after the other, for which there are ranks that end below the level."""
@@ -48,7 +47,7 @@ class Row:
         self.pieces: list[Piece] = []
         self.least_busy_s = 0.0
         """No rank with room for the last sequence has less."""
-        self._waits = waits
+        self._batch, self._waits = batch, waits
         """For the last of its ring, before each piece: pieces begin and end together. Else ranks meet anyway."""
         self._busy = [0.0] * num_ranks
         self._room = [capacity_tokens] * num_ranks
@@ -168,7 +167,7 @@ class Row:
             self._in = [held for held in self._in if held[1] not in chosen]
         else:
             del self._in[first : first + len(ranks)]
-        for rank, tokens in zip(ranks, ring_tokens(length, len(ranks)).tolist(), strict=True):
+        for rank, tokens in zip(ranks, self._batch.ring_tokens(sequence, len(ranks)), strict=True):
             self._busy[rank] = (begin_s if self._waits else self._busy[rank]) + ways.seconds[way]
             self._room[rank] -= tokens
             if self._is_out[rank]:

@@ -14,8 +14,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from moesys.plan.batch.cost import BatchCosts, meeting, piece_seconds
+from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.plan import BatchPlan
+from moesys.plan.batch.seconds import BatchSeconds, meeting
 from moesys.plan.bubble import Action, one_f_one_b, timed
 from moesys.plan.placement import Amounts
 
@@ -84,10 +85,8 @@ class _Rows:
         self._spans: dict[tuple[int, int], list[Span]] = {
             (rank, stage): [] for rank in sorted(set(ranks)) for stage in range(stages)
         }
-        self._seconds = [
-            [tuple(seconds.tolist()) for seconds in piece_seconds(plan.lengths_S, step, costs)]
-            for step in plan.micro_steps
-        ]
+        seconds = BatchSeconds(plan.lengths_S, plan.num_ranks, costs)
+        self._seconds = [seconds.of_pieces(step) for step in plan.micro_steps]
         """Of each piece of each micro-step on each of its ranks: in all, and of these for keys."""
 
     def end_of(self, action: Action, start_R: Amounts) -> Amounts:
@@ -98,7 +97,7 @@ class _Rows:
         order = 1 if action.kind == "F" else -1
         index, stage = action.micro_batch, action.stage
         step = self._plan.micro_steps[index]
-        pieces = list(zip(step, *self._seconds[index], strict=True))
+        pieces = list(zip(step, self._seconds[index], strict=True))
         groups = [list(range(self._plan.num_ranks))] if self._meets else meeting(step)
         free = _levelled(start_R, groups).tolist()
         if beside_s := self._costs.micro_step_s:
@@ -106,7 +105,7 @@ class _Rows:
                 free[rank] = self._lay(
                     (rank, stage), phases, free[rank], (index, None), beside_s, 0.0
                 )
-        for piece, piece_s, keys_s in pieces[::order]:
+        for piece, (piece_s, keys_s) in pieces[::order]:
             for rank in piece.ranks:
                 what = index, piece.sequence
                 free[rank] = self._lay((rank, stage), phases, free[rank], what, piece_s, keys_s)

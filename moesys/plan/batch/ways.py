@@ -11,6 +11,7 @@ import numpy as np
 from moesys.plan.batch.cost import BatchCosts
 from moesys.plan.batch.fit import check_fits, least_ranks
 from moesys.plan.placement import Integers
+from moesys.plan.zigzag import ring_tokens
 
 DEAR = 2.0
 """A ring whose ranks together take so many times as long as the smallest ring's is made only where nothing else would do."""
@@ -60,6 +61,7 @@ class Batch:
         self.alone_s: list[float] = np.where(fits_S, costs.rank_s(lengths_S, 1), np.inf).tolist()
         """Of each sequence on one rank; inf where that has no memory for it."""
         self._ways: dict[int, Ways] = {}
+        self._ring_tokens: dict[tuple[int, int], list[int]] = {}
         self.areas_s = [self._area_s(sequence) for sequence in self.by_length]
         """Of each of `by_length`, seconds of all of its ranks together, of as few as have memory for it."""
         self.rest_s = np.cumsum(self.areas_s[::-1])[::-1].tolist()
@@ -77,6 +79,13 @@ class Batch:
         """On each of so many ranks, one of its ways' sizes."""
         ways = self.ways(sequence)
         return ways.seconds[ways.sizes.index(size)]
+
+    def ring_tokens(self, sequence: int, size: int) -> list[int]:
+        """Of each rank of its ring, worked out once."""
+        key = self.lengths[sequence], size
+        if key not in self._ring_tokens:
+            self._ring_tokens[key] = ring_tokens(*key).tolist()
+        return self._ring_tokens[key]
 
     def _area_s(self, sequence: int) -> float:
         alone_s = self.alone_s[sequence]

@@ -123,7 +123,7 @@ def test_work_is_nearly_even(num_ranks: int, number: int, longest: int) -> None:
         plan = planned(policy, lengths_S, num_ranks, 1024, COSTS, meets=True)
         assert problems(plan, 1024) == []
         seconds[policy] = batch_seconds(plan, COSTS, meets=True) / even_s
-    assert seconds["flexsp"] < 1.03
+    assert seconds["flexsp"] < 1.06
     assert seconds["flexsp"] < seconds["static"] / 1.1
     assert seconds["flexsp"] < seconds["naive"] / 1.2
 

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moesys.plan.batch.cost import AttentionKind, BatchCosts, rank_seconds
+from moesys.plan.batch.cost import AttentionKind, BatchCosts
 from moesys.plan.batch.figures import figures
 from moesys.plan.batch.plan import BatchPlan, Piece, batch_plan
 from moesys.plan.batch.policies import POLICIES, batch_seconds, planned
+from moesys.plan.batch.seconds import rank_seconds
 from moesys.plan.batch.timeline import BatchTimeline, Span, timeline
 from tests.plan.batch.test_planners import CAPACITY, COSTS, random_lengths
 from tests.plan.placements import seeds
@@ -53,7 +54,8 @@ def test_rows_are_whole_and_add_up(
     for index, piece in plan.pieces():
         around.setdefault((index, piece.ranks), []).append(piece.sequence)
     for (_, ranks), together in around.items():
-        keys_R[list(ranks)] += COSTS.waited_together_s(plan.lengths_S[together], len(ranks))
+        behind_s = COSTS.behind_s(plan.lengths_S[together], len(ranks)).sum()
+        keys_R[list(ranks)] += (len(ranks) - 1) * max(0.0, COSTS.hop_s + behind_s)
     close = 1e-8 * found.step_s
     for (rank, stage), row in found.spans.items():
         if found.step_s:
@@ -221,7 +223,7 @@ def test_only_some_ranks_are_kept() -> None:
 
 
 def test_figures_by_hand() -> None:
-    """8 tokens on two ranks take 70 s each, 9 of them for keys (tests/plan/batch/test_cost.py); a token alone 14."""
+    """8 tokens on two ranks take 70 s each, 6 of them for keys (tests/plan/batch/test_cost.py); a token alone 14."""
     costs = BatchCosts(
         attention=(AttentionKind(pair_s=1.0),),
         token_s=10.0,
@@ -231,7 +233,7 @@ def test_figures_by_hand() -> None:
     )
     plan = batch_plan(np.array([8, 1]), 2, [[Piece(0, (0, 1))], [Piece(1, (0,))]])
     told = figures(plan, costs, 84.0, block_token_bytes=5)
-    assert told.keys_share == pytest.approx(2 * 9 / 168)
+    assert told.keys_share == pytest.approx(2 * 6 / 168)
     assert told.idle_share == pytest.approx(14 / 168)
     assert told.ring_bytes == 8 * 5
     assert told.over_even == pytest.approx(168 / (36 + 80 + 1 + 10))
